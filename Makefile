@@ -1,0 +1,35 @@
+# make quickstart | make test | make check: each sets up its own virtual environment first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A torch/torchvision pair that works together on the CPU; any pair of matching releases serves.
+TORCH := torch==2.14.1 torchvision==0.29.1
+
+.PHONY: setup quickstart test check pretrain clean
+
+setup: $(VENV)/.ready
+
+# Repeated only when what is to be installed has changed.
+$(VENV)/.ready: pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/python -m recipes.quickstart
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pydoclint st_btok evaluation
+
+pretrain: setup
+	$(BIN)/python -m recipes.pretrain
+
+clean:
+	rm -rf $(VENV) btok-quickstart *.egg-info

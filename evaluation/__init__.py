@@ -1,0 +1,16 @@
+"""What is measured, and how: MMEB-V2 and an offline mini benchmark as ordinary mteb tasks.
+
+Protocol. Every data set is a retrieval task (`AbsTaskRetrieval`): a query ranks either its own candidate list
+(`candidates="local"`, mteb's `top_ranked`) or the whole corpus (`"global"`). Image and video data sets score hit@1,
+visual documents nDCG@5 with linear gain. Texts are those of the official evaluator (github TIGER-AI-Lab/VLM2Vec,
+commit 6e1e1d4), without its media tokens: the model's own chat template places the media, before the text.
+
+Split version. Two data sets, ViDoSeek-page and MMLongBench-page, exist twice: `page-fixed` (since 2025-11-03, the
+leaderboard's) and the broken `page`. Averages of the two are 1 to 4 points apart and never mixed; every score carries
+its split label.
+
+Aggregation. Every average is the plain mean over its data sets: overall is the mean of 78, not of groups or
+modalities. An average over an incomplete set is never printed as if it were complete.
+
+Nothing here imports `st_btok` or `recipes`: any SentenceTransformer is scored the same way.
+"""

@@ -1,0 +1,18 @@
+"""The 78 data sets of MMEB-V2, one frozen row each: data, no logic.
+
+36 image, 18 video and 24 visual-document data sets in nine meta-task groups. The rows of one modality are in
+`mmeb_v2_image.py`, `mmeb_v2_video.py` and `mmeb_v2_visdoc.py`; here they are put together. Names, counts, texts and
+media locations are those of the official evaluator (github TIGER-AI-Lab/VLM2Vec, commit 6e1e1d4). The hub revisions
+are not recorded in any source we know, so `revision` is None: pin it with `dataclasses.replace` to freeze a run.
+"""
+
+from __future__ import annotations
+
+from evaluation.mmeb_v2_image import IMAGE_DATASETS
+from evaluation.mmeb_v2_row import GROUPS, MMEBDataset
+from evaluation.mmeb_v2_video import VIDEO_DATASETS
+from evaluation.mmeb_v2_visdoc import VISDOC_DATASETS
+
+__all__ = ["GROUPS", "MMEB_V2", "MMEBDataset"]
+
+MMEB_V2: tuple[MMEBDataset, ...] = (*IMAGE_DATASETS, *VIDEO_DATASETS, *VISDOC_DATASETS)

@@ -1,0 +1,208 @@
+"""Result folders into a report people can read: Markdown, leaderboard JSON and figures.
+
+    python -m evaluation.report results --output report
+
+Models stand side by side. Every table names its split; a mean over an incomplete set carries the count of its data
+sets, and a mean with left-out queries a `~`. Differences come with a paired bootstrap over queries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from evaluation.figures import group_bars, size_plot
+from evaluation.mini import MINI
+from evaluation.scores import (
+    Mean,
+    ModelScores,
+    expected_datasets,
+    leaderboard_entry,
+    paired_bootstrap,
+    read_results,
+    summarize,
+)
+
+RUN_FILE = "run.json"
+"""Written by `evaluation.run` beside the results: command, seed, hardware and versions of every run."""
+
+
+def write_report(
+    folders: Sequence[str | Path],
+    output: str | Path,
+    *,
+    expected: Mapping[str, tuple[str, str]] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write `report.md`, one `<model>.json` each, `groups.png` and `sizes.png`.
+
+    Args:
+        folders: mteb result folders.
+        output: Folder to write to, made if needed.
+        expected: The complete suite, name -> (modality, group). Default: MMEB-V2 or the mini benchmark, whichever
+            the results belong to.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Path of `report.md`.
+
+    Raises:
+        ValueError: Models of different splits: their averages can't be compared.
+    """
+    models = read_results(folders)
+    labels = sorted({model.split_label for model in models})
+    if len(labels) != 1:
+        raise ValueError(f"the folders hold results of the splits {labels}: write one report for each")
+    suite = _suite(models) if expected is None else expected
+    models = distinguish(models)
+    means = [summarize(model.scores, suite) for model in models]
+    target = Path(output)
+    target.mkdir(parents=True, exist_ok=True)
+    group_bars(models, means, _chance(models, suite), target / "groups.png")
+    with_sizes = size_plot(models, means, target / "sizes.png")
+    if suite == expected_datasets():
+        for model in models:
+            file = target / f"{model.name.replace('/', '__')}.json"
+            file.write_text(json.dumps(leaderboard_entry(model), indent=1), encoding="utf-8")
+    parts = [
+        f"# Results on split `{labels[0]}`",
+        _means_table(models, means),
+        "![means per group](groups.png)",
+        *(["![quality against size](sizes.png)"] if with_sizes else []),
+        _datasets_table(models, suite),
+        _differences(models, seed),
+        _provenance(models, folders),
+    ]
+    file = target / "report.md"
+    file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return file
+
+
+def distinguish(models: Sequence[ModelScores]) -> list[ModelScores]:
+    """Give checkpoints that share a name a name each.
+
+    Args:
+        models: The models.
+
+    Returns:
+        The same, with the start of the revision behind names that occur more than once.
+    """
+    names = [model.name for model in models]
+    return [
+        replace(model, name=f"{model.name}@{model.revision[:8]}") if names.count(model.name) > 1 else model
+        for model in models
+    ]
+
+
+def _suite(models: Sequence[ModelScores]) -> dict[str, tuple[str, str]]:
+    """All data sets of the suite that the results belong to, so that what is missing is seen to be missing."""
+    seen = {name for model in models for name in model.scores}
+    mini: dict[str, tuple[str, str]] = {row.name: (row.modality, row.group) for row in MINI}
+    for suite in (expected_datasets(), mini):
+        if seen <= suite.keys():
+            return suite
+    raise ValueError(f"{sorted(seen)} are of no known suite: pass `expected`, name -> (modality, group)")
+
+
+def _chance(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) -> dict[str, float]:
+    """Chance levels of the labels whose data sets all state one; the same means as the scores'."""
+    known = {name: s.chance for model in models for name, s in model.scores.items() if not math.isnan(s.chance)}
+    levels = {}
+    for label in {part for place in suite.values() for part in place} | {"All"}:
+        names = [name for name, place in suite.items() if label in (*place, "All")]
+        if all(name in known for name in names):
+            levels[label] = fmean(known[name] for name in names)
+    return levels
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _means_table(models: Sequence[ModelScores], means: Sequence[Mapping[str, Mean]]) -> str:
+    def cell(mean: Mean) -> str:
+        return f"{mean.text()} ± {196 * mean.standard_error:.1f}" if mean.present else "-"
+
+    rows = [[label, *(cell(mean[label]) for mean in means)] for label in means[0]]
+    notes = (
+        "Plain means over data sets, in %, with 95 % intervals over queries. `(n of m)`: data sets are missing; "
+        "`~`: queries are missing (broken data left out, or a fraction asked). Neither is the suite's score."
+    )
+    return f"## Means\n\n{_table(['', *(model.name for model in models)], rows)}\n\n{notes}"
+
+
+def _datasets_table(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) -> str:
+    rows = []
+    for name, (_, group) in suite.items():
+        found = [model.scores.get(name) for model in models]
+        if not any(found):
+            continue
+        first = next(score for score in found if score)
+        chance = "-" if math.isnan(first.chance) else f"{100 * first.chance:.1f}"
+        counts = sorted({f"{score.num_queries} of {score.expected_queries}" for score in found if score})
+        values = [f"{100 * score.value:.1f} ± {196 * score.standard_error:.1f}" if score else "-" for score in found]
+        rows.append([name, group, first.metric, ", ".join(counts), chance, *values])
+    head = ["data set", "group", "metric", "queries", "chance", *(model.name for model in models)]
+    return f"## Data sets\n\n{_table(head, rows)}"
+
+
+def _differences(models: Sequence[ModelScores], seed: int) -> str:
+    rows = []
+    for number, second in enumerate(models):
+        for first in models[:number]:
+            if not any(s.per_query for s in first.scores.values()):
+                continue
+            gap = paired_bootstrap(first.scores, second.scores, seed=seed)
+            sure = "yes" if gap.low > 0 or gap.high < 0 else "no"
+            interval = f"{100 * gap.value:+.1f} [{100 * gap.low:+.1f}, {100 * gap.high:+.1f}]"
+            rows.append([second.name, first.name, interval, str(gap.datasets), sure])
+    if not rows:
+        return ""
+    head = ["model", "against", "difference, 95 % interval", "data sets", "interval excludes 0"]
+    return f"## Differences\n\nPaired bootstrap over queries, 2,000 redraws, seed {seed}.\n\n{_table(head, rows)}"
+
+
+def _provenance(models: Sequence[ModelScores], folders: Sequence[str | Path]) -> str:
+    lines = []
+    for model in models:
+        fractions = sorted({score.fraction for score in model.scores.values()})
+        part = "" if fractions == [1.0] else f", fraction {fractions}"
+        versions = ", ".join(f"{k} {v}" for k, v in sorted(model.versions.items()) if v)
+        lines.append(f"- {model.name}, checkpoint `{model.revision}`, split `{model.split_label}`{part}. {versions}")
+    for run in read_runs(folders):
+        lines.append(f"- `{run['command']}`: {run['hardware']}, seed {run['seed']}, {run['started']}")
+    return "## Provenance\n\n" + "\n".join(lines)
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """The runs recorded beside the results.
+
+    Args:
+        folders: mteb result folders.
+
+    Returns:
+        Records of `evaluation.run`, oldest first.
+    """
+    files = [Path(folder) / RUN_FILE for folder in folders]
+    return [run for file in files if file.is_file() for run in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the module's first lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="result folders, of one or more models")
+    parser.add_argument("--output", default="report", help="folder to write to (default: report)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
+    options = parser.parse_args(arguments)
+    write_report(options.folders, options.output, seed=options.seed)
+
+
+if __name__ == "__main__":
+    main()

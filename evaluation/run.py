@@ -1,0 +1,233 @@
+"""Score a model.
+
+    python -m evaluation.run --model PATH_OR_NAME --suite mini
+    python -m evaluation.run --model PATH_OR_NAME --suite mmeb-v2 --data data/MMEB-V2 --subset I-VG MSVD --fraction 0.1
+    python -m evaluation.run --model open_clip:ViT-B-32/laion2b_s34b_b79k --suite mini
+    python -m evaluation.run --model recipes/backbone --pooling lasttoken --suite mini
+    python -m evaluation.run --model PATH_OR_NAME --suite "mteb:MIEB(lite)" --device cuda:0 cuda:1
+
+Results go to `--output`, one file per data set and checkpoint; the same command continues a killed run. `--report`
+writes Markdown, leaderboard JSON and figures for everything in that folder, `--sheets` a picture of queries with their
+results per task and checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import mteb
+import torch
+from mteb import Benchmark
+from mteb.results import TaskResult
+
+from evaluation.baselines import POOLINGS, load_model, wrap
+from evaluation.mini import mini_benchmark
+from evaluation.report import RUN_FILE, read_runs, write_report
+from evaluation.retrieval_sheet import retrieval_sheet
+from evaluation.sources import DataRoot
+from evaluation.task import MMEBRetrieval, mmeb_v2_benchmark
+from evaluation.visdoc import PAGE_SPLITS
+
+MTEB_PREFIX = "mteb:"
+_PACKAGES = ("mteb", "sentence-transformers", "transformers", "torch", "datasets", "open-clip-torch", "pillow")
+
+
+def build_suite(options: argparse.Namespace) -> Benchmark:
+    """The benchmark that `--suite` names.
+
+    Args:
+        options: Parsed command line.
+
+    Returns:
+        The benchmark; its data are not read yet.
+
+    Raises:
+        ValueError: Unknown suite, or MMEB-V2 without a data folder.
+    """
+    if options.suite == "mini":
+        return mini_benchmark(options.split, options.seed, options.subset)
+    if options.suite == "mmeb-v2":
+        if options.data is None or not Path(options.data).is_dir():
+            raise ValueError(
+                f"--suite mmeb-v2 needs --data, a folder with image-tasks, video-tasks or visdoc-tasks; got "
+                f"{options.data!r}. Unpack the archives of huggingface.co/datasets/TIGER-Lab/MMEB-V2 there."
+            )
+        root = DataRoot(Path(options.data), offline=options.offline)
+        return mmeb_v2_benchmark(
+            root, subset=options.subset, fraction=options.fraction, seed=options.seed, page_split=options.page_split
+        )
+    if options.suite.startswith(MTEB_PREFIX):
+        return mteb.get_benchmark(options.suite.removeprefix(MTEB_PREFIX))
+    raise ValueError(f"unknown suite {options.suite!r}: use mini, mmeb-v2 or mteb:<benchmark>")
+
+
+def hardware() -> str:
+    """Processors and GPUs of this machine, in words."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{platform.machine()}, {os.cpu_count()} cores" + (f", {', '.join(gpus)}" if gpus else ", no GPU")
+
+
+def record_run(output: Path, command: str, options: argparse.Namespace) -> None:
+    """Append this run to `run.json` beside the results: command, seed, hardware, versions, start.
+
+    Args:
+        output: Result folder.
+        command: The exact command line.
+        options: Parsed command line.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    run: dict[str, Any] = {
+        "command": command,
+        "seed": options.seed,
+        "hardware": hardware(),
+        "versions": {package: version(package) for package in _PACKAGES},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    (output / RUN_FILE).write_text(json.dumps([*read_runs([output]), run], indent=1), encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; errors that need no model are raised here.
+
+    Args:
+        arguments: Words after the program name, default those of this process.
+
+    Returns:
+        The options.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="SentenceTransformer name or folder, or open_clip:<architecture>/<weights>")
+    add("--name", help="name to store results under (default: --model, or its last folder)")
+    add("--pooling", choices=POOLINGS, help="read --model as a backbone and pool it this way")
+    add("--suite", default="mini", help="mini, mmeb-v2 or mteb:<benchmark> (default: mini)")
+    add("--data", help="folder with MMEB-V2's media and annotations")
+    add("--offline", action="store_true", help="never read an annotation table from the hub")
+    add("--subset", nargs="+", help="data sets, groups or modalities (default: all)")
+    add("--fraction", type=float, default=1.0, help="part of the queries, in (0, 1] (mmeb-v2; default: 1)")
+    add(
+        "--page-split",
+        choices=PAGE_SPLITS,
+        default="page-fixed",
+        help="version of the -page sets (default: page-fixed)",
+    )
+    add("--split", default="test", help="split of mini: test, validation or train (default: test)")
+    add("--seed", type=int, default=0, help="seed of the sample or drawing (default: 0)")
+    add("--batch-size", type=int, default=16, help="inputs per forward pass (default: 16)")
+    add("--device", nargs="+", help="one device, or several for a pool of processes (default: the best)")
+    add("--output", default="results", help="result folder (default: results)")
+    add("--report", action="store_true", help="write <output>/report afterwards")
+    add("--sheets", action="store_true", help="write <output>/sheets/<checkpoint>/<task>.png for our own tasks")
+    return parser.parse_args(arguments)
+
+
+def stored_name(options: argparse.Namespace) -> str:
+    """Name to store results under: a folder's own name, not its path; a pooling is part of it."""
+    folder = Path(options.model)
+    name = options.name or (f"local/{folder.resolve().name}" if folder.exists() else options.model.replace(":", "/"))
+    return f"{name}-{options.pooling}" if options.pooling and not options.name else name
+
+
+def run(options: argparse.Namespace, command: str) -> list[TaskResult]:
+    """Evaluate, and write what was asked for.
+
+    Args:
+        options: Parsed command line.
+        command: The exact command line, for the record.
+
+    Returns:
+        One result per task.
+    """
+    benchmark = build_suite(options)
+    output = Path(options.output)
+    devices = options.device or [None]
+    model = load_model(options.model, options.pooling, devices[0])
+    wrapper = wrap(model, stored_name(options))
+    record_run(output, command, options)
+    encode_options: dict[str, Any] = {"batch_size": options.batch_size}
+    pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
+    if pool is not None:
+        encode_options["pool"] = pool
+    try:
+        results = mteb.evaluate(
+            wrapper,
+            benchmark,
+            cache=mteb.ResultCache(output),
+            encode_kwargs=encode_options,  # type: ignore[arg-type]
+            co2_tracker=False,
+            prediction_folder=_predictions(output, wrapper.mteb_model_meta.revision) if options.sheets else None,
+        )
+    finally:
+        if pool is not None:
+            model.stop_multi_process_pool(pool)
+    if options.sheets:
+        _write_sheets(benchmark, output, wrapper.mteb_model_meta.revision)
+    if options.report:
+        write_report([output], output / "report", seed=options.seed)
+    return results.task_results
+
+
+def describe(result: TaskResult) -> str:
+    """A result in one line.
+
+    Args:
+        result: A task's result.
+
+    Returns:
+        Score in %, standard error, task, and for our tasks the split, the queries and the chance level.
+    """
+    line = f"{100 * result.get_score():6.1f}"
+    entry = next(iter(result.scores.values()))[0]
+    if "mmeb_name" not in entry:
+        return f"{line}  {result.task_name}"
+    broken = f", {entry['broken_rows']} broken rows left out" if entry["broken_rows"] else ""
+    return (
+        f"{line} (standard error {100 * entry['standard_error']:.1f})  {result.task_name}: split "
+        f"{entry['split_label']}, {entry['num_queries']} queries{broken}, chance {100 * entry['chance']:.1f}"
+    )
+
+
+def _predictions(output: Path, revision: str | None) -> Path:
+    return output / "predictions" / str(revision)
+
+
+def _write_sheets(benchmark: Benchmark, output: Path, revision: str | None) -> None:
+    folder = output / "sheets" / str(revision)
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in benchmark.tasks:
+        predictions = _predictions(output, revision) / task.prediction_file_name
+        if isinstance(task, MMEBRetrieval) and predictions.is_file():
+            retrieval_sheet(task, predictions, folder / f"{task.metadata.name}.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: see the module's first lines."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="mteb")
+    options = parse(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    results = run(options, shlex.join(["python", "-m", "evaluation.run", *words]))
+    for result in results:
+        print(describe(result))
+    print(
+        f"{100 * fmean(result.get_score() for result in results):6.1f}  plain mean of these {len(results)} data sets"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Results read back from mteb's result folders, their plain means, and how sure a difference is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from evaluation.mmeb_v2 import GROUPS, MMEB_V2
+from evaluation.mmeb_v2_visdoc import BROKEN_PAGE_HUB_IDS
+
+OVERALL = "All"
+MODALITIES = ("image", "video", "visdoc")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's result on one data set.
+
+    Args:
+        dataset: Name on the leaderboard.
+        modality: `image`, `video` or `visdoc`.
+        group: Meta-task group.
+        metric: `hit@1` or `ndcg_linear@5`.
+        value: Mean over the queries, 0 to 1.
+        split_label: Version of the data.
+        num_queries: Queries scored.
+        expected_queries: Queries there should be.
+        standard_error: Of `value`.
+        fraction: Part of the queries that was asked for.
+        chance: Score of a random ranking, NaN where unknown.
+        per_query: Query id -> score; empty for published results.
+        details: mteb's other scores.
+    """
+
+    dataset: str
+    modality: str
+    group: str
+    metric: str
+    value: float
+    split_label: str
+    num_queries: int = 0
+    expected_queries: int = 0
+    standard_error: float = 0.0
+    fraction: float = 1.0
+    chance: float = math.nan
+    per_query: Mapping[str, float] = field(default_factory=dict, repr=False)
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """All results of one checkpoint: name, revision, scores by data set, mteb's model metadata and versions."""
+
+    name: str
+    revision: str
+    scores: Mapping[str, Score]
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    versions: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def split_label(self) -> str:
+        """The version of the data; the scores of one model never mix two."""
+        labels = sorted({score.split_label for score in self.scores.values()})
+        if len(labels) != 1:
+            raise ValueError(f"{self.name} mixes the splits {labels}: their averages differ by points; keep one")
+        return labels[0]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A plain mean over data sets.
+
+    Args:
+        value: The mean over the data sets that are there, NaN for none.
+        standard_error: Of that mean, over queries.
+        present: Number of data sets that are there.
+        expected: Number of data sets there should be.
+        partial: A data set misses queries: left out as broken, or only a fraction was asked.
+    """
+
+    value: float
+    standard_error: float
+    present: int
+    expected: int
+    partial: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether the mean is over every query of every data set."""
+        return self.present == self.expected and not self.partial
+
+    def text(self) -> str:
+        """`57.9`; an incomplete one says so: `61.2 (35 of 36)`, `~61.2` for a part of the queries, `-` for nothing."""
+        if not self.present:
+            return "-"
+        shown = f"{'~' if self.partial else ''}{100 * self.value:.1f}"
+        return shown if self.present == self.expected else f"{shown} ({self.present} of {self.expected})"
+
+
+def expected_datasets() -> dict[str, tuple[str, str]]:
+    """Name -> (modality, group) of the 78 data sets."""
+    return {row.name: (row.modality, row.group) for row in MMEB_V2}
+
+
+def summarize(scores: Mapping[str, Score], expected: Mapping[str, tuple[str, str]] | None = None) -> dict[str, Mean]:
+    """Plain means over data sets: per group, per modality and over all.
+
+    Args:
+        scores: Data set -> score.
+        expected: The data sets of the complete suite, name -> (modality, group); default MMEB-V2.
+
+    Returns:
+        `All`, the modalities and the groups -> mean, in this order. Every mean is over data sets, never over means.
+    """
+    expected = expected_datasets() if expected is None else expected
+    means = {OVERALL: _mean(scores, list(expected))}
+    for position, labels in ((0, MODALITIES), (1, tuple(GROUPS))):
+        for label in labels:
+            names = [name for name, place in expected.items() if place[position] == label]
+            if names:
+                means[label] = _mean(scores, names)
+    return means
+
+
+def _mean(scores: Mapping[str, Score], names: Sequence[str]) -> Mean:
+    found = [scores[name] for name in names if name in scores]
+    if not found:
+        return Mean(math.nan, math.nan, 0, len(names), False)
+    error = math.sqrt(sum(score.standard_error**2 for score in found)) / len(found)
+    partial = any(score.num_queries < score.expected_queries or score.fraction < 1 for score in found)
+    return Mean(fmean(score.value for score in found), error, len(found), len(names), partial)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired bootstrap of two models: mean difference (second minus first), 95 % interval, number of data sets."""
+
+    value: float
+    low: float
+    high: float
+    datasets: int
+
+
+def paired_bootstrap(
+    first: Mapping[str, Score], second: Mapping[str, Score], *, samples: int = 2000, seed: int = 0
+) -> Difference:
+    """How sure the difference of two models' averages is, given the queries.
+
+    Queries are redrawn within each data set, the same for both models; the statistic is the plain mean over the data
+    sets that both have.
+
+    Args:
+        first: Scores of the model that is compared against.
+        second: Scores of the other.
+        samples: Number of redraws.
+        seed: Seed of the redraws.
+
+    Returns:
+        Difference and interval, as fractions.
+
+    Raises:
+        ValueError: No data set with per-query scores of the same queries.
+    """
+    rng = np.random.default_rng(seed)
+    means, redrawn = [], []
+    for name in sorted(first.keys() & second.keys()):
+        ours, theirs = second[name].per_query, first[name].per_query
+        common = sorted(ours.keys() & theirs.keys())
+        if not common:
+            continue
+        gaps = np.array([ours[query] - theirs[query] for query in common])
+        counts = rng.multinomial(len(gaps), np.full(len(gaps), 1 / len(gaps)), size=samples)
+        means.append(gaps.mean())
+        redrawn.append(counts @ gaps / len(gaps))
+    if not means:
+        raise ValueError("no data set has per-query scores of both models: run both with evaluation.run")
+    low, high = np.percentile(np.mean(redrawn, axis=0), [2.5, 97.5])
+    return Difference(float(np.mean(means)), float(low), float(high), len(means))
+
+
+def read_results(folders: Iterable[str | Path]) -> list[ModelScores]:
+    """All checkpoints found below mteb result folders.
+
+    Args:
+        folders: Folders of `mteb.ResultCache`, or deeper ones down to `<model>/<revision>`.
+
+    Returns:
+        One entry per model and revision, sorted by name; only results that our tasks wrote.
+
+    Raises:
+        FileNotFoundError: Nothing found.
+        ValueError: Two versions of the same data set in one checkpoint's folder.
+    """
+    paths = sorted({path for folder in folders for path in Path(folder).rglob("*.json")})
+    paths = [path for path in paths if not path.name.endswith("_predictions.json")]  # large, and not results
+    found: dict[Path, dict[str, Score]] = {}
+    for path in paths:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "scores" not in content or "task_name" not in content:
+            continue
+        entries = [entry for split in content["scores"].values() for entry in split if "mmeb_name" in entry]
+        for entry in entries:
+            score = _score(entry)
+            if score.dataset in found.setdefault(path.parent, {}):
+                raise ValueError(
+                    f"{path.parent} holds {score.dataset} twice (splits or fractions): report one at a time"
+                )
+            found[path.parent][score.dataset] = score
+    if not found:
+        raise FileNotFoundError(f"no result of our tasks below {[str(folder) for folder in folders]}")
+    return [_model(folder, scores) for folder, scores in sorted(found.items())]
+
+
+def _score(entry: Mapping[str, Any]) -> Score:
+    return Score(
+        dataset=entry["mmeb_name"],
+        modality=entry["modality"],
+        group=entry["group"],
+        metric=entry["metric"],
+        value=float(entry["main_score"]),
+        split_label=entry["split_label"],
+        num_queries=entry["num_queries"],
+        expected_queries=entry["expected_queries"],
+        standard_error=entry["standard_error"],
+        fraction=entry["fraction"],
+        chance=entry["chance"],
+        per_query=entry["per_query"],
+        details=entry,
+    )
+
+
+def _model(folder: Path, scores: Mapping[str, Score]) -> ModelScores:
+    meta_file, settings = folder / "model_meta.json", folder / "run_settings.jsonl"
+    metadata = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
+    lines = settings.read_text(encoding="utf-8").splitlines() if settings.is_file() else []
+    versions = json.loads(lines[-1]).get("version", {}) if lines else {}
+    name = metadata.get("name") or folder.parent.name.replace("__", "/")
+    return ModelScores(name, metadata.get("revision") or folder.name, scores, metadata, versions)
+
+
+_AT = ("1", "5", "10")
+_NAMES = {
+    "hit": "hit_rate",
+    "ndcg_linear": "ndcg",
+    "precision": "precision",
+    "recall": "recall",
+    "map": "map",
+    "mrr": "mrr",
+}
+
+
+def leaderboard_entry(model: ModelScores) -> dict[str, Any]:
+    """A model's results in the form of the leaderboard's submission file.
+
+    Args:
+        model: The scores.
+
+    Returns:
+        `metadata` and `metrics` -> modality -> data set -> score object; a missing data set is `FILE_N/A`. The
+        leaderboard also stores exponential-gain nDCG and F1, which mteb does not compute: they are left out.
+    """
+    metrics: dict[str, dict[str, Any]] = {modality: {} for modality in MODALITIES}
+    for name, (modality, _) in expected_datasets().items():
+        fixed = name in BROKEN_PAGE_HUB_IDS and model.split_label == "page-fixed"
+        score = model.scores.get(name)
+        metrics[modality][f"{name}-fixed" if fixed else name] = "FILE_N/A" if score is None else _entry(score)
+    meta = model.metadata
+    return {
+        "metadata": {
+            "model_name": model.name,
+            "model_revision": model.revision,
+            "model_backbone": meta.get("adapted_from"),
+            "model_size": meta.get("n_parameters"),
+            "embedding_dimension": meta.get("embed_dim"),
+            "max_length_tokens": meta.get("max_tokens"),
+            "model_release_date": meta.get("release_date"),
+            "data_source": "Self-Reported",
+            "url": meta.get("reference"),
+            "report_generated_date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "split": model.split_label,
+        },
+        "metrics": metrics,
+    }
+
+
+def _entry(score: Score) -> dict[str, Any]:
+    values = {
+        f"{ours}@{k}": score.details[f"{theirs}_at_{k}"]
+        for ours, theirs in _NAMES.items()
+        for k in _AT
+        if f"{theirs}_at_{k}" in score.details
+    }
+    return {**values, score.metric: score.value, "num_pred": score.num_queries, "num_data": score.expected_queries}

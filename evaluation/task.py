@@ -1,0 +1,293 @@
+"""MMEB-V2 as mteb tasks: one class for all 78 rows, and the benchmark made of them.
+
+    benchmark = mmeb_v2_benchmark("data/MMEB-V2", subset=["I-VG", "MSVD"], fraction=0.1)
+    mteb.evaluate(stamp(model), benchmark, cache=mteb.ResultCache("results"))
+
+Results are stored per data set, fraction and checkpoint: the task's name holds the split and the fraction, the model's
+revision is a fingerprint of its weights (a model that comes without one gets it before its first task runs). A killed
+run continues with the first data set that has no result.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb import Benchmark
+from mteb.abstasks.retrieval import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import SentenceTransformerEncoderWrapper
+from mteb.types import Modalities, PromptType
+
+from evaluation.chance import chance_level
+from evaluation.encoding import EmbeddingStore, MediaFirstEncoder
+from evaluation.fingerprint import fingerprint
+from evaluation.image import load_image
+from evaluation.mmeb_v2 import GROUPS, MMEB_V2, MMEBDataset
+from evaluation.mmeb_v2_visdoc import BROKEN_PAGE_HUB_IDS
+from evaluation.pool import BrokenRow, LoadedDataset
+from evaluation.sources import DataRoot
+from evaluation.video import load_video
+from evaluation.visdoc import PageSplit, load_visdoc, with_page_split
+
+_LOADERS = {"image": load_image, "video": load_video, "visdoc": load_visdoc}
+_METRICS = {"hit@1": ("hit_rate_at_1", "success_1"), "ndcg_linear@5": ("ndcg_at_5", "ndcg_cut_5")}
+_REFERENCE = "https://huggingface.co/datasets/TIGER-Lab/MMEB-V2"
+
+
+class MixedQueryMetadata(TaskMetadata):
+    """Metadata of a task whose queries come with an image, a video or neither; mteb has no category for that."""
+
+    def get_modalities(self, prompt_type: PromptType | None = None) -> list[Modalities]:
+        """Modalities of the whole task, of its queries or of its documents."""
+        if prompt_type == PromptType.query:
+            return ["text", "image", "video"]
+        return super().get_modalities(prompt_type)
+
+
+def category_of(row: MMEBDataset) -> str:
+    """The mteb category of a row, such as `it2t`: media and text of queries, then of candidates."""
+    asked = {"visdoc": "", "image": "i", "video": "v"}[row.modality]
+    if row.family in ("image", "captions"):
+        asked = ""
+    answered = {"visdoc": "i", "image": "i", "video": "v"}[row.modality]
+    if row.family not in ("image", "captioned", "captions", "clips", "moments", "beir"):
+        answered = ""
+    return f"{asked}t2{answered}t"
+
+
+def task_name(row: MMEBDataset, page_split: PageSplit, fraction: float, seed: int) -> str:
+    """The name results are stored under; two different measurements never share one."""
+    page = "-fixed" if row.name in BROKEN_PAGE_HUB_IDS and page_split == "page-fixed" else ""
+    part = "" if fraction == 1 else f".fraction{fraction:g}-seed{seed}"
+    return f"MMEB-V2.{row.name}{page}{part}"
+
+
+class MMEBRetrieval(AbsTaskRetrieval):
+    """One data set of MMEB-V2, or of another suite whose data sets are described by such rows.
+
+    Args:
+        row: Which one.
+        load: Reads the data when mteb asks for it.
+        name: Name results are stored under.
+        eval_split: `test`, or `validation` or `train` where the suite has them.
+        split_label: Version of the data, printed with every score.
+        fraction: Part of the queries that `load` returns, in (0, 1].
+        sample_seed: Seed of that part.
+        store: Where embeddings are kept; tasks that share one encode shared candidates once.
+        **kwargs: Passed to mteb's `AbsTask` (its `seed`).
+    """
+
+    ignore_identical_ids = False
+    k_values = (1, 5, 10)
+
+    def __init__(
+        self,
+        row: MMEBDataset,
+        load: Callable[[], LoadedDataset],
+        *,
+        name: str,
+        eval_split: str = "test",
+        split_label: str = "page-fixed",
+        fraction: float = 1.0,
+        sample_seed: int = 0,
+        store: EmbeddingStore | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.row, self.eval_split, self.split_label = row, eval_split, split_label
+        self.fraction, self.sample_seed = fraction, sample_seed
+        self.store = EmbeddingStore() if store is None else store  # an empty store is falsy
+        self.broken: tuple[BrokenRow, ...] = ()
+        self.skipped_queries = 0
+        self._load = load
+        self._own_metadata = _metadata(row, name, eval_split)
+        super().__init__(**kwargs)
+
+    @property
+    def metadata(self) -> TaskMetadata:  # type: ignore[override]
+        """Description of this task; a property, because mteb drops the instance attribute when it unloads data."""
+        return self._own_metadata
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        """Read annotations and check the media; broken rows are logged, counted and left out."""
+        if self.data_loaded:
+            return
+        loaded = self._load()
+        self.dataset = {"default": {self.eval_split: loaded.data}}
+        self.broken, self.skipped_queries = loaded.broken, loaded.skipped_queries
+        self.data_loaded = True
+
+    def evaluate(self, model: Any, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Evaluate as mteb does, after making sure that the result is stored under the model's fingerprint."""
+        if isinstance(model, SentenceTransformerEncoderWrapper):
+            # in place and past pydantic's setter: mteb stores the result under the very object it already holds
+            vars(model.mteb_model_meta)["revision"] = fingerprint(model.model)
+            model = MediaFirstEncoder(model, self.store)
+        return super().evaluate(model, *args, **kwargs)
+
+    def task_specific_scores(
+        self,
+        scores: dict[str, dict[str, float]],
+        qrels: Mapping[str, Mapping[str, int]],
+        results: dict[str, dict[str, float]],
+        hf_split: str,
+        hf_subset: str,
+    ) -> dict[str, Any]:
+        """What a report needs beside mteb's means: every query's score, its uncertainty, and what was measured."""
+        values = {query_id: entry[_METRICS[self.row.metric][1]] for query_id, entry in scores.items()}
+        asked = len(values) + self.skipped_queries
+        return {
+            "mmeb_name": self.row.name,
+            "metric": self.row.metric,
+            "group": self.row.group,
+            "modality": self.row.modality,
+            "split_label": self.split_label,
+            "fraction": self.fraction,
+            "sample_seed": self.sample_seed,
+            "num_queries": len(values),
+            "expected_queries": self.row.num_queries if self.fraction == 1 else asked,
+            "skipped_queries": self.skipped_queries,
+            "broken_rows": len(self.broken),
+            "chance": chance_level(self.dataset[hf_subset][hf_split], self.row.metric),
+            "standard_error": standard_error(list(values.values()), len(values) / self.fraction),
+            "per_query": {query_id: round(value, 6) for query_id, value in values.items()},
+        }
+
+
+def standard_error(values: Sequence[float], population: float) -> float:
+    """Standard error of a mean over queries.
+
+    Args:
+        values: Score of each asked query.
+        population: Number of queries of the complete data set. A complete run is still a sample of possible queries,
+            so the finite-population factor is applied only to a part of the queries.
+
+    Returns:
+        s / sqrt(n), times sqrt(1 - n / population) for a part; 0 for fewer than two queries.
+    """
+    count = len(values)
+    if count < 2:
+        return 0.0
+    factor = math.sqrt(1 - count / population) if round(population) > count else 1.0
+    return float(np.std(values, ddof=1) / math.sqrt(count) * factor)
+
+
+def _metadata(row: MMEBDataset, name: str, eval_split: str) -> TaskMetadata:
+    mixed = row.family == "moments"
+    category = category_of(row)
+    codes = {"t": "text", "i": "image", "v": "video"}
+    used = {"text", *(codes[letter] for letter in category.replace("2", "")), *(("image",) if mixed else ())}
+    return (MixedQueryMetadata if mixed else TaskMetadata)(
+        name=name,
+        dataset={"path": row.hub_id, "revision": row.revision or row.split},
+        description=f"{row.name}, group {row.group}, {row.candidates} candidates, {row.metric}.",
+        reference=_REFERENCE,
+        type="Any2AnyRetrieval",
+        category=category,  # type: ignore[arg-type]
+        modalities=sorted(used),
+        eval_splits=[eval_split],
+        eval_langs=["eng-Latn"],
+        main_score=_METRICS[row.metric][0],
+    )
+
+
+def mmeb_task(
+    row: MMEBDataset,
+    root: str | Path | DataRoot,
+    *,
+    page_split: PageSplit = "page-fixed",
+    fraction: float = 1.0,
+    seed: int = 0,
+    store: EmbeddingStore | None = None,
+) -> MMEBRetrieval:
+    """The task of one MMEB-V2 row.
+
+    Args:
+        row: Which one.
+        root: Folder with the data (see `sources`), or a `DataRoot`.
+        page_split: `page-fixed` (the leaderboard's) or `page`; see `visdoc.with_page_split`.
+        fraction: Part of the queries to ask, in (0, 1]; default all.
+        seed: Seed of that choice, default 0.
+        store: Where embeddings are kept, default its own.
+
+    Returns:
+        The task; it reads nothing yet.
+
+    Raises:
+        ValueError: `fraction` outside (0, 1] or unknown `page_split`.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction}: pass 1 for the complete data set")
+    chosen = with_page_split(row, page_split)
+    place = root if isinstance(root, DataRoot) else DataRoot(Path(root))
+    return MMEBRetrieval(
+        chosen,
+        partial(_LOADERS[row.modality], chosen, place, fraction, seed),
+        name=task_name(row, page_split, fraction, seed),
+        split_label=page_split,
+        fraction=fraction,
+        sample_seed=seed,
+        store=store,
+    )
+
+
+def select_rows(subset: Sequence[str] | None = None) -> tuple[MMEBDataset, ...]:
+    """The rows that a list of names stands for.
+
+    Args:
+        subset: Data-set names, groups (`I-CLS`), subgroups (`ViDoRe-V2`) or modalities; `None`: all 78. `MSCOCO` is a
+            data set.
+
+    Returns:
+        Rows in the leaderboard's order.
+
+    Raises:
+        ValueError: A name that fits nothing.
+    """
+    if subset is None:
+        return MMEB_V2
+    known = {label for row in MMEB_V2 for label in (row.name, row.group, row.subgroup, row.modality) if label}
+    unknown = sorted(set(subset) - known)
+    if unknown:
+        raise ValueError(f"unknown subset {unknown}: use a data-set name, a modality or one of {list(GROUPS)}")
+    return tuple(row for row in MMEB_V2 if {row.name, row.group, row.subgroup, row.modality} & set(subset))
+
+
+def mmeb_v2_benchmark(
+    root: str | Path | DataRoot,
+    *,
+    subset: Sequence[str] | None = None,
+    fraction: float = 1.0,
+    seed: int = 0,
+    page_split: PageSplit = "page-fixed",
+) -> Benchmark:
+    """MMEB-V2, or a part of it, as an mteb benchmark.
+
+    Args:
+        root: Folder with the data, or a `DataRoot`.
+        subset: See `select_rows`; default all 78 data sets.
+        fraction: Part of the queries of each data set, in (0, 1].
+        seed: Seed of that choice.
+        page_split: Which version of the two `-page` data sets.
+
+    Returns:
+        The benchmark; its name holds the split, and the part if it is one.
+    """
+    store = EmbeddingStore()
+    rows = select_rows(subset)
+    tasks = [mmeb_task(row, root, page_split=page_split, fraction=fraction, seed=seed, store=store) for row in rows]
+    if fraction != 1:
+        warnings.warn(f"fraction={fraction:g} of the queries (seed {seed}): an estimate, not a score", stacklevel=2)
+    part = "" if len(rows) == len(MMEB_V2) and fraction == 1 else f", {len(rows)} of 78, fraction {fraction:g}"
+    return Benchmark(
+        name=f"MMEB-V2({page_split}{part})",
+        tasks=tasks,
+        description="Image, video and visual-document retrieval; plain mean over data sets.",
+        reference=_REFERENCE,
+        citation=None,
+    )

@@ -1,0 +1,1 @@
+"""Runnable scripts: pre-training of the small backbone, the quickstart, and training recipes."""

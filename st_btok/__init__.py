@@ -1,0 +1,30 @@
+"""Bottleneck-token embeddings for any decoder-only (multimodal) language model, on sentence-transformers.
+
+Axis letters, fixed for the whole package: B batch, T tokens, K bottleneck tokens, D width, V vocabulary, N target
+tokens of a row, M target tokens of a batch.
+"""
+
+from st_btok.attention import condensation_attention, condensation_mask, register_condensation_attention
+from st_btok.chat_template import append_btoks, plain_template
+from st_btok.condensation import condensation_nll
+from st_btok.losses import BTokLoss
+from st_btok.model import build_model
+from st_btok.pooling import BTokPooling
+from st_btok.tokens import add_btoks, btok_ids, btok_tokens
+from st_btok.version import __version__
+
+__all__ = [
+    "__version__",
+    "BTokLoss",
+    "BTokPooling",
+    "add_btoks",
+    "append_btoks",
+    "btok_ids",
+    "btok_tokens",
+    "build_model",
+    "condensation_attention",
+    "condensation_mask",
+    "condensation_nll",
+    "plain_template",
+    "register_condensation_attention",
+]

@@ -1,0 +1,89 @@
+"""The condensation mask: target tokens see the bottleneck tokens and earlier target tokens, never the input itself.
+
+A sequence is `[input][BToks][target]`. The mask is the backbone's own (causal, sliding window, padding, ...) and not
+(query position is target and key position is input) (paper, section 3.2). It enters through transformers' attention
+interface: a registered attention name that computes as SDPA does, whose mask function ANDs this predicate. The name is
+set only while a forward pass runs, on the text config only, so nothing of it reaches a saved config or a vision tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import and_masks, sdpa_mask
+
+CONDENSATION_ATTENTION = "btok_condensation"
+# What a position is; padding needs no segment of its own, the backbone's padding mask covers it.
+INPUT, BTOK, TARGET = 0, 1, 2
+
+# The one piece of hidden state: mask functions get positions, not token roles. Read by `_masked_sdpa` only.
+_SEGMENTS: ContextVar[Tensor | None] = ContextVar("btok_segments", default=None)
+
+
+def condensation_mask(segments: Tensor) -> Callable[[Any, Any, Any, Any], Any]:
+    """The predicate of the condensation mask.
+
+    Args:
+        segments: (B, T) integers: `INPUT`, `BTOK` or `TARGET` of each position.
+
+    Returns:
+        A function of (batch, head, query, key) index tensors that is False where a target position would read an
+        input position, and True elsewhere; it broadcasts as transformers' mask functions do.
+    """
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return ~((segments[batch, query] == TARGET) & (segments[batch, key] == INPUT))
+
+    return allowed
+
+
+def _masked_sdpa(mask_function: Callable, **kwargs: Any) -> Tensor | None:
+    segments = _SEGMENTS.get()
+    if segments is None:
+        return sdpa_mask(mask_function=mask_function, **kwargs)
+    kwargs["allow_is_causal_skip"] = False
+    return sdpa_mask(mask_function=and_masks(mask_function, condensation_mask(segments)), **kwargs)
+
+
+def register_condensation_attention() -> None:
+    """Make the condensation attention known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(CONDENSATION_ATTENTION, sdpa_attention_forward)
+    AttentionMaskInterface.register(CONDENSATION_ATTENTION, _masked_sdpa)
+
+
+@contextmanager
+def condensation_attention(model: PreTrainedModel, segments: Tensor) -> Iterator[None]:
+    """Run the forward passes inside this block under the condensation mask.
+
+    Gradient checkpointing is safe: layers get the finished mask, so recomputing them in `backward` needs no context.
+
+    Args:
+        model: The backbone; its text config is switched and switched back.
+        segments: (B, T) segment of each position of the one batch that is run inside.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If the backbone can't use SDPA attention, which the mask is built on.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not getattr(model, "_supports_sdpa", True):
+        raise ValueError(
+            f"the attention route needs a backbone that supports SDPA attention, {type(model).__name__} does not."
+        )
+    register_condensation_attention()
+    previous = config._attn_implementation
+    token = _SEGMENTS.set(segments)
+    config._attn_implementation = CONDENSATION_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = previous
+        _SEGMENTS.reset(token)

@@ -1,0 +1,256 @@
+"""From a decoder-only backbone to an ordinary `SentenceTransformer` that embeds through bottleneck tokens.
+
+The modules are stock ones from the start, so every `save_pretrained` and every Trainer checkpoint loads with a plain
+`SentenceTransformer(path)`: `Transformer` (the chat template appends the BToks), `WordWeights` (1 on the pooled BTok
+ids, 0 on every other id), `Pooling("mean")` (divides by the sum of the weights, hence a mean over the BToks),
+`Normalize`. This file is the only one that knows their order.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.transformer import ModalityParams, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+
+from st_btok.chat_template import append_btoks, plain_template
+from st_btok.limits import text_limits
+from st_btok.pooling import BTokPooling
+from st_btok.tokens import add_btoks, btok_ids, tokenizer_of
+
+# The authors' training and evaluation limits (release: data/processors/qwen2_vl.py).
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
+
+
+def build_model(
+    backbone: str | Path | PreTrainedModel,
+    num_btoks: int = 4,
+    readout: Literal["mean", "last"] = "mean",
+    template: Literal["chat", "plain"] = "chat",
+    init: str = "eos",
+    *,
+    processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+    max_seq_length: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    prompts: dict[str, str] | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    model_kwargs: dict[str, Any] | None = None,
+    processor_kwargs: dict[str, Any] | None = None,
+    config_kwargs: dict[str, Any] | None = None,
+) -> SentenceTransformer:
+    """Build a bottleneck-token embedder from a decoder-only (multimodal) language model.
+
+    With h_k the last-layer state of the k-th BTok, the embedding is `normalize(mean_k h_k)` (paper, section 3.1).
+
+    Args:
+        backbone: Hub name, local path, or a loaded transformers model. A loaded model is copied, not changed.
+        num_btoks: K, at least 1. Default 4 (paper).
+        readout: `"mean"` over the K states (default, paper) or `"last"`, the state of the last BTok.
+        template: `"chat"`, the backbone's own chat template with the BToks behind it (default), or `"plain"`, the
+            authors' layout: each medium on its own line, text, newline, BToks.
+        init: What the K embedding rows start from; see `add_btoks`. Default `"eos"`.
+        processor: Processor or tokenizer of a loaded model; must be left out for a name or path.
+        max_seq_length: Limit of an input in tokens. Longer inputs lose text at the end, never media or BToks. Default:
+            what tokenizer and backbone allow.
+        min_pixels: Smallest image area in pixels, for processors with such limits. Default 3,136 (or the backbone's).
+        max_pixels: Largest image area in pixels. Default 1,003,520, or the backbone's own limit if that is smaller.
+        prompts: Instructions by name, such as `{"query": "...", "document": "..."}`, used by `encode_query`,
+            `encode_document` and `prompt_name`.
+        device: Device of the result. Default: what sentence-transformers picks.
+        seed: Seed of the noise in the new rows.
+        model_kwargs: For `from_pretrained` of the model, such as `{"torch_dtype": "bfloat16"}`.
+        processor_kwargs: For `from_pretrained` of the processor.
+        config_kwargs: For `from_pretrained` of the config.
+
+    Returns:
+        A `SentenceTransformer` of stock modules.
+
+    Raises:
+        ValueError: If the backbone is not decoder-only and causal, already has another number of BToks, has no chat
+            template (for `template="chat"`), or its template drops the BToks; if `num_btoks` < 1, or an option has an
+            unknown value.
+    """
+    if readout not in ("mean", "last"):
+        raise ValueError(f'readout must be "mean" or "last", got {readout!r}. BTokPooling has more.')
+    if template not in ("chat", "plain"):
+        raise ValueError(f'template must be "chat" or "plain", got {template!r}.')
+    if num_btoks < 1:
+        raise ValueError(f"num_btoks must be at least 1, got {num_btoks}. The paper uses 4.")
+    with _as_path(backbone, processor) as path:
+        _check_config(AutoConfig.from_pretrained(path, **(config_kwargs or {})), str(path))
+        transformer = Transformer(
+            path,
+            model_kwargs=model_kwargs,
+            processor_kwargs=processor_kwargs,
+            config_kwargs=config_kwargs,
+            unpad_inputs=False,  # WordWeights reads the attention mask, which flattened batches lack
+        )
+    tokenizer = tokenizer_of(transformer)
+    ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)
+    _set_template(transformer, template, num_btoks)
+    _set_processing(transformer, max_seq_length, min_pixels, max_pixels)
+    _check_rows(transformer, ids)
+    _check_causal(transformer)
+    pooling = BTokPooling(transformer.get_embedding_dimension(), ids, readout)
+    modules = [transformer, *pooling.stock_modules(tokenizer), Normalize()]
+    return SentenceTransformer(modules=modules, prompts=prompts, device=device, similarity_fn_name="cosine")
+
+
+@contextmanager
+def _as_path(
+    backbone: str | Path | PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    """The place the backbone loads from; loaded objects are saved to a temporary folder, so they stay untouched."""
+    if not isinstance(backbone, PreTrainedModel):
+        if processor is not None:
+            raise ValueError("processor goes with a loaded model; for a name or path use processor_kwargs.")
+        yield str(backbone)
+        return
+    if processor is None:
+        raise ValueError("a loaded model needs its processor (or tokenizer): build_model(model, processor=...).")
+    with tempfile.TemporaryDirectory() as folder:
+        backbone.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        yield folder
+
+
+def _check_config(config: PreTrainedConfig, name: str) -> None:
+    """Refuse, before any weight is read, what can't be a decoder-only language model."""
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"the backbone must be decoder-only, but {name} ({config.model_type}) is an encoder-decoder model. "
+            "Use a causal language model such as Qwen/Qwen2-VL-2B-Instruct."
+        )
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    generates = any(type(config) in mapping for mapping in mappings)
+    if not generates or getattr(config, "is_decoder", True) is False:
+        raise ValueError(
+            f"the backbone must be a decoder-only language model, but {name} ({config.model_type}) is an encoder. "
+            "Bottleneck tokens read their input through causal attention; use a causal language model."
+        )
+
+
+def _set_template(transformer: Transformer, template: str, num_btoks: int) -> None:
+    """Put the BTok template on processor and tokenizer, and make every input a chat message that goes through it."""
+    tokenizer = tokenizer_of(transformer)
+    own = getattr(transformer.processor, "chat_template", None) or tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own["default"]
+    if template == "chat" and own is None:
+        raise ValueError(
+            'template="chat" needs a backbone with a chat template, this one has none (a base model?). '
+            'Pass template="plain".'
+        )
+    if template == "plain":
+        own = plain_template(*(_placeholder(transformer, modality) for modality in ("image", "video")))
+        transformer.input_formatter.message_format = "structured"
+    text = append_btoks(own, num_btoks)
+    transformer.processor.chat_template = text
+    tokenizer.chat_template = text
+    message = ModalityParams(method="forward", method_output_name="last_hidden_state")
+    message["format"] = transformer.input_formatter.message_format
+    # "message" must be saved with its format: read off the template it would be taken for structured in every case.
+    transformer.modality_config["message"] = message
+    transformer.input_formatter.supported_modalities = list(transformer.modality_config)
+
+
+def _placeholder(transformer: Transformer, modality: str) -> str:
+    """What the backbone's own chat template writes for one image or video; empty where it has no such modality."""
+    if modality not in transformer.modality_config:
+        return ""
+    parts = [{"type": "text", "text": "BEFORE"}, {"type": modality}, {"type": "text", "text": "AFTER"}]
+    rendered = transformer.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    return rendered.split("BEFORE")[1].split("AFTER")[0].strip()
+
+
+def _set_processing(
+    transformer: Transformer, max_seq_length: int | None, min_pixels: int | None, max_pixels: int | None
+) -> None:
+    """Save what bounds an input: pixel limits (always both: a lone one is ignored) and the template's text limits."""
+    kwargs: Any = {"text": {"truncation": False}}
+    image_processor = getattr(transformer.processor, "image_processor", None)
+    size = dict(getattr(image_processor, "size", None) or {})
+    if {"shortest_edge", "longest_edge"} <= set(size) and hasattr(image_processor, "merge_size"):
+        lower = min_pixels or size["shortest_edge"]
+        upper = max_pixels or min(size["longest_edge"], MAX_PIXELS)
+        if not 0 < lower <= upper:
+            raise ValueError(f"0 < min_pixels <= max_pixels must hold, got {lower} and {upper}.")
+        kwargs["image"] = {"size": {"shortest_edge": lower, "longest_edge": upper}}
+    elif min_pixels or max_pixels:
+        raise ValueError(
+            f"{type(image_processor).__name__} has no pixel limits. Leave min_pixels and max_pixels out, and set its "
+            "size through processor_kwargs."
+        )
+    transformer.processing_kwargs = kwargs
+    tokenizer = tokenizer_of(transformer)
+    positions = getattr(transformer.config.get_text_config(), "max_position_embeddings", None) or 32768
+    limit = max_seq_length or min(tokenizer.model_max_length, positions)
+    tokenizer.model_max_length = limit
+    transformer.processing_kwargs = {**kwargs, "chat_template": dict(text_limits(transformer, limit))}
+
+
+def _check_rows(transformer: Transformer, ids: list[int]) -> None:
+    """Every kind of input must end in the K BToks, in order, once."""
+    probes = [{"text": "a"}, [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]]
+    for probe in probes:
+        row = transformer.preprocess([probe])["input_ids"][0].tolist()
+        if [token for token in row if token in ids] != ids or row[-len(ids) :] != ids:
+            raise ValueError(
+                f"the chat template must put the {len(ids)} bottleneck tokens at the end of every input, but {probe} "
+                f'ends in {tokenizer_of(transformer).decode(row[-8:])!r}. Fix the template, or pass template="plain".'
+            )
+
+
+@torch.no_grad()
+def _check_causal(transformer: Transformer) -> None:
+    """States may not depend on later tokens: the condensation loss and the readout both rest on it."""
+    features = transformer.preprocess([{"text": "one two three"}])
+    model = transformer.model.eval()
+    kwargs = {key: features[key] for key in ("input_ids", "attention_mask")}
+    before = model(**kwargs, return_dict=True).last_hidden_state[:, :-1]
+    kwargs["input_ids"] = kwargs["input_ids"].clone()
+    kwargs["input_ids"][:, -1] = kwargs["input_ids"][:, 0]
+    after = model(**kwargs, return_dict=True).last_hidden_state[:, :-1]
+    change = (after - before).abs().max().item()
+    if not change <= 1e-3 * before.abs().max().item():
+        raise ValueError(
+            f"the backbone must be causal, but changing the last token of an input changed earlier states by "
+            f"{change:.2g} ({transformer.config.model_type}). Bidirectional and prefix attention are not supported."
+        )
+
+
+def find_btoks(model: SentenceTransformer) -> tuple[Transformer, list[int]]:
+    """The Transformer module of a BTok model and its K token ids.
+
+    Args:
+        model: A model from `build_model`, or a saved one loaded with `SentenceTransformer(path)`.
+
+    Returns:
+        The first module and the ids in order.
+
+    Raises:
+        ValueError: If the model's first module is not a `Transformer`, or its tokenizer has no BToks.
+    """
+    transformer = model[0]
+    if not isinstance(transformer, Transformer):
+        raise ValueError(f"the first module must be a Transformer, got {type(transformer).__name__}.")
+    ids = btok_ids(tokenizer_of(transformer))
+    if not ids:
+        raise ValueError(
+            "the model's tokenizer has no bottleneck tokens. Build the model with st_btok.build_model(backbone)."
+        )
+    return transformer, ids

@@ -1,0 +1,163 @@
+"""Bottleneck tokens as vocabulary entries: their names, their ids and their embedding rows.
+
+The names `<|btok_0|>` ... `<|btok_{K-1}|>` are those of the authors' release, so their checkpoints and ours agree.
+The rows are always written. Many checkpoints have spare embedding rows (Qwen2-VL: 151,936 rows for 151,657 tokens),
+where adding tokens resizes nothing, and an initialisation that hangs on the resize silently does not happen.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from sentence_transformers.base.modules.transformer import Transformer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BTOK_PATTERN = re.compile(r"<\|btok_(\d+)\|>")
+# Relative size of the noise that tells K equal rows apart; it keeps the meaning of the row they start from.
+INIT_NOISE = 0.02
+
+
+def btok_tokens(num_btoks: int) -> list[str]:
+    """Names of the bottleneck tokens, in reading order.
+
+    Args:
+        num_btoks: K, the number of tokens (at least 1).
+
+    Returns:
+        `["<|btok_0|>", ..., "<|btok_{K-1}|>"]`.
+
+    Raises:
+        ValueError: If `num_btoks` is smaller than 1.
+    """
+    if num_btoks < 1:
+        raise ValueError(f"num_btoks must be at least 1, got {num_btoks}. The paper uses 4.")
+    return [f"<|btok_{index}|>" for index in range(num_btoks)]
+
+
+def btok_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the bottleneck tokens a tokenizer holds, in the order of their numbers.
+
+    Args:
+        tokenizer: Any transformers tokenizer.
+
+    Returns:
+        K ids; an empty list for a tokenizer without bottleneck tokens.
+
+    Raises:
+        ValueError: If the numbers have a gap, so that no K describes them.
+    """
+    found = {}
+    for token, token_id in tokenizer.get_vocab().items():
+        if match := BTOK_PATTERN.fullmatch(token):
+            found[int(match.group(1))] = token_id
+    if sorted(found) != list(range(len(found))):
+        raise ValueError(
+            f"the tokenizer's bottleneck tokens must be numbered 0 to K-1 without a gap, found {sorted(found)}. "
+            "Start from the backbone's own tokenizer."
+        )
+    return [found[index] for index in range(len(found))]
+
+
+def tokenizer_of(transformer: Transformer) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Transformer module.
+
+    Args:
+        transformer: A module of sentence-transformers.
+
+    Returns:
+        The tokenizer, the processor's own where there is a processor.
+
+    Raises:
+        ValueError: If the module has none, as for a pure vision or audio model.
+    """
+    if transformer.tokenizer is None:
+        raise ValueError(
+            f"the backbone must be a language model with a tokenizer; {type(transformer.model).__name__} has none."
+        )
+    return transformer.tokenizer
+
+
+def add_btoks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_btoks: int = 4,
+    init: str = "eos",
+    seed: int = 0,
+) -> list[int]:
+    """Add K bottleneck tokens to a tokenizer and write their rows in the model's embedding matrices, in place.
+
+    Each row is `base + 0.02 * rms(base) * noise` with standard normal noise. The matrix grows only when it has too few
+    rows. An untied output matrix, where the model has one, gets rows made the same way from its own entries.
+    Tokens that are there already keep their (perhaps trained) rows.
+
+    Args:
+        model: A transformers model with input embeddings, with or without an LM head.
+        tokenizer: Its tokenizer.
+        num_btoks: K, at least 1. Default 4 (paper).
+        init: What a row starts from: `"eos"`, the end-of-turn row (default); `"mean"`, the mean of all token rows;
+            `"random"`, only noise of the matrix' own scale; any other text, the mean of that text's token rows.
+        seed: Seed of the noise.
+
+    Returns:
+        The K token ids.
+
+    Raises:
+        ValueError: If the tokenizer holds another number of bottleneck tokens, `num_btoks` is smaller than 1, `init`
+            is empty, or the tokenizer has no end-of-turn token for `init="eos"`.
+    """
+    names = btok_tokens(num_btoks)
+    present = btok_ids(tokenizer)
+    if present and len(present) != num_btoks:
+        raise ValueError(
+            f"the tokenizer already has {len(present)} bottleneck tokens, but num_btoks={num_btoks} was asked for. "
+            f"Pass num_btoks={len(present)}, or start from the backbone's own tokenizer."
+        )
+    if present:
+        return present
+    source_ids = _source_ids(tokenizer, init)
+    num_tokens = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
+    ids = btok_ids(tokenizer)
+    if len(model.get_input_embeddings().get_parameter("weight")) <= max(ids):
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    matrices = [model.get_input_embeddings().get_parameter("weight")]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not matrices[0]:
+        matrices.append(head.get_parameter("weight"))
+    for matrix in matrices:
+        _write_rows(matrix, ids, source_ids, num_tokens, seed)
+    return ids
+
+
+def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str) -> list[int] | None:
+    """Token ids whose mean row the new rows start from; an empty list for all tokens, None for pure noise."""
+    if init == "random":
+        return None
+    if init == "mean":
+        return []
+    if init == "eos":
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "init='eos' needs a tokenizer with an eos_token, this one has none. "
+                "Set tokenizer.eos_token, or pass init='mean'."
+            )
+        return [tokenizer.eos_token_id]
+    ids = tokenizer(init, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"init={init!r} has no tokens. Pass 'eos', 'mean', 'random' or a text to start from.")
+    return ids
+
+
+@torch.no_grad()
+def _write_rows(matrix: Tensor, ids: list[int], source_ids: list[int] | None, num_tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(ids), matrix.shape[1], generator=generator).to(matrix.device)  # (K, D)
+    tokens = matrix[:num_tokens].float()
+    if source_ids is None:
+        rows = noise * tokens.std()
+    else:
+        base = tokens.mean(0) if source_ids == [] else tokens[source_ids].mean(0)
+        rows = base + INIT_NOISE * base.square().mean().sqrt() * noise
+    matrix[ids] = rows.to(matrix.dtype)

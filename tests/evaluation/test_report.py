@@ -1,0 +1,112 @@
+"""From mteb runs to a report on disk."""
+
+from __future__ import annotations
+
+import json
+
+import mteb
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation.mini import MINI, mini_benchmark
+from evaluation.report import RUN_FILE, main, write_report
+from evaluation.retrieval_sheet import retrieval_sheet
+from evaluation.scores import read_results
+
+
+@pytest.fixture
+def run(tmp_path, oracle, random_encoder):
+    """run(name, kind, groups) -> result folder of an oracle or a random model."""
+
+    def start(name, kind, groups=("I-VG", "V-CLS"), split="test"):
+        folder = tmp_path / "results"
+        for task in mini_benchmark(split, groups=groups).tasks:
+            task.load_data()
+            data = task.dataset["default"][split]
+            encoder = oracle(data) if kind == "oracle" else random_encoder(data, 0)
+            fields = {"name": name, "revision": kind * 8, "embed_dim": 16 if kind == "oracle" else 32}
+            encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=fields)
+            mteb.evaluate(
+                encoder,
+                task,
+                cache=mteb.ResultCache(folder),
+                co2_tracker=False,
+                show_progress_bar=False,
+                prediction_folder=tmp_path / "predictions",
+            )
+        return folder
+
+    return start
+
+
+def test_models_stand_side_by_side_with_intervals_and_provenance(run, tmp_path):
+    folder = run("test/oracle", "oracle")
+    run("test/random", "random")
+    record = {"command": "python -m evaluation.run", "hardware": "2 cores", "seed": 0, "started": "2026-01-01"}
+    (folder / RUN_FILE).write_text(json.dumps([record]))
+    models = read_results([folder])
+    assert [model.name for model in models] == ["test/oracle", "test/random"]
+    main([str(folder), "--output", str(tmp_path / "report")])
+    text = (tmp_path / "report/report.md").read_text()
+    assert "split `mini-1/test`" in text
+    assert "| All | 100.0 (2 of 9) ± 0.0 |" in text and "| I-QA | - | - |" in text
+    assert "| I-VG | 100.0 ± 0.0 |" in text
+    value = np.mean([score.value for score in models[1].scores.values()])
+    assert f"{100 * value:.1f} (2 of 9) ±" in text
+    assert "| mini-I-VG | I-VG | hit@1 | 100 of 100 | 12.5 | 100.0 ± 0.0 |" in text
+    assert "| test/random | test/oracle | -" in text and "| yes |" in text
+    assert "`python -m evaluation.run`: 2 cores, seed 0" in text and "checkpoint `oracleoracle" in text
+    for name in ("groups.png", "sizes.png"):
+        assert Image.open(tmp_path / "report" / name).width > 300
+
+
+def test_a_missing_data_set_is_visible_in_the_report(run, tmp_path):
+    folder = run("test/oracle", "oracle")
+    three = {row.name: (row.modality, row.group) for row in MINI if row.group in ("I-QA", "I-VG", "V-CLS")}
+    text = write_report([folder], tmp_path / "report", expected=three).read_text()
+    assert "| All | 100.0 (2 of 3) ± 0.0 |" in text and "| I-QA | - |" in text
+
+
+def test_checkpoints_of_one_name_are_told_apart(run, tmp_path):
+    folder = run("test/same", "oracle")
+    run("test/same", "random")
+    text = write_report([folder], tmp_path / "report").read_text()
+    assert "|  | test/same@oracleor | test/same@randomra |" in text
+    assert "| test/same@randomra | test/same@oracleor | -" in text
+
+
+def test_a_complete_suite_is_printed_without_a_reservation(run, tmp_path):
+    folder = run("test/oracle", "oracle", groups=None)
+    text = write_report([folder], tmp_path / "report").read_text()
+    assert "| All | 100.0 ± 0.0 |" in text and " of 9)" not in text
+
+
+def test_two_splits_are_not_compared(run, tmp_path):
+    folder = run("test/oracle", "oracle")
+    run("test/random", "random", split="validation")
+    with pytest.raises(ValueError, match="results of the splits"):
+        write_report([folder], tmp_path / "report")
+
+
+@pytest.mark.parametrize("group", ["I-VG", "V-CLS"])
+def test_retrieval_sheets_mark_right_and_wrong(group, run, tmp_path):
+    run("test/random", "random")
+    task = mini_benchmark(groups=[group]).tasks[0]
+    predictions = tmp_path / "predictions" / task.prediction_file_name
+    path = retrieval_sheet(task, predictions, tmp_path / "sheet.png", num_queries=4, top=3)
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    green, red = (
+        (np.abs(pixels.astype(int) - colour).sum(-1) < 12).sum() for colour in ((46, 139, 87), (192, 57, 43))
+    )
+    assert green > 50 and red > 50
+    other = mini_benchmark(groups=["VisDoc"]).tasks[0]
+    with pytest.raises(ValueError, match="ranks none of the queries"):
+        retrieval_sheet(other, _renamed(predictions, tmp_path), tmp_path / "x.png")
+
+
+def _renamed(predictions, folder):
+    content = json.loads(predictions.read_text())
+    content["default"]["test"] = {f"other-{k}": v for k, v in content["default"]["test"].items()}
+    (folder / "renamed.json").write_text(json.dumps(content))
+    return folder / "renamed.json"

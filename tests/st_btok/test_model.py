@@ -1,0 +1,315 @@
+"""`build_model`: what comes out, what it computes, how it is saved, and every refusal.
+
+Independent truths: the mean of hidden states computed by hand from the bare backbone, and the same inputs one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+
+from st_btok import build_model
+from st_btok.model import find_btoks
+from tests.backbones import LLAMA_TEMPLATE, build, inputs, llama, picture, tokenizer
+
+
+def by_hand(model, sample, readout="mean"):
+    """Embedding of one input from the bare backbone: pick the BTok states by id, mean, normalise."""
+    transformer, ids = find_btoks(model)
+    features = transformer.preprocess([sample])
+    drop = ("modality", "num_images_per_sample", "num_videos_per_sample")
+    with torch.no_grad():
+        states = transformer.model(**{k: v for k, v in features.items() if k not in drop}).last_hidden_state[0]
+    rows = torch.stack([states[features["input_ids"][0].tolist().index(token)] for token in ids])
+    pooled = rows.mean(0) if readout == "mean" else rows[-1]
+    return (pooled / pooled.norm()).numpy()
+
+
+def test_modules_are_stock(model):
+    assert [type(module).__module__.split(".")[0] for module in model] == ["sentence_transformers"] * 4
+    assert not any(p.requires_grad for p in model[1].parameters())
+
+
+@pytest.mark.parametrize("readout", ["mean", "last"])
+def test_embedding_is_the_readout_of_the_btok_states(family, readout):
+    backbone, processor = build(family)
+    model = build_model(backbone, readout=readout, processor=processor, device="cpu")
+    for sample in inputs(family):
+        np.testing.assert_allclose(model.encode([sample])[0], by_hand(model, sample, readout), atol=1e-6)
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_order_and_padding_side_do_not_matter(family, template, side):
+    backbone, processor = build(family)
+    model = build_model(backbone, template=template, processor=processor, device="cpu")
+    model.tokenizer.padding_side = side
+    samples = inputs(family)[:-1]  # conversations with media must not share a batch with other inputs
+    single = np.concatenate([model.encode([sample]) for sample in samples])
+    together = model.encode(samples, batch_size=len(samples))
+    shuffled = model.encode(samples[::-1], batch_size=3)[::-1]
+    np.testing.assert_allclose(together, single, atol=1e-5)
+    np.testing.assert_allclose(shuffled, single, atol=1e-5)
+    distances = np.linalg.norm(single[:, None] - single[None], axis=-1) + np.eye(len(single))
+    assert distances.min() > 1e-2, "the inputs must differ for this to mean anything"
+
+
+def test_saved_model_loads_without_the_package(model, family, tmp_path):
+    """Invariant 2, in a process where importing st_btok fails; text, and an image given by path."""
+    picture(56, 28, 1).save(tmp_path / "image.png")
+    samples = ["a", "What is the city?"] + ([] if family == "llama" else [str(tmp_path / "image.png")])
+    expected = model.encode(samples)
+    model.save_pretrained(str(tmp_path / "btok"))
+    code = f"""
+        import sys, json
+        sys.modules["st_btok"] = None  # makes every import of it fail
+        from sentence_transformers import SentenceTransformer
+        model = SentenceTransformer({str(tmp_path / "btok")!r}, device="cpu")
+        print("EMBEDDINGS", json.dumps(model.encode({samples!r}).tolist()))
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    line = next(line for line in run.stdout.splitlines() if line.startswith("EMBEDDINGS"))
+    np.testing.assert_allclose(np.array(json.loads(line.split(" ", 1)[1])), expected, atol=1e-6)
+
+
+def test_saved_model_gives_equal_embeddings_for_every_input(model, family, tmp_path):
+    expected = model.encode(inputs(family)[:-1])
+    model.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    np.testing.assert_allclose(loaded.encode(inputs(family)[:-1]), expected, atol=1e-6)
+    assert loaded[0].processing_kwargs == model[0].processing_kwargs
+    card = (tmp_path / "README.md").read_text()
+    assert len(card) < 50_000, "the vocabulary must not be printed into the model card"
+
+
+def test_saved_model_loads_in_bare_transformers(qwen, tmp_path):
+    qwen.save_pretrained(str(tmp_path))
+    backbone = AutoModel.from_pretrained(tmp_path).eval()
+    _, ids = find_btoks(qwen)
+    features = qwen[0].preprocess(["hello"])
+    with torch.no_grad():
+        states = backbone(input_ids=features["input_ids"], attention_mask=features["attention_mask"])[0]
+    pooled = states[torch.isin(features["input_ids"], torch.tensor(ids))].mean(0)
+    np.testing.assert_allclose((pooled / pooled.norm()).numpy(), qwen.encode(["hello"])[0], atol=1e-6)
+
+
+def test_attention_implementations_agree(family, tmp_path):
+    backbone, processor = build(family)
+    build_model(backbone, processor=processor, device="cpu").save_pretrained(str(tmp_path))
+    by_name = {
+        name: SentenceTransformer(str(tmp_path), device="cpu", model_kwargs={"attn_implementation": name}).encode(
+            inputs(family)[:-1]
+        )
+        for name in ("eager", "sdpa")
+    }
+    np.testing.assert_allclose(by_name["eager"], by_name["sdpa"], atol=1e-4)
+
+
+def test_prompts_change_the_embedding_and_survive_saving(family, tmp_path):
+    backbone, processor = build(family)
+    prompts = {"query": "Find: ", "document": "Text: "}
+    model = build_model(backbone, processor=processor, prompts=prompts, device="cpu")
+    plain, query, document = model.encode(["a"]), model.encode_query(["a"]), model.encode_document(["a"])
+    assert np.abs(plain - query).max() > 1e-3 and np.abs(query - document).max() > 1e-3
+    np.testing.assert_allclose(model.encode(["a"], prompt="Find: "), query, atol=1e-6)
+    model.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    np.testing.assert_allclose(loaded.encode_query(["a"]), query, atol=1e-6)
+
+
+def test_the_rest_of_encode(qwen):
+    samples = inputs("qwen2_vl")[:-1]
+    full = qwen.encode(samples)
+    short = qwen.encode(samples, truncate_dim=8, normalize_embeddings=True)
+    expected = full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(short, expected, atol=1e-6)
+    binary = qwen.encode(samples, precision="ubinary")
+    np.testing.assert_array_equal(binary, np.packbits(full > 0, axis=1))
+    calibration = qwen.encode([f"{i}" for i in range(120)])
+    assert qwen.encode(samples, precision="int8").dtype == np.int8 and len(calibration) == 120
+    assert qwen.encode(samples, convert_to_tensor=True).shape == (len(samples), 32)
+    assert qwen.similarity(full, full).shape == (len(samples), len(samples))
+    assert qwen.get_embedding_dimension() == 32
+
+
+@pytest.mark.slow
+def test_multi_process_pool(qwen):
+    samples = inputs("qwen2_vl")[:-1]
+    pool = qwen.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        pooled = qwen.encode(samples, pool=pool, batch_size=2)
+    finally:
+        qwen.stop_multi_process_pool(pool)
+    np.testing.assert_allclose(pooled, qwen.encode(samples), atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_long_inputs_lose_text_only(family, template):
+    """Invariant 11: K BToks, every medium, and the text cut at its end."""
+    backbone, processor = build(family)
+    model = build_model(backbone, template=template, processor=processor, max_seq_length=150, device="cpu")
+    transformer, ids = find_btoks(model)
+    long = "abcdefghij" * 100
+    samples = [long]
+    if family != "llama":
+        samples += [{"image": picture(), "text": long}, {"text": long, "image": [picture(28, 28), picture(28, 28)]}]
+    for sample in samples:
+        row = transformer.preprocess([sample])
+        tokens = row["input_ids"][0].tolist()
+        assert tokens[-4:] == ids
+        text = model.tokenizer.decode(tokens)
+        assert "abcdefghij" in text and long not in text
+        assert len(tokens) <= 150
+        count = 0 if isinstance(sample, str) else 1 if not isinstance(sample["image"], list) else 2
+        assert len(row.get("image_grid_thw", [])) == count
+    model.encode(samples)
+
+
+def test_conversations_beside_other_inputs_keep_their_text(model, family):
+    """sentence-transformers 6.2 wraps them in a part that templates skip: the content was lost without a word."""
+    turns = [{"role": "user", "content": "a red kitten"}]
+    np.testing.assert_allclose(model.encode([turns, "b"])[0], model.encode([turns])[0], atol=1e-6)
+    assert np.abs(model.encode([turns])[0] - model.encode([""])[0]).max() > 1e-3
+    if family != "llama":
+        turns = [{"role": "user", "content": [{"type": "image", "image": picture()}]}]
+        assert model.encode([turns]).shape == (1, 32)
+        with pytest.raises(Exception, match="image content can't share a batch"):
+            model.encode([turns, "b"])
+
+
+def test_max_chars_can_be_set_for_one_call(qwen):
+    _, ids = find_btoks(qwen)
+    row = qwen.preprocess(["abcdef"], processing_kwargs={"chat_template": {"max_chars": 3}})["input_ids"][0].tolist()
+    text = qwen.tokenizer.decode(row)
+    assert "abc" in text and "abcd" not in text and row[-4:] == ids
+
+
+def test_media_that_cannot_fit_are_an_error_naming_the_row(family):
+    if family == "llama":
+        pytest.skip("text only: there are no media that could not fit")
+    backbone, processor = build(family)
+    model = build_model(backbone, processor=processor, max_seq_length=100, device="cpu")
+    fits, too_many = {"image": [picture()] * 2, "text": "ok"}, {"image": [picture()] * 9, "text": "nine kittens"}
+    with pytest.raises(Exception, match=r"nine kittens.*limit max_chars is \d+"):
+        model.encode([fits, too_many])
+    assert model.encode([fits]).shape == (1, 32)
+
+
+def test_pixel_limits_are_set_together(qwen):
+    limits = qwen[0].processing_kwargs["image"]
+    assert limits == {"size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}}
+    backbone, processor = build("qwen2_vl")
+    model = build_model(backbone, processor=processor, max_pixels=28 * 28 * 4, device="cpu")
+    grid = model[0].preprocess([picture(280, 280)])["image_grid_thw"]
+    assert int(grid.prod()) * 14 * 14 <= 28 * 28 * 4
+    assert int(qwen[0].preprocess([picture(280, 280)])["image_grid_thw"].prod()) * 14 * 14 > 28 * 28 * 4
+
+
+def test_a_loaded_backbone_is_not_changed():
+    backbone, processor = build("qwen2_vl")
+    before = {name: p.clone() for name, p in backbone.named_parameters()}
+    length = len(processor.tokenizer)
+    build_model(backbone, processor=processor, device="cpu")
+    assert len(processor.tokenizer) == length
+    assert all(torch.equal(before[name], p) for name, p in backbone.named_parameters())
+
+
+def test_building_from_a_path_and_from_objects_agree(family, tmp_path):
+    backbone, processor = build(family)
+    backbone.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    from_path = build_model(tmp_path, device="cpu")
+    from_objects = build_model(backbone, processor=processor, device="cpu")
+    np.testing.assert_array_equal(from_path.encode(["a"]), from_objects.encode(["a"]))
+
+
+def test_building_on_a_built_model_keeps_its_tokens(qwen, tmp_path):
+    expected = qwen.encode(["a"])
+    qwen.save_pretrained(str(tmp_path))
+    again = build_model(tmp_path, device="cpu")
+    np.testing.assert_allclose(again.encode(["a"]), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="already has 4 bottleneck tokens.*num_btoks=2"):
+        build_model(tmp_path, num_btoks=2)
+
+
+@pytest.mark.parametrize("num_btoks", [0, -1])
+def test_fewer_than_one_btok_is_refused(num_btoks):
+    with pytest.raises(ValueError, match="at least 1"):
+        build_model("does/not-matter", num_btoks=num_btoks)
+
+
+@pytest.mark.parametrize("option", [{"readout": "max"}, {"template": "other"}])
+def test_unknown_options_are_refused_before_anything_is_loaded(option):
+    with pytest.raises(ValueError, match="must be"):
+        build_model("does/not-matter", **option)
+
+
+def test_encoders_are_refused():
+    own = tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = BertLMHeadModel(BertConfig(vocab_size=288, **sizes))
+    with pytest.raises(ValueError, match="is an encoder"):
+        build_model(bert, processor=own)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=288, d_model=16, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        build_model(t5, processor=own)
+
+
+def test_a_backbone_that_looks_ahead_is_refused():
+    backbone, processor = build("llama")
+    backbone.config.is_causal = False
+    with pytest.raises(ValueError, match="must be causal.*changed earlier states"):
+        build_model(backbone, processor=processor)
+
+
+def test_a_template_that_drops_the_btoks_is_refused():
+    backbone, _ = build("llama")
+    names = "".join(f"<|btok_{i}|>" for i in range(4))
+    template = LLAMA_TEMPLATE + "{%- if messages | length > 1 -%}{{- '" + names + "' -}}{%- endif -%}"
+    with pytest.raises(ValueError, match="bottleneck tokens at the end of every input"):
+        build_model(backbone, processor=tokenizer(template))
+
+
+def test_a_base_model_without_template_needs_the_plain_layout():
+    torch.manual_seed(0)
+    backbone, own = llama(chat_template=None)
+    with pytest.raises(ValueError, match='template="plain"'):
+        build_model(backbone.eval(), processor=own)
+    model = build_model(backbone.eval(), processor=own, template="plain", device="cpu")
+    assert model.tokenizer.decode(model.preprocess(["hi"])["input_ids"][0][:-4]) == "hi\n"
+
+
+def test_plain_layout_is_the_authors(qwen):
+    backbone, processor = build("qwen2_vl")
+    model = build_model(backbone, processor=processor, template="plain", device="cpu")
+    sample = {"text": "what is it?", "image": picture(28, 28)}  # media come first whatever the order
+    rendered = model.tokenizer.decode(model.preprocess([sample])["input_ids"][0])
+    btoks = "".join(f"<|btok_{i}|>" for i in range(4))
+    assert rendered == f"<|vision_start|><|image_pad|><|vision_end|>\nwhat is it?\n{btoks}"
+    prompted = model.preprocess(["a kitten\n"], prompt="Find: ")["input_ids"][0]
+    assert model.tokenizer.decode(prompted) == f"Find: a kitten\n{btoks}"
+
+
+def test_loaded_objects_need_their_processor(tmp_path):
+    backbone, processor = build("llama")
+    with pytest.raises(ValueError, match="needs its processor"):
+        build_model(backbone)
+    with pytest.raises(ValueError, match="goes with a loaded model"):
+        build_model(tmp_path, processor=processor)
+
+
+def test_find_btoks_refuses_a_model_without_them():
+    backbone, processor = build("llama")
+    model = build_model(backbone, processor=processor, device="cpu")
+    model[0].processor = tokenizer()
+    with pytest.raises(ValueError, match="no bottleneck tokens"):
+        find_btoks(model)

@@ -1,0 +1,106 @@
+"""Bottleneck tokens in tokenizer and embedding matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from st_btok import add_btoks, btok_ids, btok_tokens
+from st_btok.tokens import tokenizer_of
+from tests.backbones import TEXT, build, llama, tokenizer
+
+
+def test_names_are_the_authors():
+    assert btok_tokens(3) == ["<|btok_0|>", "<|btok_1|>", "<|btok_2|>"]
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        btok_tokens(0)
+
+
+def test_ids_are_in_the_order_of_their_numbers():
+    own = tokenizer()
+    assert btok_ids(own) == []
+    own.add_special_tokens({"additional_special_tokens": ["<|btok_1|>", "<|btok_0|>"]})
+    zero, one = btok_ids(own)
+    assert own.convert_ids_to_tokens([zero, one]) == ["<|btok_0|>", "<|btok_1|>"] and zero > one
+    own.add_special_tokens({"additional_special_tokens": ["<|btok_3|>"]}, replace_extra_special_tokens=False)
+    with pytest.raises(ValueError, match=r"without a gap, found \[0, 1, 3\]"):
+        btok_ids(own)
+
+
+def test_other_special_tokens_stay(family):
+    _, processor = build(family)
+    own = getattr(processor, "tokenizer", processor)
+    before = set(own.all_special_tokens)
+    add_btoks(build(family)[0], own)
+    assert before < set(own.all_special_tokens)
+    assert own("<|btok_2|>", add_special_tokens=False)["input_ids"] == [btok_ids(own)[2]]
+
+
+@pytest.mark.parametrize("rows", [288, 263, 264])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_written_with_and_without_spare_rows(rows, tied):
+    """288 rows are enough for 267 tokens: nothing is resized, and the rows must be written all the same."""
+    torch.manual_seed(0)
+    model, own = LlamaForCausalLM(LlamaConfig(**{**TEXT, "vocab_size": rows}, tie_word_embeddings=tied)), tokenizer()
+    spare = model.get_input_embeddings().weight[263:].clone()
+    end = own.eos_token_id
+    expected = [model.get_input_embeddings().weight[end].clone(), model.get_output_embeddings().weight[end].clone()]
+    ids = add_btoks(model, own, 4)
+    assert ids == [263, 264, 265, 266]
+    assert len(model.get_input_embeddings().weight) == max(rows, 267) == model.config.vocab_size
+    for matrix, start in zip((model.get_input_embeddings(), model.get_output_embeddings()), expected, strict=True):
+        written = matrix.weight[ids]
+        assert (written - start).abs().max() < 0.2 * start.abs().max(), "each row starts from the end-of-turn row"
+        assert torch.pdist(written).min() > 0, "the rows differ"
+    if len(spare):
+        assert not torch.allclose(model.get_input_embeddings().weight[263 : 263 + len(spare)][:4], spare[:4])
+
+
+@pytest.mark.parametrize("init", ["mean", "random", "summary"])
+def test_other_starts(init):
+    model, own = build("llama")
+    rows = model.get_input_embeddings().weight.detach().clone()
+    written = model.get_input_embeddings().weight[add_btoks(model, own, 4, init)].detach()
+    if init == "random":
+        assert 0.5 < (written.std() / rows[:263].std()).item() < 1.5
+    else:
+        ids = own(init)["input_ids"] if init != "mean" else list(range(263))
+        torch.testing.assert_close(written, rows[ids].mean(0).expand(4, -1), atol=0.05, rtol=0.2)
+
+
+def test_the_seed_decides_the_noise():
+    rows = []
+    for seed in (0, 0, 1):
+        model, own = build("llama")
+        rows.append(model.get_input_embeddings().weight[add_btoks(model, own, seed=seed)].detach())
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+def test_adding_twice_keeps_trained_rows():
+    model, own = build("llama")
+    ids = add_btoks(model, own)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[ids] += 1
+    trained = model.get_input_embeddings().weight[ids].detach().clone()
+    assert add_btoks(model, own) == ids
+    assert torch.equal(model.get_input_embeddings().weight[ids], trained)
+    with pytest.raises(ValueError, match="already has 4 bottleneck tokens, but num_btoks=8"):
+        add_btoks(model, own, 8)
+
+
+def test_starts_that_do_not_exist_are_refused():
+    model, own = llama()
+    with pytest.raises(ValueError, match="has no tokens"):
+        add_btoks(model, own, init="")
+    own.eos_token = None
+    with pytest.raises(ValueError, match="needs a tokenizer with an eos_token"):
+        add_btoks(model, own)
+    assert btok_ids(own) == [], "a refused call leaves the tokenizer as it was"
+
+
+def test_a_module_without_tokenizer_is_refused(qwen):
+    assert tokenizer_of(qwen[0]) is qwen.tokenizer
+    qwen[0].processor = qwen[0].processor.image_processor
+    with pytest.raises(ValueError, match="has none"):
+        tokenizer_of(qwen[0])
