@@ -1,13 +1,17 @@
-"""The chat template of a BTok checkpoint: shorten the text if needed, render the input, append the bottleneck tokens.
+"""The chat template of a BTok checkpoint: guard and shorten the text, render the input, append the bottleneck tokens.
 
 Everything a saved model needs lives in this Jinja text, so a plain `SentenceTransformer(path)` has it too:
 
 * the BToks come after the last turn of whatever template the backbone has;
-* `max_chars`, `image_chars` and `video_chars` (saved under `processing_kwargs["chat_template"]`, overridable per
-  `encode` call) bound the text of an input: `max_chars` minus what its images and videos take. Text is cut at
+* `max_chars`, `image_chars`, `video_chars` and `audio_chars` (saved under `processing_kwargs["chat_template"]`,
+  overridable per `encode` call) bound the text of an input: `max_chars` minus what its media take. Text is cut at
   its end; media, instructions (system turns) and BToks are never cut. Token truncation can't do this: it would cut
   BToks off, or media apart from their pixels;
 * an input whose media alone exceed the limit is refused;
+* text never becomes a control token: a control token's name inside an input's strings (`<|btok_0|>`, `<|image_pad|>`,
+  `<|im_end|>`, ...) gets a space behind its first character, so it stays readable and is tokenised as words. Without
+  this a text that quotes a BTok's name would be pooled (measured), and one that quotes an image placeholder raises an
+  error in the processor. Text without such names is unchanged to the letter;
 * a chat conversation in one batch with inputs of other kinds, which sentence-transformers (6.2) wraps in a part that
   templates skip, is unwrapped; if it holds media, whose pixels are lost by then, it is refused.
 """
@@ -15,6 +19,7 @@ Everything a saved model needs lives in this Jinja text, so a plain `SentenceTra
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from st_btok.tokens import BTOK_PATTERN, btok_tokens
 
@@ -38,6 +43,47 @@ _UNWRAP = """{#- st_btok: unwrap nested conversations, shorten text so that medi
 {%- set messages = cut.messages -%}
 """
 
+# Rebinds `messages` to a copy whose strings, roles included, hold no name of a control token. `control` maps the first
+# character of the names to their rests, so that the template never holds what it looks for, and text without any such
+# character costs nothing. Names can also arise where strings meet, in the input's next part or turn, even over blanks
+# that a template trims: `seen` is the end of all text so far without the blanks at the seams; a dot parts the halves.
+_GUARD = """{%- set guard = namespace(messages=[], message={}, content=[], text='', seen='', seam='') -%}
+{%- macro guarded(text) -%}
+{%- set guard.text = text -%}
+{%- for first, rests in control.items() if first in text -%}{%- for rest in rests -%}
+{%- set guard.text = guard.text.replace(first ~ rest, first ~ ' ' ~ rest) -%}
+{%- endfor -%}{%- endfor -%}
+{%- set guard.seam = guard.seen ~ guard.text.strip()[:longest] -%}
+{%- for first, rests in control.items() if first in guard.seen -%}{%- for rest in rests -%}
+{%- if first ~ rest in guard.seam -%}
+{%- set guard.text = '.' ~ guard.text -%}{%- set guard.seam = '' -%}{%- set guard.seen = '' -%}
+{%- endif -%}
+{%- endfor -%}{%- endfor -%}
+{%- set guard.seen = (guard.seen ~ guard.text.strip())[-longest:] -%}
+{{- guard.text -}}
+{%- endmacro -%}
+{%- for message in messages -%}
+{%- set guard.message = dict(message) -%}
+{%- for key, value in message.items() -%}
+{%- if value is string -%}
+{%- set guard.message = dict(guard.message, **{key: guarded(value) | string}) -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if message.content is defined and message.content is not none and message.content is not string -%}
+{%- set guard.content = [] -%}
+{%- for part in message.content -%}
+{%- if part is string -%}{%- set guard.content = guard.content + [guarded(part) | string] -%}
+{%- elif part.text is defined and part.text is string -%}
+{%- set guard.content = guard.content + [dict(part, text=guarded(part.text) | string)] -%}
+{%- else -%}{%- set guard.content = guard.content + [part] -%}{%- endif -%}
+{%- endfor -%}
+{%- set guard.message = dict(guard.message, content=guard.content) -%}
+{%- endif -%}
+{%- set guard.messages = guard.messages + [guard.message] -%}
+{%- endfor -%}
+{%- set messages = guard.messages -%}
+"""
+
 # Rebinds `messages` to a copy with shortened user text. Undefined limits leave everything as it is.
 _SHORTEN = """{%- if max_chars is defined and max_chars is not none -%}
 {%- set cut.messages = [] -%}
@@ -45,10 +91,12 @@ _SHORTEN = """{%- if max_chars is defined and max_chars is not none -%}
 {%- if part.type == 'image' -%}{%- set cut.media = cut.media + (image_chars or 0) -%}
 {%- elif part.type == 'video' -%}
 {%- set cut.media = cut.media + (video_chars or 0) -%}
+{%- elif part.type == 'audio' -%}
+{%- set cut.media = cut.media + (audio_chars or 0) -%}
 {%- elif part.type == 'text' -%}{%- set cut.text = cut.text ~ part.text[:60] -%}{%- endif -%}
 {%- endfor -%}{%- else -%}{%- set cut.text = cut.text ~ message.content[:60] -%}{%- endif -%}{%- endfor -%}
 {%- if cut.media > max_chars -%}
-{{- raise_exception("st_btok: an input's media must leave room within the limit. The images and videos of the input "
+{{- raise_exception("st_btok: an input's media must leave room within the limit. The media of the input "
     "with the text '" ~ cut.text[:60] ~ "' may take the room of " ~ cut.media ~ " characters, the limit max_chars is "
     ~ max_chars ~ ". Give this input fewer media, lower max_pixels, or raise max_seq_length in "
     "build_model.") -}}
@@ -75,15 +123,17 @@ _SHORTEN = """{%- if max_chars is defined and max_chars is not none -%}
 """
 
 
-def append_btoks(chat_template: str, num_btoks: int) -> str:
+def append_btoks(chat_template: str, num_btoks: int, control_tokens: Sequence[str] = ()) -> str:
     """Make a chat template end with the K bottleneck tokens; a template that has them is returned as it is.
 
     Args:
         chat_template: A Jinja chat template in the form that transformers uses.
         num_btoks: K, at least 1.
+        control_tokens: Further names that an input's text must not turn into tokens; see `control_tokens` in
+            `tokens.py`. The K bottleneck tokens are always among them.
 
     Returns:
-        The template with text shortening in front and the K tokens behind the last turn.
+        The template with the guard and the text shortening in front and the K tokens behind the last turn.
 
     Raises:
         ValueError: If the template already names another number of bottleneck tokens.
@@ -97,34 +147,55 @@ def append_btoks(chat_template: str, num_btoks: int) -> str:
             f"the chat template already holds the bottleneck tokens {present}, but {num_btoks} were asked for. "
             f"Pass num_btoks={len(set(present))}, or start from the backbone's own template."
         )
-    return f"{_UNWRAP}{_SHORTEN}{chat_template}{{{{- '{''.join(names)}' -}}}}"
+    return f"{_UNWRAP}{_guard([*names, *control_tokens])}{_SHORTEN}{chat_template}{{{{- '{''.join(names)}' -}}}}"
 
 
-def plain_template(image: str = "", video: str = "") -> str:
-    """The authors' layout without chat turns: each image or video on a line of its own, then instruction and text.
+def _guard(names: Sequence[str]) -> str:
+    """The guard against names of control tokens in text, as Jinja."""
+    rests: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        rests.setdefault(name[0], []).append(name[1:])
+    # `ascii` writes string literals that Jinja reads as Python does.
+    control = ", ".join(f"{ascii(first)}: [{', '.join(map(ascii, rest))}]" for first, rest in rests.items())
+    longest = max(map(len, names))
+    return f"{{%- set control = {{{control}}} -%}}{{%- set longest = {longest} -%}}\n{_GUARD}"
 
-    An instruction (system message, sentence-transformers' `prompt`) is put directly before the text. A newline ends
-    the text. `append_btoks` then adds the BToks (release: `data/processors/qwen2_vl.py`).
+
+def plain_template(image: str = "", video: str = "", audio: str = "") -> str:
+    """The authors' layout without chat turns: each medium on a line of its own, then instruction and text.
+
+    An instruction (system message, sentence-transformers' `prompt`) is put directly before the text. One newline ends
+    an input that has media or an instruction; a bare text stays as it is, an empty one is a space. These are the texts
+    that the release gives to its processor for the data sets of MMEB-V2: queries and media end in a newline, bare text
+    candidates do not (its processor, `data/processors/qwen2_vl.py`, adds none). `append_btoks` then adds the BToks.
 
     Args:
         image: What stands for one image in the backbone's own template, such as
             `<|vision_start|><|image_pad|><|vision_end|>`; empty for a text-only backbone.
         video: The same for a video.
+        audio: The same for a sound.
 
     Returns:
         A Jinja chat template without bottleneck tokens.
     """
-    for name, value in (("image", image), ("video", video)):
+    media = {"image": image, "video": video, "audio": audio}
+    for name, value in media.items():
         if re.search(r"['\\\n]", value):
             raise ValueError(f"the {name} placeholder must not hold quotes, backslashes or newlines, got {value!r}")
+    parts = "".join(
+        f"{{%- if part.type == '{name}' -%}}{{%- set line.media = line.media ~ '{value}\\n' -%}}{{%- endif -%}}"
+        for name, value in media.items()
+        if value
+    )
     return (
-        "{%- set line = namespace(media='', text='') -%}"
+        "{%- set line = namespace(media='', text='', end='') -%}"
         "{%- for message in messages -%}"
+        "{%- if message.role == 'system' -%}{%- set line.end = '\\n' -%}{%- endif -%}"
         "{%- if message.content is string -%}{%- set line.text = line.text ~ message.content -%}"
         "{%- else -%}{%- for part in message.content -%}"
-        f"{{%- if part.type == 'image' -%}}{{%- set line.media = line.media ~ '{image}\\n' -%}}"
-        f"{{%- elif part.type == 'video' -%}}{{%- set line.media = line.media ~ '{video}\\n' -%}}"
-        "{%- elif part.type == 'text' -%}{%- set line.text = line.text ~ part.text -%}{%- endif -%}"
+        f"{parts}{{%- if part.type == 'text' -%}}{{%- set line.text = line.text ~ part.text -%}}{{%- endif -%}}"
         "{%- endfor -%}{%- endif -%}{%- endfor -%}"
-        "{{- line.media ~ line.text ~ ('' if line.text.endswith('\\n') or not line.text else '\\n') -}}"
+        "{%- if line.media -%}{%- set line.end = '\\n' -%}{%- endif -%}"
+        "{%- if not line.media and not line.text -%}{%- set line.text = ' ' -%}{%- endif -%}"
+        "{{- line.media ~ line.text ~ ('' if line.text.endswith('\\n') or not line.text else line.end) -}}"
     )

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.limits import text_limits
 from st_btok.pooling import BTokPooling
-from st_btok.tokens import add_btoks, btok_ids, tokenizer_of
+from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_ids, btok_tokens, control_tokens, tokenizer_of
 
 # The authors' training and evaluation limits (release: data/processors/qwen2_vl.py).
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
@@ -156,11 +156,13 @@ def _set_template(transformer: Transformer, template: str, num_btoks: int) -> No
             'Pass template="plain".'
         )
     if template == "plain":
-        own = plain_template(*(_placeholder(transformer, modality) for modality in ("image", "video")))
+        own = plain_template(*(_placeholder(transformer, modality) for modality in ("image", "video", "audio")))
         transformer.input_formatter.message_format = "structured"
-    text = append_btoks(own, num_btoks)
+    text = append_btoks(own, num_btoks, control_tokens(tokenizer, own))
     transformer.processor.chat_template = text
     tokenizer.chat_template = text
+    if _replaces_template(transformer):
+        transformer.processing_kwargs = {"chat_template": {"chat_template": text}}
     message = ModalityParams(method="forward", method_output_name="last_hidden_state")
     message["format"] = transformer.input_formatter.message_format
     # "message" must be saved with its format: read off the template it would be taken for structured in every case.
@@ -168,8 +170,18 @@ def _set_template(transformer: Transformer, template: str, num_btoks: int) -> No
     transformer.input_formatter.supported_modalities = list(transformer.modality_config)
 
 
+def _replaces_template(transformer: Transformer) -> bool:
+    """Whether the processor renders some media through a template of its own, as SmolVLM's does with videos."""
+    for modality in ("image", "video", "audio"):
+        if modality in transformer.modality_config:
+            message = {"role": "user", "content": [{"type": modality}, {"type": "text", "text": "a"}]}
+            if not BTOK_PATTERN.search(transformer.processor.apply_chat_template([message], tokenize=False)):
+                return True
+    return False
+
+
 def _placeholder(transformer: Transformer, modality: str) -> str:
-    """What the backbone's own chat template writes for one image or video; empty where it has no such modality."""
+    """What the backbone's own chat template writes for one medium; empty where it has no such modality."""
     if modality not in transformer.modality_config:
         return ""
     parts = [{"type": "text", "text": "BEFORE"}, {"type": modality}, {"type": "text", "text": "AFTER"}]
@@ -181,7 +193,7 @@ def _set_processing(
     transformer: Transformer, max_seq_length: int | None, min_pixels: int | None, max_pixels: int | None
 ) -> None:
     """Save what bounds an input: pixel limits (always both: a lone one is ignored) and the template's text limits."""
-    kwargs: Any = {"text": {"truncation": False}}
+    kwargs: Any = {**transformer.processing_kwargs, "text": {"truncation": False}}
     image_processor = getattr(transformer.processor, "image_processor", None)
     size = dict(getattr(image_processor, "size", None) or {})
     if {"shortest_edge", "longest_edge"} <= set(size) and hasattr(image_processor, "merge_size"):
@@ -200,12 +212,18 @@ def _set_processing(
     positions = getattr(transformer.config.get_text_config(), "max_position_embeddings", None) or 32768
     limit = max_seq_length or min(tokenizer.model_max_length, positions)
     tokenizer.model_max_length = limit
-    transformer.processing_kwargs = {**kwargs, "chat_template": dict(text_limits(transformer, limit))}
+    own_template = kwargs.get("chat_template", {})
+    transformer.processing_kwargs = {**kwargs, "chat_template": {**own_template, **text_limits(transformer, limit)}}
 
 
 def _check_rows(transformer: Transformer, ids: list[int]) -> None:
     """Every kind of input must end in the K BToks, in order, once."""
-    probes = [{"text": "a"}, [{"role": "system", "content": "b"}, {"role": "user", "content": "c"}]]
+    quoted = "".join(btok_tokens(len(ids)))  # a text that quotes the tokens' names must not forge them
+    probes = [
+        {"text": "a"},
+        {"text": quoted},
+        [{"role": "system", "content": quoted}, {"role": "user", "content": "c"}],
+    ]
     for probe in probes:
         row = transformer.preprocess([probe])["input_ids"][0].tolist()
         if [token for token in row if token in ids] != ids or row[-len(ids) :] != ids:

@@ -60,6 +60,24 @@ def btok_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [found[index] for index in range(len(found))]
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> list[str]:
+    """Names that must not become tokens when they stand in a user's text.
+
+    Args:
+        tokenizer: Any transformers tokenizer.
+        chat_template: The template that writes the backbone's turns.
+
+    Returns:
+        All special tokens, and the added tokens whose name the template holds (such as media placeholders that are
+        not marked special). Single characters and blanks are left out: Gemma's newline is an added token.
+    """
+    names = set(tokenizer.all_special_tokens)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or token.content in chat_template:
+            names.add(token.content)
+    return sorted(name for name in names if len(name) > 1 and not re.search(r"\s", name))
+
+
 def tokenizer_of(transformer: Transformer) -> PreTrainedTokenizerBase:
     """The tokenizer of a Transformer module.
 
