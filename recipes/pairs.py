@@ -28,8 +28,10 @@ def questions(split: str, size: int, seed: int) -> tuple[list[dict[str, PILImage
     pool = scenes.words(split)
     queries, answers = [], []
     for word in _words(rng, split, size):
-        others = iter([word, *(w for w in rng.choice(pool, 8) if w != word)])
-        scene = scenes.page_scene(rng, lambda others=others: str(next(others)))
+        # on either of the first two lines: always on the first, it could be found without reading the question
+        values = [str(w) for w in rng.choice(pool, 8) if w != word][:2]
+        values.insert(int(rng.integers(2)), word)  # a page has two or three lines
+        scene = scenes.page_scene(rng, iter(values).__next__)
         question, answer = next((q, a) for q, a in scene.questions if a == word)
         queries.append({"image": scene.image, "text": question})
         answers.append(answer)

@@ -28,6 +28,20 @@ def test_questions_ask_for_their_answer():
         assert key in scenes.KEYS and answer in scenes.words("test") and query["image"].size[0] == 224
 
 
+def test_the_asked_value_is_not_always_on_the_same_line(monkeypatch):
+    drawn = []
+    page_scene = scenes.page_scene
+
+    def spy(rng, draw_word):
+        drawn.append(page_scene(rng, draw_word))
+        return drawn[-1]
+
+    monkeypatch.setattr(scenes, "page_scene", spy)
+    _, answers = pairs.questions("test", 40, 0)
+    lines = [[a for _, a in scene.questions].index(answer) for scene, answer in zip(drawn, answers, strict=True)]
+    assert 10 < sum(line == 0 for line in lines) < 30 and set(lines) == {0, 1}
+
+
 def test_train_dataset_columns():
     data = pairs.train_dataset(8, 0)
     assert data["captions"].column_names == data["questions"].column_names == ["query", "positive"]
