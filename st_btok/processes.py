@@ -10,10 +10,15 @@ Outside of a process group every function here returns what it was given.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from sentence_transformers.util.distributed import get_rank, get_world_size
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -103,6 +108,51 @@ def across_processes(loss: Tensor) -> Tensor:
     """
     world = get_world_size()
     return loss if world == 1 else loss * world - loss.detach() * (world - 1)
+
+
+@contextmanager
+def parameters_in_use(model: nn.Module, first: nn.Module) -> Iterator[None]:
+    """Inside this block, each pass through a DDP model counts as using every trainable parameter.
+
+    DDP waits in the backward pass until all parameters have reported. A trainable vision tower does not run on a
+    process whose rows are all text: with `find_unused_parameters=False` DDP then hangs or raises. With `True` (the
+    Trainer's default) it looks at the last forward pass only, and raises if images came in an earlier column. Here the
+    output of every pass hangs on every parameter, with no gradient and at no cost, so both settings are right. A
+    parameter that no process used gets the gradient 0.
+
+    Args:
+        model: What the loss calls; anything but DDP is left alone.
+        first: The module inside whose output is `token_embeddings`.
+
+    Yields:
+        Nothing.
+    """
+
+    def attach(module: nn.Module, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any]:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return {**output, "token_embeddings": _Attach.apply(output["token_embeddings"], *trained)}
+
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    handle = first.register_forward_hook(attach)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Attach(torch.autograd.Function):
+    """The first argument, as an output that depends on all others with the gradient None."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (grads[0], *[None] * ctx.count)
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
