@@ -87,6 +87,9 @@ def test_plain_layout():
     assert render(template, messages) == "<img>\n<vid>\nFind: a cat\n" + BTOKS
     assert render(template, user(text("ends\n"))) == "ends\n" + BTOKS, "exactly one closing newline"
     assert render(template, user({"type": "image"})) == "<img>\n" + BTOKS
+    assert render(template, user({"type": "image"}, text("a cat"))) == "<img>\na cat\n" + BTOKS
+    assert render(template, user(text("a cat"))) == "a cat" + BTOKS, "a bare text is a candidate: no newline"
+    assert render(template, [{"role": "user", "content": ""}]) == " " + BTOKS
     with pytest.raises(ValueError, match="must not hold quotes"):
         plain_template("it's")
 
