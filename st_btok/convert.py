@@ -302,9 +302,6 @@ def _read_processor(folders: list[Path], num_btoks: int) -> ProcessorMixin:
     ids = btok_ids(processor.tokenizer)
     if len(ids) != num_btoks:
         raise ValueError(f"the tokenizer in {folder} must hold {num_btoks} BToks (num_tokens), it has {len(ids)}.")
-    for name in ("min_pixels", "max_pixels"):
-        # The release's limits, written into the tokenizer too, where they would override `size` in every call.
-        processor.tokenizer.init_kwargs.pop(name, None)
     processor.video_processor.cap_pixels_per_frame = False  # later versions of transformers would cap, theirs did not
     processor.chat_template = _MEDIA_TEMPLATE
     return processor

@@ -3,7 +3,7 @@
 The modules are stock ones from the start, so every `save_pretrained` and every Trainer checkpoint loads with a plain
 `SentenceTransformer(path)`: `Transformer` (the chat template appends the BToks), `WordWeights` (1 on the pooled BTok
 ids, 0 on every other id), `Pooling("mean")` (divides by the sum of the weights, hence a mean over the BToks),
-`Normalize`. This file is the only one that knows their order.
+`Normalize`; with `readout="last"` only `Transformer`, `Pooling("lasttoken")`, `Normalize`. This file is the only one that knows their order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import ModalityParams, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import SizeDict
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -195,6 +196,9 @@ def _set_processing(
     """Save what bounds an input: pixel limits (always both: a lone one is ignored) and the template's text limits."""
     kwargs: Any = {**transformer.processing_kwargs, "text": {"truncation": False}}
     image_processor = getattr(transformer.processor, "image_processor", None)
+    for name in ("min_pixels", "max_pixels"):
+        # `AutoProcessor.from_pretrained(..., max_pixels=...)` leaves them here too, where they override every `size`.
+        tokenizer_of(transformer).init_kwargs.pop(name, None)
     size = dict(getattr(image_processor, "size", None) or {})
     if {"shortest_edge", "longest_edge"} <= set(size) and hasattr(image_processor, "merge_size"):
         lower = min_pixels or size["shortest_edge"]
@@ -202,6 +206,8 @@ def _set_processing(
         if not 0 < lower <= upper:
             raise ValueError(f"0 < min_pixels <= max_pixels must hold, got {lower} and {upper}.")
         kwargs["image"] = {"size": {"shortest_edge": lower, "longest_edge": upper}}
+        # On the processor as well, so that bare transformers reads the saved checkpoint with the same limits.
+        image_processor.size = SizeDict(shortest_edge=lower, longest_edge=upper)
     elif min_pixels or max_pixels:
         raise ValueError(
             f"{type(image_processor).__name__} has no pixel limits. Leave min_pixels and max_pixels out, and set its "

@@ -111,14 +111,16 @@ class BTokPooling(Module):
     def stock_modules(self, tokenizer: PreTrainedTokenizerBase) -> list[nn.Module]:
         """Modules of sentence-transformers itself that compute the same embedding.
 
-        `WordWeights` gives 1 to the pooled BTok ids and 0 to every other id; `Pooling("mean")` divides by the sum of
+        `mean`: `WordWeights` gives 1 to the BTok ids and 0 to every other id; `Pooling("mean")` divides by the sum of
         these weights. The weights are frozen: trained ones would let other tokens leak into the mean.
+        `last`: `Pooling("lasttoken")` alone, which every engine that serves embeddings has; the template ends every
+        input in the BToks, so the last token is the last BTok.
 
         Args:
             tokenizer: The tokenizer whose ids the weights are for.
 
         Returns:
-            `[WordWeights, Pooling]`.
+            `[WordWeights, Pooling]` or `[Pooling]`.
 
         Raises:
             ValueError: For the readouts `attention` and `vectors`, which no stock module computes.
@@ -128,11 +130,12 @@ class BTokPooling(Module):
                 f"no stock module computes readout={self.readout!r}. Use 'mean' or 'last', or keep BTokPooling and "
                 "load the saved model with trust_remote_code=True."
             )
-        pooled = self.btok_ids if self.readout == "mean" else self.btok_ids[-1:]
+        if self.readout == "last":
+            return [Pooling(self.embedding_dimension, "lasttoken")]
         # WordWeights looks up by position in `vocab`: one entry for each id, in id order, also where ids have gaps.
         names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
         vocab = _Vocabulary(names.get(token_id, f"<unused {token_id}>") for token_id in range(max(names) + 1))
-        weights = WordWeights(vocab, {vocab[token_id]: 1.0 for token_id in pooled}, unknown_word_weight=0.0)
+        weights = WordWeights(vocab, {vocab[token_id]: 1.0 for token_id in self.btok_ids}, unknown_word_weight=0.0)
         return [weights.requires_grad_(False), Pooling(self.embedding_dimension, "mean")]
 
     def get_embedding_dimension(self) -> int:
