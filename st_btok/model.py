@@ -1,9 +1,10 @@
 """From a decoder-only backbone to an ordinary `SentenceTransformer` that embeds through bottleneck tokens.
 
 The modules are stock ones from the start, so every `save_pretrained` and every Trainer checkpoint loads with a plain
-`SentenceTransformer(path)`: `Transformer` (the chat template appends the BToks), `WordWeights` (1 on the pooled BTok
-ids, 0 on every other id), `Pooling("mean")` (divides by the sum of the weights, hence a mean over the BToks),
-`Normalize`; with `readout="last"` only `Transformer`, `Pooling("lasttoken")`, `Normalize`. This file is the only one that knows their order.
+`SentenceTransformer(path)`: `Transformer` (the chat template appends the BToks), `WordWeights` (1 on the BTok ids, 0 on
+every other id), `Pooling("mean")` (divides by the sum of the weights, hence a mean over the BToks), `Normalize`; with
+`readout="last"` only `Transformer`, `Pooling("lasttoken")`, `Normalize`. This file is the only one that knows their
+order.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def _set_processing(
         # `AutoProcessor.from_pretrained(..., max_pixels=...)` leaves them here too, where they override every `size`.
         tokenizer_of(transformer).init_kwargs.pop(name, None)
     size = dict(getattr(image_processor, "size", None) or {})
-    if {"shortest_edge", "longest_edge"} <= set(size) and hasattr(image_processor, "merge_size"):
+    if image_processor and {"shortest_edge", "longest_edge"} <= set(size) and hasattr(image_processor, "merge_size"):
         lower = min_pixels or size["shortest_edge"]
         upper = max_pixels or min(size["longest_edge"], MAX_PIXELS)
         if not 0 < lower <= upper:

@@ -100,7 +100,7 @@ def test_a_text_backbone_in_bare_transformers(tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llama"])
 def test_readout_last_is_last_token_pooling_and_nothing_else(name, tmp_path):
-    """What an engine reads: three module entries, `lasttoken`, and ids it gets from rendering and tokenizing a text."""
+    """What an engine reads: three module entries, `lasttoken`, and ids from rendering and tokenizing a text."""
     backbone, processor = build(name)
     model = build_model(backbone, readout="last", processor=processor, device="cpu", prompts={"query": "Find: "})
     model.save_pretrained(str(tmp_path))
