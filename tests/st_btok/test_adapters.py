@@ -1,0 +1,206 @@
+"""Adapters: what is trained, what is saved, and that it loads plainly with equal embeddings (invariant 8)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from st_btok import BTokLoss, build_model
+from st_btok.adapters import (
+    base_gap,
+    btok_lora_config,
+    embedding_matrix,
+    language_model_linears,
+    merge_adapters,
+    save_trained,
+)
+from st_btok.model import find_btoks
+from tests.backbones import build, llama, picture, takes
+
+
+def probes(family):
+    texts = ["a", "What is the city?"]
+    return [*texts, {"image": picture(28, 28, 2), "text": "what colour?"}] if takes(family, "image") else texts
+
+
+def adapted(model, base=None, **options):
+    """The model with an adapter whose every part has been moved, as training does."""
+    options = {"r": 4, "alpha": 8, "dropout": 0.0, "init_lora_weights": False, **options}
+    torch.manual_seed(1)
+    model.add_adapter(btok_lora_config(model, base=base, **options))
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return model.eval()
+
+
+def trained(model):
+    return {name: p for name, p in model[0].model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_trained_adapter_reloads_plainly(model, family, use_dora, tmp_path):
+    """Adapter-only and merged; ST #3052, #3434 and colpali 0.3.14 lost parameters here."""
+    inputs = probes(family)
+    before = model.encode(inputs)
+    adapted(model, base=tmp_path / "base", use_dora=use_dora)
+    expected = model.encode(inputs)
+    assert np.abs(expected - before).max() > 0.01
+    assert "adapters alone" in save_trained(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter/model.safetensors").exists()
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "adapter")).encode(inputs), expected, atol=1e-6)
+    assert merge_adapters(model) is model
+    np.testing.assert_allclose(model.encode(inputs), expected, atol=1e-5)
+    assert not any("lora" in name or "token_adapter" in name for name, _ in model.named_modules())
+    assert "no adapters" in save_trained(model, tmp_path / "merged")
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "merged")).encode(inputs), expected, atol=1e-5)
+
+
+def test_only_the_language_model_and_the_btok_rows_train(model, family):
+    backbone = model[0].model
+    inside = {id(parameter) for parameter in backbone.get_decoder().parameters()}
+    linears = {
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) in inside
+    }
+    model.add_adapter(btok_lora_config(model, r=2))
+    rows = [name for name in trained(model) if name.endswith("trainable_tokens_delta.default")]
+    layers = {name.split(".lora_")[0] for name in trained(model) if ".lora_" in name}
+    assert len(rows) == 1 and trained(model)[rows[0]].shape[0] == 4
+    assert len(trained(model)) == 1 + 2 * len(layers)
+    assert layers <= linears
+    # Mixers with a recurrence keep what their fused kernels read directly; attention and MLPs are adapted completely.
+    assert all("mixer" in name or "linear_attn" in name for name in linears - layers)
+
+
+def test_every_adapted_layer_learns(model, family):
+    """An adapter on a weight that the model reads directly would never get a gradient."""
+    adapted(model)
+    features = model.preprocess(probes(family))
+    embeddings = model(features)["sentence_embedding"]
+    (embeddings * torch.randn(embeddings.shape)).sum().backward()
+    silent = [name for name, p in trained(model).items() if p.grad is None or not p.grad.abs().max() > 0]
+    assert not silent
+
+
+def test_the_loss_reads_the_base_matrix_as_head(qwen):
+    """BTok rows are never targets: the value is that of the merged model with the base matrix as its head."""
+    features = [qwen.preprocess([picture(), "a text"]), qwen.preprocess(["red", "blue"])]
+    head = embedding_matrix(qwen[0].model).detach().clone()
+    adapted(qwen)
+    assert torch.equal(embedding_matrix(qwen[0].model), head)
+    merged = merge_adapters(copy.deepcopy(qwen))
+    expected = BTokLoss(merged, lm_head=head)([dict(column) for column in features])
+    found = BTokLoss(qwen)([dict(column) for column in features])
+    for name in ("ranking", "condensation"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-5)
+    found["condensation"].backward()
+    for name, parameter in trained(qwen).items():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_peft_reads_the_saved_dora_too(tmp_path):
+    """The key for DoRA's magnitudes suits both readers."""
+    model, tokenizer = build("llama")
+    model = build_model(model, processor=tokenizer, device="cpu")
+    adapted(model, base=tmp_path / "base", use_dora=True)
+    save_trained(copy.deepcopy(model), tmp_path / "adapter")  # from a copy: the keys must not hang on the original
+    keys = [key for key in load_file(tmp_path / "adapter/adapter_model.safetensors") if "magnitude" in key]
+    assert len(keys) == 14 and all(key.endswith("lora_magnitude_vector.weight") for key in keys)
+    read = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+    features = model.preprocess(["a", "What is the city?"])
+    inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(read(**inputs)[0], model[0].model(**inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_base_that_cannot_be_loaded_is_told_and_merged(qwen, tmp_path, caplog):
+    """Built from a model in memory: there is nothing an adapter could refer to."""
+    with caplog.at_level(logging.WARNING):
+        adapted(qwen)
+    assert "can't be loaded or resumed" in caplog.text and "built from a model in memory" in caplog.text
+    expected = qwen.encode(["a"])
+    assert "adapters merged, because their base can't be loaded" in save_trained(qwen, tmp_path)
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path)).encode(["a"]), expected, atol=1e-5)
+
+
+def test_rows_beyond_the_base_vocabulary(tmp_path):
+    """A base without spare rows can't take the K rows of an adapter (invariant 8)."""
+    model, tokenizer = llama()
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "backbone")
+    grown = build_model(str(tmp_path / "backbone"), device="cpu")
+    rows = len(tokenizer)
+    assert base_gap(grown[0].model).endswith(
+        f"has {rows} embedding rows, the model with its bottleneck tokens has {rows + 4}"
+    )
+    expected = adapted(copy.deepcopy(grown)).encode(["a", "b"])
+    assert "merged" in save_trained(adapted(copy.deepcopy(grown)), tmp_path / "merged")
+    assert "alone" in save_trained(adapted(grown, base=tmp_path / "base"), tmp_path / "adapter")
+    for form in ("merged", "adapter"):
+        loaded = SentenceTransformer(str(tmp_path / form))
+        np.testing.assert_allclose(loaded.encode(["a", "b"]), expected, atol=1e-5)
+
+
+def test_spare_rows_of_the_base_need_nothing(tmp_path):
+    """The adapter holds the K rows, so the base on the hub may hold anything there; without them it may not."""
+    model, processor = build("qwen2_vl")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "backbone")
+    built = build_model(str(tmp_path / "backbone"), device="cpu", init="random", seed=3)
+    assert base_gap(built[0].model) is None
+    plain = adapted(copy.deepcopy(built), trainable_token_indices=None)
+    assert "don't hold the rows" in base_gap(plain[0].model)
+    expected = plain.encode(["a"])
+    assert "merged" in save_trained(plain, tmp_path / "plain")
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "plain")).encode(["a"]), expected, atol=1e-5)
+    adapted(built)
+    assert "alone" in save_trained(built, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "backbone"
+    )
+    loaded = SentenceTransformer(str(tmp_path / "adapter"))
+    np.testing.assert_allclose(loaded.encode(["a"]), built.encode(["a"]), atol=1e-6)
+
+
+def test_a_merged_model_trains_on(qwen):
+    adapted(qwen, use_dora=True)
+    merge_adapters(qwen)
+    assert base_gap(qwen[0].model) and merge_adapters(qwen) is qwen
+    adapted(qwen)
+    assert any("lora_A" in name for name in trained(qwen))
+
+
+def test_nested_models_keep_their_own_layers():
+    """A decoder that is the whole model, with a tower inside: the tower's layers are not the language model's."""
+    model, _ = build("llama")
+    tower, _ = build("llama")
+    backbone = model.model
+    assert isinstance(tower, PreTrainedModel) and backbone.get_decoder() is backbone
+    expected = language_model_linears(backbone)
+    backbone.tower = tower
+    assert language_model_linears(backbone) == expected
+
+
+def test_wrong_arguments(qwen):
+    for options in ({"r": 0}, {"dropout": 1.0}):
+        with pytest.raises(ValueError, match="r must be at least 1 and dropout"):
+            btok_lora_config(qwen, **options)
+    config = btok_lora_config(qwen, use_rslora=True)
+    assert isinstance(config, LoraConfig) and config.use_rslora
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (16, 32, 0.05, False)
+    assert config.trainable_token_indices == find_btoks(qwen)[1]
+    qwen.add_adapter(config)
+    with pytest.raises(ValueError, match="merge_adapters"):
+        btok_lora_config(qwen)
