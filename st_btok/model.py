@@ -1,10 +1,10 @@
 """From a decoder-only backbone to an ordinary `SentenceTransformer` that embeds through bottleneck tokens.
 
 The modules are stock ones from the start, so every `save_pretrained` and every Trainer checkpoint loads with a plain
-`SentenceTransformer(path)`: `Transformer` (the chat template appends the BToks), `WordWeights` (1 on the BTok ids, 0 on
-every other id), `Pooling("mean")` (divides by the sum of the weights, hence a mean over the BToks), `Normalize`; with
-`readout="last"` only `Transformer`, `Pooling("lasttoken")`, `Normalize`. This file is the only one that knows their
-order.
+`SentenceTransformer(path)`: `Transformer` (the chat template appends the BToks), `WordWeights` (1 on the BTok ids, 0
+on every other id), `Pooling("mean")` (divides by the sum of the weights, hence a mean over the BToks), `Normalize`.
+With `readout="last"` it is `Transformer`, `Pooling("lasttoken")`, `Normalize`. This file is the only one that knows
+their order.
 """
 
 from __future__ import annotations
