@@ -45,20 +45,27 @@ def _built() -> dict:
     return {}
 
 
-def _model(built: dict, family: str):
-    if family not in built:
-        model, processor = build(family)
-        built[family] = build_model(model, processor=processor, device="cpu")
-    return copy.deepcopy(built[family])
+@pytest.fixture
+def btok_model(_built):
+    """`btok_model(family, **options)`: a fresh model from `build_model`, built once per family and set of options."""
+
+    def get(family: str, **options):
+        key = (family, *sorted(options.items()))
+        if key not in _built:
+            backbone, processor = build(family)
+            _built[key] = build_model(backbone, processor=processor, device="cpu", **options)
+        return copy.deepcopy(_built[key])
+
+    return get
 
 
 @pytest.fixture
-def model(_built, family):
+def model(btok_model, family):
     """A fresh BTok model of each family."""
-    return _model(_built, family)
+    return btok_model(family)
 
 
 @pytest.fixture
-def qwen(_built):
+def qwen(btok_model):
     """A fresh BTok model on a tiny Qwen2-VL."""
-    return _model(_built, "qwen2_vl")
+    return btok_model("qwen2_vl")

@@ -5,6 +5,8 @@ Independent truths: the mean of hidden states computed by hand from the bare bac
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import subprocess
 import sys
@@ -18,16 +20,28 @@ from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5For
 
 from st_btok import build_model
 from st_btok.model import find_btoks
-from tests.backbones import LLAMA_TEMPLATE, build, inputs, llama, picture, tokenizer
+from st_btok.targets import ContentReader
+from tests.backbones import (
+    BUILDERS,
+    LLAMA_TEMPLATE,
+    build,
+    inputs,
+    llama,
+    paligemma,
+    picture,
+    takes,
+    tokenizer,
+    videos,
+)
 
 
 def by_hand(model, sample, readout="mean"):
     """Embedding of one input from the bare backbone: pick the BTok states by id, mean, normalise."""
     transformer, ids = find_btoks(model)
     features = transformer.preprocess([sample])
-    drop = ("modality", "num_images_per_sample", "num_videos_per_sample")
+    names = inspect.signature(transformer.model.forward).parameters
     with torch.no_grad():
-        states = transformer.model(**{k: v for k, v in features.items() if k not in drop}).last_hidden_state[0]
+        states = transformer.model(**{k: v for k, v in features.items() if k in names}).last_hidden_state[0]
     rows = torch.stack([states[features["input_ids"][0].tolist().index(token)] for token in ids])
     pooled = rows.mean(0) if readout == "mean" else rows[-1]
     return (pooled / pooled.norm()).numpy()
@@ -39,18 +53,16 @@ def test_modules_are_stock(model):
 
 
 @pytest.mark.parametrize("readout", ["mean", "last"])
-def test_embedding_is_the_readout_of_the_btok_states(family, readout):
-    backbone, processor = build(family)
-    model = build_model(backbone, readout=readout, processor=processor, device="cpu")
-    for sample in inputs(family):
+def test_embedding_is_the_readout_of_the_btok_states(btok_model, family, readout):
+    model = btok_model(family, readout=readout)
+    for sample in inputs(family) + videos(family):
         np.testing.assert_allclose(model.encode([sample])[0], by_hand(model, sample, readout), atol=1e-6)
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batch_order_and_padding_side_do_not_matter(family, template, side):
-    backbone, processor = build(family)
-    model = build_model(backbone, template=template, processor=processor, device="cpu")
+def test_batch_order_and_padding_side_do_not_matter(btok_model, family, template, side):
+    model = btok_model(family, template=template)
     model.tokenizer.padding_side = side
     samples = inputs(family)[:-1]  # conversations with media must not share a batch with other inputs
     single = np.concatenate([model.encode([sample]) for sample in samples])
@@ -62,30 +74,37 @@ def test_batch_order_and_padding_side_do_not_matter(family, template, side):
     assert distances.min() > 1e-2, "the inputs must differ for this to mean anything"
 
 
-def test_saved_model_loads_without_the_package(model, family, tmp_path):
+def test_saved_models_load_without_the_package(btok_model, tmp_path):
     """Invariant 2, in a process where importing st_btok fails; text, and an image given by path."""
     picture(56, 28, 1).save(tmp_path / "image.png")
-    samples = ["a", "What is the city?"] + ([] if family == "llama" else [str(tmp_path / "image.png")])
-    expected = model.encode(samples)
-    model.save_pretrained(str(tmp_path / "btok"))
+    expected, samples = {}, {}
+    for family in BUILDERS:
+        model = btok_model(family)
+        samples[family] = ["a", "What is the city?"] + (["image.png"] if takes(family, "image") else [])
+        with contextlib.chdir(tmp_path):
+            expected[family] = model.encode(samples[family])
+        model.save_pretrained(str(tmp_path / family))
     code = f"""
         import sys, json
         sys.modules["st_btok"] = None  # makes every import of it fail
         from sentence_transformers import SentenceTransformer
-        model = SentenceTransformer({str(tmp_path / "btok")!r}, device="cpu")
-        print("EMBEDDINGS", json.dumps(model.encode({samples!r}).tolist()))
+        for family, samples in {samples!r}.items():
+            model = SentenceTransformer(family, device="cpu")
+            print("EMBEDDINGS", family, json.dumps(model.encode(samples).tolist()))
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    line = next(line for line in run.stdout.splitlines() if line.startswith("EMBEDDINGS"))
-    np.testing.assert_allclose(np.array(json.loads(line.split(" ", 1)[1])), expected, atol=1e-6)
+    lines = [line.split(" ", 2)[1:] for line in run.stdout.splitlines() if line.startswith("EMBEDDINGS")]
+    assert [family for family, _ in lines] == list(BUILDERS)
+    for family, found in lines:
+        np.testing.assert_allclose(np.array(json.loads(found)), expected[family], atol=1e-6, err_msg=family)
 
 
 def test_saved_model_gives_equal_embeddings_for_every_input(model, family, tmp_path):
-    expected = model.encode(inputs(family)[:-1])
     model.save_pretrained(str(tmp_path))
     loaded = SentenceTransformer(str(tmp_path), device="cpu")
-    np.testing.assert_allclose(loaded.encode(inputs(family)[:-1]), expected, atol=1e-6)
+    for samples in filter(None, (inputs(family)[:-1], videos(family))):
+        np.testing.assert_allclose(loaded.encode(samples), model.encode(samples), atol=1e-6)
     assert loaded[0].processing_kwargs == model[0].processing_kwargs
     card = (tmp_path / "README.md").read_text()
     assert len(card) < 50_000, "the vocabulary must not be printed into the model card"
@@ -102,22 +121,20 @@ def test_saved_model_loads_in_bare_transformers(qwen, tmp_path):
     np.testing.assert_allclose((pooled / pooled.norm()).numpy(), qwen.encode(["hello"])[0], atol=1e-6)
 
 
-def test_attention_implementations_agree(family, tmp_path):
-    backbone, processor = build(family)
-    build_model(backbone, processor=processor, device="cpu").save_pretrained(str(tmp_path))
-    by_name = {
-        name: SentenceTransformer(str(tmp_path), device="cpu", model_kwargs={"attn_implementation": name}).encode(
-            inputs(family)[:-1]
-        )
-        for name in ("eager", "sdpa")
-    }
+def test_attention_implementations_agree(model, family):
+    backbone = model[0].model
+    if not backbone._supports_sdpa:
+        pytest.skip(f"{type(backbone).__name__} has one attention implementation only")
+    by_name = {}
+    for name in ("eager", "sdpa"):
+        backbone.set_attn_implementation(name)
+        by_name[name] = model.encode(inputs(family)[:-1])
     np.testing.assert_allclose(by_name["eager"], by_name["sdpa"], atol=1e-4)
+    assert family == "mamba" or not np.array_equal(by_name["eager"], by_name["sdpa"]), "the switch did something"
 
 
-def test_prompts_change_the_embedding_and_survive_saving(family, tmp_path):
-    backbone, processor = build(family)
-    prompts = {"query": "Find: ", "document": "Text: "}
-    model = build_model(backbone, processor=processor, prompts=prompts, device="cpu")
+def test_prompts_change_the_embedding_and_survive_saving(model, tmp_path):
+    model.prompts = {"query": "Find: ", "document": "Text: "}
     plain, query, document = model.encode(["a"]), model.encode_query(["a"]), model.encode_document(["a"])
     assert np.abs(plain - query).max() > 1e-3 and np.abs(query - document).max() > 1e-3
     np.testing.assert_allclose(model.encode(["a"], prompt="Find: "), query, atol=1e-6)
@@ -153,14 +170,13 @@ def test_multi_process_pool(qwen):
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
-def test_long_inputs_lose_text_only(family, template):
+def test_long_inputs_lose_text_only(btok_model, family, template):
     """Invariant 11: K BToks, every medium, and the text cut at its end."""
-    backbone, processor = build(family)
-    model = build_model(backbone, template=template, processor=processor, max_seq_length=150, device="cpu")
+    model = btok_model(family, template=template, max_seq_length=150)
     transformer, ids = find_btoks(model)
     long = "abcdefghij" * 100
     samples = [long]
-    if family != "llama":
+    if takes(family, "image"):
         samples += [{"image": picture(), "text": long}, {"text": long, "image": [picture(28, 28), picture(28, 28)]}]
     for sample in samples:
         row = transformer.preprocess([sample])
@@ -169,8 +185,11 @@ def test_long_inputs_lose_text_only(family, template):
         text = model.tokenizer.decode(tokens)
         assert "abcdefghij" in text and long not in text
         assert len(tokens) <= 150
-        count = 0 if isinstance(sample, str) else 1 if not isinstance(sample["image"], list) else 2
-        assert len(row.get("image_grid_thw", [])) == count
+        if not isinstance(sample, str):
+            alone = transformer.preprocess([{"image": sample["image"], "text": "a"}])["input_ids"][0]
+            placeholder = ContentReader(transformer).media
+            kept = torch.isin(row["input_ids"][0], placeholder).sum()
+            assert kept == torch.isin(alone, placeholder).sum() > 0, "every medium with all of its tokens"
     model.encode(samples)
 
 
@@ -179,7 +198,7 @@ def test_conversations_beside_other_inputs_keep_their_text(model, family):
     turns = [{"role": "user", "content": "a red kitten"}]
     np.testing.assert_allclose(model.encode([turns, "b"])[0], model.encode([turns])[0], atol=1e-6)
     assert np.abs(model.encode([turns])[0] - model.encode([""])[0]).max() > 1e-3
-    if family != "llama":
+    if takes(family, "image"):
         turns = [{"role": "user", "content": [{"type": "image", "image": picture()}]}]
         assert model.encode([turns]).shape == (1, 32)
         with pytest.raises(Exception, match="image content can't share a batch"):
@@ -193,12 +212,11 @@ def test_max_chars_can_be_set_for_one_call(qwen):
     assert "abc" in text and "abcd" not in text and row[-4:] == ids
 
 
-def test_media_that_cannot_fit_are_an_error_naming_the_row(family):
-    if family == "llama":
+def test_media_that_cannot_fit_are_an_error_naming_the_row(btok_model, family):
+    if not takes(family, "image"):
         pytest.skip("text only: there are no media that could not fit")
-    backbone, processor = build(family)
-    model = build_model(backbone, processor=processor, max_seq_length=100, device="cpu")
-    fits, too_many = {"image": [picture()] * 2, "text": "ok"}, {"image": [picture()] * 9, "text": "nine kittens"}
+    model = btok_model(family, max_seq_length=120)
+    fits, too_many = {"image": [picture()] * 2, "text": "ok"}, {"image": [picture()] * 30, "text": "nine kittens"}
     with pytest.raises(Exception, match=r"nine kittens.*limit max_chars is \d+"):
         model.encode([fits, too_many])
     assert model.encode([fits]).shape == (1, 32)
@@ -269,6 +287,21 @@ def test_a_backbone_that_looks_ahead_is_refused():
     backbone.config.is_causal = False
     with pytest.raises(ValueError, match="must be causal.*changed earlier states"):
         build_model(backbone, processor=processor)
+
+
+def test_prefix_attention_is_refused():
+    """PaliGemma: image and prompt see each other in both directions, so the input's states see the BToks."""
+    backbone, processor = paligemma()
+    with pytest.raises(ValueError, match="must be causal.*paligemma"):
+        build_model(backbone.eval(), processor=processor, template="plain")
+
+
+def test_images_and_videos_of_smolvlm_need_calls_of_their_own(btok_model):
+    """Its processor keeps both kinds of pixels under one name; the mix is an error, not a wrong embedding."""
+    model = btok_model("smolvlm")
+    assert model.encode([*videos("smolvlm"), "a text"]).shape == (2, 32)
+    with pytest.raises(ValueError, match="features and image tokens do not match"):
+        model.encode([*videos("smolvlm"), picture()])
 
 
 def test_a_template_that_drops_the_btoks_is_refused():

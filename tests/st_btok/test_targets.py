@@ -9,7 +9,7 @@ from st_btok import build_model
 from st_btok.attention import BTOK, INPUT, TARGET
 from st_btok.model import find_btoks
 from st_btok.targets import Content, ContentReader, choose_targets, join_targets
-from tests.backbones import build, clip, inputs, picture, tokenizer
+from tests.backbones import build, clip, inputs, picture, sound, takes, tokenizer
 
 END = 99
 
@@ -22,17 +22,21 @@ def texts(model, samples, prompt=None, **options) -> list[tuple[str, bool]]:
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_content_is_the_text_without_anything_around_it(family, template, side):
-    backbone, processor = build(family)
-    model = build_model(backbone, template=template, processor=processor, device="cpu")
+def test_content_is_the_text_without_anything_around_it(btok_model, family, template, side):
+    model = btok_model(family, template=template)
     model.tokenizer.padding_side = side
     samples = ["a red kitten", "x", "", " two\nlines "]
     expected = [("a red kitten", False), ("x", False), ("", False), ("two\nlines", False)]
-    if family != "llama":
-        samples += [picture(), {"image": picture(), "text": "what?"}, {"video": clip(), "text": "when?"}]
-        expected += [("", True), ("what?", True), ("when?", True)]
-        if family == "qwen3_vl":
-            expected[-1] = (None, True)  # its processor writes time stamps between the frames; they are text
+    if takes(family, "image"):
+        samples += [picture(), {"image": picture(), "text": "what?"}]
+        expected += [("", True), ("what?", True)]
+    if takes(family, "audio"):
+        samples += [{"audio": sound()}, {"audio": sound(), "text": "who?"}]
+        expected += [("", True), ("who?", True)]
+    if takes(family, "video") and family != "smolvlm":
+        samples.append({"video": clip(), "text": "when?"})
+        # Qwen3-VL and InternVL write time stamps or numbers between the frames; they are text.
+        expected.append((None if family in ("qwen3_vl", "qwen3_5", "internvl") else "when?", True))
     found = texts(model, samples)
     for got, wanted in zip(found, expected, strict=True):
         assert got[1] == wanted[1]
@@ -40,10 +44,8 @@ def test_content_is_the_text_without_anything_around_it(family, template, side):
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
-def test_instructions_are_not_content(family, template):
-    backbone, processor = build(family)
-    prompts = {"query": "Find a thing: "}
-    model = build_model(backbone, template=template, processor=processor, prompts=prompts, device="cpu")
+def test_instructions_are_not_content(btok_model, family, template):
+    model = btok_model(family, template=template)
     told = texts(model, ["kitten"], prompt="Find a thing: ", instructions=["Find a thing: ", "Find"])
     assert told == [("kitten", False)]
     if template == "chat":
