@@ -4,7 +4,10 @@ Axis letters, fixed for the whole package: B batch, T tokens, K bottleneck token
 tokens of a row, M target tokens of a batch.
 """
 
+from st_btok.adapters import btok_lora_config, merge_adapters
 from st_btok.attention import condensation_attention, condensation_mask, register_condensation_attention
+from st_btok.budgets import read_budget
+from st_btok.cached_losses import CachedBTokLoss
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.condensation import condensation_nll
 from st_btok.losses import BTokLoss
@@ -17,14 +20,18 @@ __all__ = [
     "__version__",
     "BTokLoss",
     "BTokPooling",
+    "CachedBTokLoss",
     "add_btoks",
     "append_btoks",
     "btok_ids",
+    "btok_lora_config",
     "btok_tokens",
     "build_model",
     "condensation_attention",
     "condensation_mask",
     "condensation_nll",
+    "merge_adapters",
     "plain_template",
+    "read_budget",
     "register_condensation_attention",
 ]

@@ -1,16 +1,8 @@
-"""The condensation loss: how well a target can be generated from nothing but the bottleneck tokens of its source.
-
-One forward pass serves both losses (design: by causality the BTok states do not see the target). The pass goes through
-the model's own `forward`, so whatever wraps the model (DDP, compile) sees one ordinary call: hooks on the Transformer
-module swap the joint rows in, read the negative log-likelihood off the last layer, and swap the original layout back
-before any pooling module runs.
-"""
+"""The condensation term: the likelihood of target tokens, the LM head it needs, and the proof that nothing leaks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from st_btok.adapters import embedding_matrix
 from st_btok.attention import BTOK, INPUT, TARGET, condensation_attention
 from st_btok.targets import JointBatch
 
@@ -56,41 +49,6 @@ def condensation_nll(states: Tensor, labels: Tensor, head: Tensor) -> Tensor:
         for s, t in zip(states.split(size), labels.split(size), strict=True)
     ]
     return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
-
-
-@contextmanager
-def condensed_forward(transformer: Transformer, batch: JointBatch, head: Tensor) -> Iterator[None]:
-    """Inside this block, one call of the model on `batch.original` also yields the condensation term.
-
-    The output features get `condensation_nll` (B,): the sum over each row's target tokens.
-
-    Args:
-        transformer: The model's first module, unwrapped.
-        batch: The joint rows.
-        head: (V, D) output embedding matrix.
-
-    Yields:
-        Nothing.
-    """
-
-    def swap_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (dict(batch.features), *args[1:])
-
-    def swap_out(module: nn.Module, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any]:
-        states = output["token_embeddings"]  # (B, T + N, D)
-        rows, positions = batch.predictors.T
-        nll = condensation_nll(states[rows, positions], batch.labels, head)
-        per_row = nll.new_zeros(states.shape[0]).index_add(0, rows, nll)
-        index = batch.positions[..., None].expand(-1, -1, states.shape[-1])
-        return {**batch.original, "token_embeddings": states.gather(1, index), NLL_KEY: per_row}
-
-    handles = [transformer.register_forward_pre_hook(swap_in), transformer.register_forward_hook(swap_out)]
-    try:
-        with condensation_attention(transformer.model, batch.segments):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find_leak(transformer: Transformer, batch: JointBatch) -> float:
@@ -145,9 +103,7 @@ def find_leak(transformer: Transformer, batch: JointBatch) -> float:
     return leak
 
 
-def output_embeddings(
-    model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None = None
-) -> Tensor | nn.Parameter:
+def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None = None) -> Tensor:
     """The (V, D) matrix that turns last-layer states into logits.
 
     A BTok model holds the backbone without its LM head. With tied embeddings the input matrix is the head. An untied
@@ -169,7 +125,7 @@ def output_embeddings(
     if isinstance(lm_head, Tensor):
         return lm_head
     config = model.config
-    embeddings = model.get_input_embeddings().get_parameter("weight")
+    embeddings = embedding_matrix(model)
     if lm_head is None and getattr(config, "tie_word_embeddings", False):
         return embeddings
     source = lm_head or config.name_or_path
@@ -200,7 +156,6 @@ def _read_lm_head(source: str) -> Tensor | None:
 
 
 def _shard_of(index: Path, key: str) -> str | None:
-
     return json.loads(index.read_text())["weight_map"].get(key)
 
 

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import WordWeights
+from sentence_transformers.util import cos_sim
 from torch import Tensor, nn
 
-from st_btok.condensation import NLL_KEY, condensed_forward, find_leak, output_embeddings
+from st_btok.adapters import embedding_matrix
+from st_btok.budgets import budget_embeddings, check_budgets
+from st_btok.condensation import NLL_KEY, find_leak, output_embeddings
+from st_btok.loss_parts import LossParts
 from st_btok.model import find_btoks
+from st_btok.negatives import FilteredSimilarity, RowFacts, row_facts
 from st_btok.pooling import check_btoks
+from st_btok.processes import across_processes, gather_columns, token_mean
+from st_btok.routes import ALL_LAYERS, ROUTES, Route, condensed_forward
 from st_btok.schedule import Schedule
-from st_btok.targets import TARGET_SIDES, ContentReader, JointBatch, TargetSide, choose_targets, join_targets
+from st_btok.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets, probe_batch
 
-
-class LossParts(dict[str, Tensor]):
-    """What one call of the loss computed. The Trainer sums `values()` into the loss and logs all `items()`.
-
-    `values()` are the optimised parts only (ranking, weighted condensation); `items()` holds them unweighted, with the
-    weight and the number of generated tokens beside them.
-    """
-
-    def __init__(self, logged: dict[str, Tensor], optimised: list[Tensor]) -> None:
-        super().__init__(logged)
-        self._optimised = optimised
-
-    def values(self) -> list[Tensor]:  # type: ignore[override]
-        """The parts that sum to the loss."""
-        return self._optimised
-
-    def sum(self) -> Tensor:
-        """The loss."""
-        return torch.stack(self._optimised).sum()
+logger = logging.getLogger(__name__)
 
 
 class BTokLoss(nn.Module):
@@ -58,16 +51,28 @@ class BTokLoss(nn.Module):
             positive from the query; without text nothing. For several datasets give each its own `BTokLoss`.
         condensation_steps: The condensation part is on for the first N optimizer steps only. Default None: always.
             The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000).
+        route: How the target reads the bottleneck tokens; see `routes.py`. `"auto"` (default) measures: `"attention"`
+            (mask) where the leak probe is exactly 0, `"prefix"` where it is not (hybrids, state-space models);
+            `"kv"` with flash attention, which takes no mask. The choice is logged.
         max_target_tokens: Longest target in tokens, the closing end-of-turn token included; at least 1. Default 64.
         instructions: Prompts to leave out of targets, for `template="plain"`, where a prompt stands directly before
             the text. The model's own `prompts` always count. Under `template="chat"` prompts are a turn of their own.
         lm_head: Where the output embeddings of an untied backbone come from; see `condensation.output_embeddings`.
+        train_lm_head: Whether an untied head is trained, by the loss' own parameter; it is never part of the saved
+            embedder. Default False. One process only: the loss is outside of what DDP and FSDP synchronise.
+        btok_budgets: Train prefixes of the bottleneck tokens, such as `(1, 2, 4)`: the ranking part is the mean over
+            embeddings from that many first tokens; see `read_budget`. Default None: all K.
+        false_negative_margin: Drop in-batch negatives that are duplicates of the positive, or that score above it by
+            more than this, in units of the similarity, at least 0; see `negatives.py`. Default None: off.
+        same_modality_negatives: Keep only negatives of the positive's modality. Default False.
+        gather_across_devices: Compute both parts over the rows of all processes. Default False.
         **ranking: All further arguments of `MultipleNegativesRankingLoss`: `similarity_fct`, `directions`,
-            `partition_mode`, `hardness_mode`, `hardness_strength`, `gather_across_devices`.
+            `partition_mode`, `hardness_mode`, `hardness_strength`.
 
     Requirements:
         1. (query, positive) pairs, optionally with one or more negatives; text, images, videos or dicts of them.
-        2. A backbone whose attention takes a mask (checked on the first batch).
+        2. For `route="attention"`, a backbone that moves information between positions by masked attention only; this
+           is measured when the loss is made.
 
     Inputs:
         +-------------------------------------------------+--------+
@@ -85,6 +90,9 @@ class BTokLoss(nn.Module):
 
     Relations:
         - With ``condensation_weight=0`` this is :class:`MultipleNegativesRankingLoss`.
+        - :class:`CachedBTokLoss` is equal to this loss for any batch size at the memory of a mini-batch.
+        - :class:`MatryoshkaLoss`, :class:`Matryoshka2dLoss` and :class:`AdaptiveLayerLoss` around it modify the
+          ranking part; the condensation term counts once.
 
     Raises:
         ValueError: If the model has no bottleneck tokens, an argument is out of range, or the LM head is not found.
@@ -112,35 +120,51 @@ class BTokLoss(nn.Module):
         condensation_weight: float | Callable[[int], float] = 1.0,
         target: TargetSide = "auto",
         *,
+        route: Route | Literal["auto"] = "auto",
         condensation_steps: int | None = None,
         max_target_tokens: int = 64,
         instructions: Sequence[str] = (),
         lm_head: nn.Module | Tensor | str | None = None,
+        train_lm_head: bool = False,
+        btok_budgets: Sequence[int] | None = None,
+        false_negative_margin: float | None = None,
+        same_modality_negatives: bool = False,
+        gather_across_devices: bool = False,
+        similarity_fct: Callable[[Tensor, Tensor], Tensor] = cos_sim,
         **ranking: Any,
     ) -> None:
         super().__init__()
         if target not in TARGET_SIDES:
             raise ValueError(f"target must be one of {TARGET_SIDES}, got {target!r}.")
+        if route not in ("auto", *ROUTES):
+            raise ValueError(f"route must be one of {('auto', *ROUTES)}, got {route!r}.")
         if max_target_tokens < 1:
             raise ValueError(f"max_target_tokens must be at least 1, got {max_target_tokens}.")
         self.model = model
         self.target = target
         self.max_target_tokens = max_target_tokens
+        self.gather_across_devices = gather_across_devices
         self.schedule = Schedule(condensation_weight, condensation_steps)
-        self.ranking = MultipleNegativesRankingLoss(model, scale=scale, **ranking)
+        self.filter = None
+        if false_negative_margin is not None or same_modality_negatives:
+            self.filter = FilteredSimilarity(similarity_fct, false_negative_margin, same_modality_negatives)
+        # Gathering is done here (see `processes.py`), so the ranking loss always sees one whole batch.
+        self.ranking = MultipleNegativesRankingLoss(
+            model, scale=scale, similarity_fct=self.filter or similarity_fct, **ranking
+        )
         transformer, self.btoks = find_btoks(model)
+        self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
         # A loaded checkpoint has trainable WordWeights; trained ones would let other tokens leak into the mean.
         for module in model.modules():
             if isinstance(module, WordWeights):
                 module.requires_grad_(False)
         self.reader = ContentReader(transformer, [*instructions, *filter(None, model.prompts.values())])
-        tied = transformer.model.get_input_embeddings()
-        head = None if target == "none" else output_embeddings(transformer.model, lm_head)
-        # The tied matrix is looked up at every call: adapters and wrappers may replace the module that holds it.
-        self.lm_head = (
-            None if head is None or head is tied.weight else nn.Parameter(head.detach(), requires_grad=False)
-        )
-        self._checked = False
+        self.lm_head = None if target == "none" else _own_head(transformer, lm_head, train_lm_head)
+        self.route: Route | None = None
+        self.leak: float | None = None
+        if target != "none" and condensation_weight != 0:
+            self._choose_route(transformer, route)
+        self._last_call: float | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> LossParts:
         """Both parts for one batch.
@@ -150,72 +174,142 @@ class BTokLoss(nn.Module):
             labels: Not used.
 
         Returns:
-            Scalars by name: `ranking`, `condensation` (nats per target token), `condensation_weight`,
-            `condensation_tokens`. Their `values()` sum to the loss.
+            Scalars by name, `ranking` and `condensation` (nats per target token) first; their `values()` sum to the
+            loss.
 
         Raises:
-            ValueError: If a row lacks its bottleneck tokens, or (first batch) the mask does not cut the input off.
+            ValueError: If a row lacks its bottleneck tokens.
         """
         columns = list(sentence_features)
+        facts = self.facts(columns)
+        weight, targets = self.targets(columns)
+        if any(target is not None for target in targets):
+            embedded = [self.embed(features, target) for features, target in zip(columns, targets, strict=True)]
+            embeddings = [embedding for embedding, _ in embedded]
+            nll = torch.stack([sums.sum() for _, sums in embedded]).sum()
+            # A loss modifier's repeated calls find no new likelihood, so their tokens do not count again.
+            tokens = sum(
+                len(target)
+                for (_, sums), column in zip(embedded, targets, strict=True)
+                if column and len(sums)
+                for target in column
+            )
+        else:
+            with self._budgets():
+                embeddings = embed_columns(self.model, columns)
+            nll, tokens = embeddings[0].new_zeros((), dtype=torch.float32), 0
+        ranking = self.rank(embeddings, facts)
+        condensation, total = self.condense(nll, tokens, weight)
+        logged = self.logged(columns, ranking, condensation, weight, total)
+        return LossParts(logged, ranking, weight * condensation)
+
+    def facts(self, columns: list[dict[str, Any]]) -> list[RowFacts]:
+        """Check every row for its BToks; if negatives are filtered, facts of the rows of all processes."""
         for number, features in enumerate(columns):
             check_btoks(features["input_ids"], features["attention_mask"], self.btoks, f"column {number}")
+        if self.filter is None:
+            return []
+        facts = [row_facts(features, self.reader) for features in columns]
+        return [fact.gathered() for fact in facts] if self.gather_across_devices else facts
+
+    def targets(self, columns: list[dict[str, Any]]) -> tuple[float, list[list[Tensor] | None]]:
+        """The term's weight now, and each column's targets: B id tensors, None for columns that generate nothing."""
         weight = self.schedule()
         if weight == 0 or self.target == "none":
-            embeddings = embed_columns(self.model, columns)
-            nll, tokens = embeddings[0].new_zeros(()), 0
-        else:
-            embeddings, nll, tokens = self._embed_and_condense(columns)
-        ranking = self.ranking.compute_loss_from_embeddings(embeddings, labels=None)  # type: ignore[arg-type]
-        condensation = nll.float() / max(1, tokens)
-        logged = {
+            return weight, [None] * len(columns)
+        query, positive = (self.reader.read(features) for features in columns[:2])
+        chosen = choose_targets(query, positive, self.target, self.reader.end, self.max_target_tokens)
+        return weight, [
+            chosen[number] if number < 2 and any(map(len, chosen[number])) else None for number in range(len(columns))
+        ]
+
+    def embed(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """One pass: (B, D) embeddings, with budgets (B, budgets, D), and the (B,) summed NLL; (0,) without targets."""
+        transformer, _ = find_btoks(unwrap(self.model))
+        with self._budgets() as stack:
+            if targets is not None and ALL_LAYERS not in features:
+                route = self.route or "attention"
+                stack.enter_context(condensed_forward(transformer, features, targets, self.btoks, route, self.lm_head))
+            output = self.model(features)
+        # Taken out: MatryoshkaLoss hands the same output to one call per dimension, and the term counts once.
+        nll = output.pop(NLL_KEY, None)
+        embedding = output["sentence_embedding"]
+        return embedding, embedding.new_zeros(0, dtype=torch.float32) if nll is None else nll
+
+    def _budgets(self) -> ExitStack:
+        stack = ExitStack()
+        if self.budgets is not None:
+            stack.enter_context(budget_embeddings(unwrap(self.model), self.btoks, self.budgets))
+        return stack
+
+    def rank(self, embeddings: list[Tensor], facts: list[RowFacts]) -> Tensor:
+        """The ranking part over the whole batch, from the own rows' embeddings of every column."""
+        if self.gather_across_devices:
+            embeddings = gather_columns(embeddings)
+        budgets = [embeddings] if self.budgets is None else zip(*(e.unbind(1) for e in embeddings), strict=True)
+        losses = []
+        for columns in budgets:
+            if self.filter is not None:
+                self.filter.begin(facts, self.ranking.directions)
+            losses.append(self.ranking.compute_loss_from_embeddings(list(columns), labels=None))  # type: ignore[arg-type]
+        loss = torch.stack(losses).mean()
+        return across_processes(loss) if self.gather_across_devices else loss
+
+    def condense(self, nll: Tensor, tokens: int, weight: float) -> tuple[Tensor, Tensor]:
+        """The condensation part, nats per target token, and the number of tokens it is the mean over."""
+        if not self.gather_across_devices or weight == 0 or self.target == "none":
+            return nll.float() / max(1, tokens), nll.new_tensor(float(tokens))
+        # A collective call: every process makes it, also one whose rows have no target.
+        mean, total = token_mean(nll, tokens)
+        return across_processes(mean), total
+
+    def logged(
+        self, columns: list[dict[str, Any]], ranking: Tensor, condensation: Tensor, weight: float, tokens: Tensor
+    ) -> dict[str, Tensor]:
+        """What the Trainer logs: both parts, weight and size of the term, the leak probe, and the pace."""
+        values = {
             "ranking": ranking,
             "condensation": condensation,
             "condensation_weight": ranking.new_tensor(weight),
-            "condensation_tokens": ranking.new_tensor(float(tokens)),
+            "condensation_tokens": tokens,
         }
-        return LossParts(logged, [ranking, weight * condensation])
+        if self.leak is not None:
+            values["condensation_leak"] = ranking.new_tensor(self.leak)
+        now, before = time.perf_counter(), self._last_call
+        self._last_call = now
+        if before is not None:  # from call to call, so backward pass and update are part of it
+            seen = sum(int(features["attention_mask"].sum()) for features in columns) + int(tokens)
+            values["tokens_per_second"] = ranking.new_tensor(seen / (now - before))
+        return values
 
-    def _embed_and_condense(self, columns: list[dict[str, Any]]) -> tuple[list[Tensor], Tensor, int]:
-        """Embeddings of all columns, summed NLL of all targets, and their number of tokens."""
-        transformer, _ = find_btoks(unwrap(self.model))
-        head = self.lm_head
-        if head is None:
-            head = transformer.model.get_input_embeddings().get_parameter("weight")
-        embeddings, sums, tokens = [], [], 0
-        for features, batch in zip(columns, self.joint_batches(columns), strict=True):
-            if batch is None:
-                embeddings.append(self.model(dict(features))["sentence_embedding"])
-                continue
-            if not self._checked:
-                self._check_leak(batch)
-            with condensed_forward(transformer, batch, head):
-                output = self.model(dict(features))
-            embeddings.append(output["sentence_embedding"])
-            sums.append(output[NLL_KEY].sum())
-            tokens += len(batch.labels)
-        return embeddings, torch.stack(sums).sum() if sums else embeddings[0].new_zeros(()), tokens
-
-    def joint_batches(self, columns: list[dict[str, Any]]) -> Iterator[JointBatch | None]:
-        """The joint rows of each column; None for columns that generate nothing (negatives always)."""
-        query, positive = (self.reader.read(features) for features in columns[:2])
-        targets = choose_targets(query, positive, self.target, self.reader.end, self.max_target_tokens)
-        for number, features in enumerate(columns):
-            if number < 2 and any(map(len, targets[number])):
-                yield join_targets(features, targets[number], self.btoks)
-            else:
-                yield None
-
-    def _check_leak(self, batch: JointBatch) -> None:
-        transformer, _ = find_btoks(unwrap(self.model))
-        leak = find_leak(transformer, batch)
-        if leak != 0.0:
+    def _choose_route(self, transformer: Transformer, route: Route | Literal["auto"]) -> None:
+        """Measure whether the mask cuts the target off, and settle the route."""
+        backbone = type(transformer.model).__name__
+        if route in ("kv", "prefix"):  # both read nothing but the BToks by construction
+            self.route = route
+            probe = probe_batch(transformer, self.btoks, self.reader.end)
+            with torch.no_grad():  # whether the backbone can run it shows here, not after the first batch
+                self.embed(dict(probe.original), [probe.labels.cpu()])
+            return
+        reason = "it has no SDPA attention"
+        if getattr(transformer.model, "_supports_sdpa", True):
+            self.leak = find_leak(transformer, probe_batch(transformer, self.btoks, self.reader.end))
+            reason = f"a gradient of {self.leak:.2g} passed around the mask, which must be 0"
+        cut_off = self.leak == 0.0
+        if route == "attention" and not cut_off:
             raise ValueError(
-                "the condensation mask must cut the target off from its input, but on the first batch a gradient of "
-                f"{leak:.2g} passed around it: {type(transformer.model).__name__} moves information between positions "
-                "outside of masked attention (recurrent or convolutional layers?). Train this backbone with "
-                "condensation_weight=0, or use one with attention layers only."
+                f"the condensation mask must cut the target off from its input, but for {backbone} {reason}: "
+                'recurrent or convolutional layers, or an attention that takes no mask? Use route="prefix" or route="auto".'
             )
-        self._checked = True
+        flash = "flash" in (transformer.model.config.get_text_config(decoder=True)._attn_implementation or "")
+        checkpointing = getattr(transformer.model, "is_gradient_checkpointing", False)
+        if not cut_off:
+            self.route = "prefix"
+        elif route == "auto" and flash and not checkpointing:
+            self.route, reason = "kv", "flash attention takes no mask"
+        else:
+            self.route, reason = "attention", "the leak probe is 0"
+        logger.info("BTokLoss uses route=%r on %s: %s.", self.route, backbone, reason)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
@@ -224,8 +318,13 @@ class BTokLoss(nn.Module):
             "condensation_weight": getattr(weight, "__name__", repr(weight)) if callable(weight) else weight,
             "condensation_steps": self.schedule.steps,
             "target": self.target,
+            "route": self.route,
             "max_target_tokens": self.max_target_tokens,
+            "btok_budgets": self.budgets,
+            "false_negative_margin": self.filter.margin if self.filter else None,
+            "same_modality_negatives": self.filter.same_modality if self.filter else False,
             **self.ranking.get_config_dict(),
+            "gather_across_devices": self.gather_across_devices,
         }
 
     @property
@@ -253,3 +352,11 @@ def unwrap(model: Any) -> SentenceTransformer:
     while not isinstance(model, SentenceTransformer):
         model = model.module if hasattr(model, "module") else model._orig_mod
     return model
+
+
+def _own_head(transformer: Transformer, lm_head: nn.Module | Tensor | str | None, train: bool) -> nn.Parameter | None:
+    """An untied LM head as a parameter of the loss; None for a tied one, which is looked up whenever it is needed."""
+    head = output_embeddings(transformer.model, lm_head)
+    if head is embedding_matrix(transformer.model):
+        return None
+    return nn.Parameter(head.detach(), requires_grad=train)

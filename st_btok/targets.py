@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
 
@@ -44,11 +45,9 @@ class ContentReader:
         self.btoks = btok_ids(tokenizer)
         added = tokenizer.added_tokens_decoder
         special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        config = transformer.config
-        for name in ("image_token_id", "video_token_id", "audio_token_id"):
-            self._add(special, getattr(config, name, None))
-        media = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
-        self.media = torch.tensor(sorted(token for token in media if token is not None), dtype=torch.long)
+        self.media_tokens = media_tokens(transformer)
+        special |= set(self.media_tokens.values())
+        self.media = torch.tensor(sorted(set(self.media_tokens.values())), dtype=torch.long)
         self.special = torch.tensor(sorted(special), dtype=torch.long)
         self.blank = {i for i in range(len(tokenizer)) if i not in special and not str(tokenizer.decode([i])).strip()}
         first, second = (self._render(transformer, text) for text in ("0", "1 2 3 4"))
@@ -65,11 +64,6 @@ class ContentReader:
         texts = [text for text in instructions if text]
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         self.instructions = sorted(ids, key=len, reverse=True)
-
-    @staticmethod
-    def _add(ids: set[int], value: int | None) -> None:
-        if value is not None:
-            ids.add(value)
 
     @staticmethod
     def _render(transformer: Transformer, text: str, prompt: str | None = None) -> list[int]:
@@ -104,6 +98,19 @@ class ContentReader:
         while kept and kept[-1] in self.blank:
             kept = kept[:-1]
         return Content(torch.tensor(kept, dtype=torch.long), has_media)
+
+
+def media_tokens(transformer: Transformer) -> dict[str, int]:
+    """Ids of the placeholder tokens of a backbone, by kind of medium.
+
+    Args:
+        transformer: The model's first module.
+
+    Returns:
+        `"image"`, `"video"`, `"audio"`, as far as the backbone has them.
+    """
+    named = {kind: getattr(transformer.config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
+    return {kind: token for kind, token in named.items() if token is not None}
 
 
 def choose_targets(
@@ -207,6 +214,27 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
     predictors = is_target.nonzero()  # (M, 2), row-major like `labels`
     predictors = torch.stack([predictors[:, 0], predictors[:, 1] - 1], 1)
     return JointBatch(joint, segments, features, (mask.cumsum(1) - 1).clamp(min=0), predictors, labels)
+
+
+def probe_batch(transformer: Transformer, btoks: list[int], end: int) -> JointBatch:
+    """One joint row to measure a backbone with: an image where it takes images, text, and a short target.
+
+    Args:
+        transformer: The model's first module.
+        btoks: The K token ids.
+        end: Id of the end-of-turn token.
+
+    Returns:
+        The row, on the backbone's device.
+    """
+    sample: dict[str, Any] = {"text": "1 2 3 4"}
+    if "image" in transformer.modality_config:
+        sample["image"] = Image.new("RGB", (56, 56), "red")
+    features = transformer.preprocess([sample])
+    text = tokenizer_of(transformer)("5 6 7", add_special_tokens=False)["input_ids"]
+    device = transformer.model.device
+    features = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
+    return join_targets(features, [torch.tensor([*text, end])], btoks)
 
 
 def _common(left: list[int], right: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""The condensation term against full logits computed by hand, invariants 3 and 4, and the LM head."""
+"""The likelihood of targets, the leak probe (invariant 4) and the LM head."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import MambaConfig, MambaForCausalLM
 
 from st_btok import BTokLoss, build_model, condensation_nll
 from st_btok import condensation as condensation_module
-from st_btok.attention import INPUT, TARGET, condensation_attention
-from st_btok.condensation import NLL_KEY, condensed_forward, find_leak, output_embeddings
+from st_btok.attention import TARGET, condensation_attention
+from st_btok.condensation import find_leak, output_embeddings
 from st_btok.model import find_btoks
-from tests.backbones import build, inputs, tokenizer
+from st_btok.targets import join_targets
+from tests.backbones import build, inputs
 
 
-def joint(model, family, side="positive"):
-    """A column with every modality, its joint rows, and their targets."""
+def joint(model, family):
+    """Joint rows of every modality that a family takes."""
     samples = inputs(family)[:-1]
-    features = model.preprocess(samples)
-    positives = model.preprocess([f"target number {i}" for i in range(len(samples))])
-    batch = next(iter(BTokLoss(model, target=side).joint_batches([features, positives])))
-    return features, batch
+    texts = [torch.tensor(model.tokenizer(f"target number {i}")["input_ids"]) for i in range(len(samples))]
+    return join_targets(model.preprocess(samples), texts, find_btoks(model)[1])
+
+
+def masks(model):
+    """Whether the attention route is for this backbone."""
+    return BTokLoss(model).route == "attention"
 
 
 def test_nll_is_cross_entropy_in_chunks(monkeypatch):
@@ -50,51 +53,13 @@ def test_logits_never_exist_for_the_whole_batch(monkeypatch):
     assert len(sizes) == 8 and max(sizes) <= 200
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_term_is_the_masked_likelihood_of_the_target(model, family, side):
-    """Independent truth: logits of the bare backbone, one row at a time, under an explicit 4-D mask."""
-    model.tokenizer.padding_side = side
-    features, batch = joint(model, family)
-    transformer, ids = find_btoks(model)
-    head = transformer.model.get_input_embeddings().weight
-    with torch.no_grad(), condensed_forward(transformer, batch, head):
-        nll = model(dict(features))[NLL_KEY]
-    assert len(nll) == len(features["input_ids"])
-    for row in range(3):  # the text rows; rows with media have no position ids under a 4-D mask
-        tokens = batch.features["input_ids"][row][batch.features["attention_mask"][row].bool()]
-        roles = batch.segments[row][: len(tokens)]
-        allowed = torch.ones(len(tokens), len(tokens)).tril().bool()
-        allowed &= ~((roles == TARGET)[:, None] & (roles == INPUT)[None])
-        positions = torch.arange(len(tokens))[None]
-        with torch.no_grad():
-            states = transformer.model(
-                input_ids=tokens[None],
-                attention_mask=allowed[None, None],
-                position_ids=positions if family == "llama" else positions.expand(3, 1, -1),
-            ).last_hidden_state[0]
-        first = int((roles == TARGET).nonzero()[0])
-        logits = states[first - 1 : -1] @ head.T
-        expected = F.cross_entropy(logits, tokens[first:], reduction="sum")
-        torch.testing.assert_close(nll[row], expected, atol=1e-4, rtol=1e-5)
-
-
-def test_embedding_with_a_target_is_the_embedding_without(model, family):
-    """Invariant 3."""
-    features, batch = joint(model, family)
-    transformer, _ = find_btoks(model)
-    with torch.no_grad():
-        expected = model(dict(features))["sentence_embedding"]
-        with condensed_forward(transformer, batch, transformer.model.get_input_embeddings().weight):
-            output = model(dict(features))
-        again = model(dict(features))
-    torch.testing.assert_close(output["sentence_embedding"], expected, atol=1e-5, rtol=0)
-    assert output["token_embeddings"].shape == again["token_embeddings"].shape
-    assert NLL_KEY not in again, "the hooks are gone"
-
-
 def test_the_mask_leaves_no_path_but_the_btoks(model, family, monkeypatch):
     """Invariant 4, exactly 0, for text and pixels; and the probe sees a leak where the mask is off."""
-    _, batch = joint(model, family)
+    if not masks(model):
+        with pytest.raises(ValueError, match='Use route="prefix"'):
+            BTokLoss(model, route="attention")
+        return
+    batch = joint(model, family)
     transformer, _ = find_btoks(model)
     assert find_leak(transformer, batch) == 0.0
     monkeypatch.setattr(condensation_module, "condensation_attention", lambda *args: nullcontext())
@@ -105,7 +70,9 @@ def test_the_mask_leaves_no_path_but_the_btoks(model, family, monkeypatch):
 
 def test_gradients_reach_the_target_through_the_btoks_only(model, family):
     """Finite differences: moving a BTok row moves the target's likelihood, also with the input cut off."""
-    _, batch = joint(model, family)
+    if not masks(model):
+        return
+    batch = joint(model, family)
     transformer, ids = find_btoks(model)
     rows = transformer.model.get_input_embeddings().weight
 
@@ -117,17 +84,6 @@ def test_gradients_reach_the_target_through_the_btoks_only(model, family):
     with torch.no_grad():
         rows[ids] += 0.1
     assert (target_states() - before).abs().max() > 1e-3
-
-
-def test_a_recurrent_backbone_leaks():
-    torch.manual_seed(0)
-    config = MambaConfig(vocab_size=288, hidden_size=16, num_hidden_layers=1, state_size=4, eos_token_id=258)
-    own = tokenizer("{%- for m in messages -%}{{ m.content }}<|im_end|>{%- endfor -%}")
-    model = build_model(MambaForCausalLM(config).eval(), processor=own, device="cpu")
-    features = [model.preprocess(texts) for texts in (["a kitten", "b"], ["c", "d"])]
-    with pytest.raises(ValueError, match="MambaModel|attention route"):
-        BTokLoss(model)(features)
-    assert torch.isfinite(BTokLoss(model, condensation_weight=0)(features).sum())
 
 
 @pytest.mark.parametrize("form", ["module", "tensor", "path", "name_in_config"])

@@ -19,15 +19,15 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from st_btok import BTokLoss
 from st_btok.losses import LossParts, unwrap
 from st_btok.model import find_btoks
-from tests.backbones import picture
+from tests.backbones import picture, takes
 
-PAIRS = {"llama": (["a", "bb", "what?"], ["one", "two", "three kittens"])}
+TEXTS = (["a", "bb", "what?"], ["one", "two", "three kittens"])
 
 
 def columns(model, family):
     """A query and a positive column with media, both, and neither."""
-    if family == "llama":
-        queries, positives = PAIRS["llama"]
+    if not takes(family, "image"):
+        queries, positives = TEXTS
     else:
         queries = [picture(), {"image": picture(28, 28), "text": "what?"}, "a text", picture(28, 56)]
         positives = ["red", "blue", picture(56, 56), picture(28, 28)]
@@ -49,7 +49,7 @@ def run(loss, features):
 @pytest.mark.parametrize("options", [{}, {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "joint"}])
 def test_without_the_term_it_is_the_ranking_loss(model, family, options):
     """Invariant 10, value and gradients, explicit negatives included."""
-    features = [*columns(model, family), model.preprocess(["n"] * (3 if family == "llama" else 4))]
+    features = [*columns(model, family), model.preprocess(["n"] * (4 if takes(family, "image") else 3))]
     expected, wanted = run(MultipleNegativesRankingLoss(model, scale=50.0, **options), features)
     for loss in (BTokLoss(model, condensation_weight=0, **options), BTokLoss(model, target="none", **options)):
         total, found = run(loss, features)
@@ -68,13 +68,13 @@ def test_the_parts_add_up(model, family):
     torch.testing.assert_close(half.sum(), half["ranking"] + 0.5 * half["condensation"])
     assert one["condensation"] > 0 and half["condensation_weight"] == 0.5
     torch.testing.assert_close(torch.stack(list(half.values())).sum(), half.sum())
-    expected = {"llama": len("onetwothree kittens") + 3}.get(family, len("redbluea text") + 3)
+    expected = len("redbluea text" if takes(family, "image") else "onetwothree kittens") + 3
     assert one["condensation_tokens"] == expected
 
 
 def test_rows_without_target_change_nothing(model, family):
     """Invariant 12: the term over a batch is the token mean over the rows that have a target."""
-    if family == "llama":
+    if not takes(family, "image"):
         queries, positives = ["a", "b"], ["one", ""]
     else:
         queries, positives = ["a", picture()], ["one", picture(28, 28)]
