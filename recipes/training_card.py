@@ -1,12 +1,11 @@
-"""What the model card of a training says about its data, and the list of skipped rows beside it."""
+"""What a training says about its data: in the model card, and in a list of the rows it skipped."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
 from sentence_transformers import SentenceTransformer
@@ -25,24 +24,28 @@ def describe_data(model: SentenceTransformer, sources: Sequence[Source]) -> None
     card.widget = [{"source_sentence": texts[0], "sentences": texts[1:4]}] if texts else []
 
 
-def write_card(path: Path, settings: Mapping[str, Any], sources: Sequence[Source], held_out: Sequence[Source]) -> None:
-    """Add data and settings to the saved model card, and write `skipped_rows.jsonl`.
+def write_card(path: Path, sources: Sequence[Source], held_out: Sequence[Source], target: str = "") -> None:
+    """Add the data to the saved model card, which has settings and scores already.
 
     Args:
         path: Folder of the saved model.
-        settings: Settings of the recipe; those of the Trainer and the scores are in the card already.
         sources: All sources as they were read.
         held_out: Their validation parts.
+        target: The side that was generated, where it was not each source's own.
     """
     validation = {source.name: len(source.pairs) for source in held_out}
     lines = ["", "## Data of this training", ""]
     lines += ["| source | rows | skipped | validation | weight | generated side |", "|---|---:|---:|---:|---:|---|"]
     for source in sources:
-        side = settings["target"] or source.target
-        cells = (source.name, source.num_rows, len(source.broken), validation.get(source.name, 0), source.weight, side)
+        rows = (source.num_rows, len(source.broken), validation.get(source.name, 0))
+        cells = (source.name, *rows, source.weight, target or source.target)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "## Settings of this training", "", "```json", json.dumps(dict(settings), indent=2), "```", ""]
     with open(path / "README.md", "a", encoding="utf-8") as card:
-        card.write("\n".join(lines))
+        card.write("\n".join(lines) + "\n")
+
+
+def write_skipped(path: Path, sources: Sequence[Source]) -> None:
+    """Every skipped row as a line of JSON: source, row of its table, reason."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(asdict(entry)) for source in sources for entry in source.broken]
-    (path / "skipped_rows.jsonl").write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CheckMedia = Literal["decode", "header"]
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".avi", ".webm"})
+_LOGGED = 20  # broken rows of a source that are logged one by one; `Source.broken` has them all
 _SIDE = {
     "text": Value("string"),
     "image": Value("string"),
@@ -267,10 +268,11 @@ def _report(broken: tuple[BrokenRow, ...], num_rows: int, on_error: str) -> None
             f"{broken[0].dataset}: {len(broken)} of {num_rows} rows are broken:\n{rows}\n"
             'Repair them, or train without them: on_error="skip".'
         )
-    for entry in broken:
+    for entry in broken[:_LOGGED]:
         logger.warning("%s, row %d skipped: %s", entry.dataset, entry.index, entry.reason)
     if broken:
-        logger.warning("%s: %d of %d rows skipped", broken[0].dataset, len(broken), num_rows)
+        shown = f" (the first {_LOGGED} are above)" if len(broken) > _LOGGED else ""
+        logger.warning("%s: %d of %d rows skipped%s", broken[0].dataset, len(broken), num_rows, shown)
 
 
 def _drop_partial_negatives(name: str, kept: Dataset, negatives: tuple[str, ...]) -> Dataset:

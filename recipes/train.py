@@ -1,0 +1,287 @@
+"""Train a bottleneck-token embedder on the MMEB-V2 mix, on your own pairs, or on both.
+
+    python -m recipes.train --backbone Qwen/Qwen2-VL-2B-Instruct --data pairs.jsonl --output_dir out
+    accelerate launch -m recipes.train --preset qwen2-vl-2b --mmeb_root data --output_dir out
+    python -m recipes.train --preset qwen2-vl-2b --mmeb_root data --output_dir out --learning_rate 1e-4 --resume
+
+`TrainConfig` has every argument of sentence-transformers' training arguments (`--help`). A preset (`presets.py`) sets
+the authors' values; what the command line gives wins over it. Formats of your own pairs: `user_data.py`; folders of
+the MMEB-V2 mix: `mmeb_train.py`.
+
+1. Reads and checks the data. Broken rows are counted, listed in `<output_dir>/skipped_rows.jsonl` and left out, or are
+   an error (`--on_error raise`).
+2. Holds out validation rows that share no content with the rest (`--validation_size`); test sets are never read.
+3. Mines hard negatives if asked to (`--hard_negatives mine --miner MODEL`).
+4. Builds the model, with LoRA or DoRA (`--tuning`), and trains it with checkpoints, progress bar and evaluation
+   (`--eval_strategy steps`); `--resume` goes on from the last checkpoint.
+5. Writes `<output_dir>/model`, which plain `SentenceTransformer` loads, with a model card (data, settings, scores).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import DatasetDict
+from huggingface_hub import constants
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from evaluation.mini import evaluator_for
+from recipes.blocks import distinct_rows, weighted_blocks
+from recipes.hard_negatives import with_mined_negatives
+from recipes.holdout import hold_out, mean_of_sources
+from recipes.mmeb_train import load_mmeb_train
+from recipes.presets import PRESETS
+from recipes.training_card import describe_data, write_card, write_skipped
+from recipes.training_pairs import Source
+from recipes.user_data import load_user_data
+from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
+
+logger = logging.getLogger(__name__)
+
+CHOICES = {
+    "tuning": ("lora", "dora", "full"),
+    "mix": ("weighted", "proportional", "round_robin"),
+    "hard_negatives": ("none", "data", "mine"),
+    "on_error": ("skip", "raise"),
+    "check_media": ("decode", "header"),
+    "validation_suite": ("", "mini"),
+    "preset": ("", *PRESETS),
+}
+
+
+def _option(default: object, text: str) -> object:
+    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text}, **make)
+
+
+@dataclass
+class TrainConfig(SentenceTransformerTrainingArguments):
+    """Settings of a training: sentence-transformers' training arguments and these."""
+
+    preset: str = _option("", f"Authors' settings: {', '.join(PRESETS)}.")
+    resume: bool = _option(False, "Go on from the last checkpoint in output_dir.")
+    # data
+    data: list[str] = _option([], "Your own pairs: files, folders or hub names.")
+    data_weights: list[float] = _option([], "Shares of `data` in the mix; by default the number of rows.")
+    mmeb_root: str = _option("", "Folder with the sources of the MMEB-V2 mix; empty: do not train on it.")
+    mmeb_sources: list[str] = _option([], "Sources of the mix; all 25 by default.")
+    max_rows: int | None = _option(None, "First rows of each MMEB source only.")
+    on_error: str = _option("skip", "Broken rows: skip or raise.")
+    check_media: str = _option("decode", "decode: read every file to its end once; header: parse headers only.")
+    check_processes: int = _option(1, "Processes that check the data.")
+    recheck: bool = _option(False, "Check again what was checked before.")
+    mix: str = _option("weighted", "Sources: weighted (by their weights), proportional (to size) or round_robin.")
+    block_size: int = _option(0, "Rows that come from one source in a row; a multiple of the batch size; 0: a batch.")
+    distinct: bool = _option(False, "No query or positive twice in a batch. Not for label sets.")
+    hard_negatives: str = _option("none", "none, data (columns of the data) or mine (nearest other positives).")
+    num_negatives: int = _option(1, "Mined negatives per pair.")
+    miner: str = _option("", "Embedder that mines: a trained one, name or path.")
+    validation_size: int = _option(200, "Validation rows held out per source, at most a tenth; 0: none.")
+    validation_suite: str = _option("", "mini: also score the validation split of the mini suite.")
+    # model
+    backbone: str = _option("", "Decoder-only (multimodal) language model: hub name or path.")
+    num_btoks: int = _option(4, "K.")
+    readout: str = _option("mean", "mean or last.")
+    template: str = _option("chat", "chat or plain (the authors' layout).")
+    max_seq_length: int | None = _option(None, "Longest input in tokens.")
+    min_pixels: int | None = _option(None, "Smallest image area.")
+    max_pixels: int | None = _option(None, "Largest image area.")
+    dtype: str = _option("float32", "Type of the weights.")
+    attn_implementation: str | None = _option(None, "Attention of the backbone.")
+    tuning: str = _option("lora", "lora, dora or full.")
+    lora_r: int = _option(16, "Rank.")
+    lora_alpha: int = _option(32, "Scale; the update is alpha / r times the product.")
+    lora_dropout: float = _option(0.05, "Dropout on the adapter's input.")
+    # loss
+    scale: float = _option(50.0, "Inverse temperature.")
+    condensation_weight: float = _option(1.0, "Weight of the condensation part.")
+    condensation_steps: int | None = _option(None, "Steps that it is on for; always by default.")
+    target: str = _option("", "Generated side: auto, query, positive, both, none; empty: each source's own.")
+    max_target_tokens: int = _option(64, "Longest target.")
+    route: str = _option("auto", "How the target reaches the BToks: auto, or a route of BTokLoss.")
+    false_negative_margin: float | None = _option(None, "Drop negatives that score above the positive by this margin.")
+    mini_batch_size: int = _option(0, "Rows in memory at a time (GradCache); 0: the whole batch at once.")
+    gather_across_devices: bool = _option(False, "Negatives from all processes.")
+
+    def __post_init__(self) -> None:
+        """Check the choices before anything is loaded."""
+        super().__post_init__()
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.hard_negatives == "mine" and not self.miner:
+            raise ValueError("--hard_negatives mine needs --miner, a trained embedder: a name or path.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for the model card, without places: cards get published."""
+        return {name: value for name, value in super().to_dict().items() if name not in ("data", "mmeb_root")}
+
+
+def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The command line over the preset it names over the defaults."""
+    parser = HfArgumentParser(TrainConfig)
+    named, _ = parser.parse_known_args(arguments)
+    if named.preset not in CHOICES["preset"]:
+        parser.error(f"--preset must be one of {list(PRESETS)}, got {named.preset!r}")
+    parser.set_defaults(**PRESETS.get(named.preset, {}))
+    (config,) = parser.parse_args_into_dataclasses(arguments)
+    return config
+
+
+def read_sources(config: TrainConfig) -> list[Source]:
+    """All sources of the training, checked."""
+    check = {
+        "on_error": config.on_error,
+        "check_media": config.check_media,
+        "num_proc": config.check_processes,
+        "recheck": config.recheck,
+    }
+    sources: list[Source] = []
+    # One process reads and writes the cache, then the others read it.
+    with config.main_process_first(desc="check of the data"):
+        if config.mmeb_root:
+            options = {"offline": constants.HF_HUB_OFFLINE, "max_rows": config.max_rows, **check}
+            sources += load_mmeb_train(config.mmeb_root, config.mmeb_sources, **options)
+        sources += load_user_data(config.data, config.data_weights, **check)
+    if not sources:
+        raise ValueError("there is nothing to train on: pass --data or --mmeb_root.")
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sources need different names, got {names}. Rename your data files.")
+    return sources
+
+
+def build(config: TrainConfig) -> SentenceTransformer:
+    """The model, with adapters if it is tuned by them; their base is saved, so that checkpoints can be loaded."""
+    model = build_model(
+        config.backbone,
+        config.num_btoks,
+        config.readout,
+        config.template,
+        max_seq_length=config.max_seq_length,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        device=str(config.device),
+        model_kwargs={"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation},
+    )
+    if config.tuning != "full":
+        lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+        # Checkpoints refer to it; one process writes both.
+        base = Path(config.output_dir) / "base" if config.process_index == 0 else None
+        model.add_adapter(btok_lora_config(model, **lora, use_dora=config.tuning == "dora", base=base))
+    return model
+
+
+def losses(config: TrainConfig, model: SentenceTransformer, sources: Sequence[Source]) -> dict[str, torch.nn.Module]:
+    """A loss for every source, shared among those with the same generated side."""
+    options = {
+        "scale": config.scale,
+        "condensation_weight": config.condensation_weight,
+        "condensation_steps": config.condensation_steps,
+        "max_target_tokens": config.max_target_tokens,
+        "route": config.route,
+        "false_negative_margin": config.false_negative_margin,
+        "gather_across_devices": config.gather_across_devices,
+        "instructions": [text for source in sources for text in source.instructions],
+    }
+    cls = BTokLoss
+    if config.mini_batch_size:
+        cls, options["mini_batch_size"] = CachedBTokLoss, config.mini_batch_size
+    targets = {source.name: config.target or source.target for source in sources}
+    made = {target: cls(model, target=target, **options) for target in sorted(set(targets.values()))}
+    return {name: made[target] for name, target in targets.items()}
+
+
+def validation(config: TrainConfig, held_out: Sequence[Source]) -> BaseEvaluator | None:
+    """What scores the model in training; `None` if there is nothing held out."""
+    evaluators: list[BaseEvaluator] = []
+    if held_out:
+        evaluators.append(mean_of_sources(held_out, config.per_device_eval_batch_size))
+    if config.validation_suite:
+        evaluators.append(evaluator_for(config.validation_suite, batch_size=config.per_device_eval_batch_size))
+    return SequentialEvaluator(evaluators) if evaluators else None
+
+
+def train(config: TrainConfig) -> Path:
+    """Run the whole training.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        ValueError: No data or no backbone, broken data with `on_error="raise"`, or a used `output_dir`.
+    """
+    if not config.backbone:
+        raise ValueError("pass --backbone or --preset.")
+    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    if last and not config.resume:
+        raise ValueError(f"{config.output_dir} holds {Path(last).name}. Pass --resume, or another --output_dir.")
+    transformers.set_seed(config.seed)
+    # 1. Data.
+    sources = read_sources(config)
+    write_skipped(Path(config.output_dir) / "skipped_rows.jsonl", sources)
+    if config.hard_negatives != "data":
+        sources = [source.without_negatives() for source in sources]
+    # 2. Validation rows.
+    training, held_out = hold_out(sources, config.validation_size, config.seed)
+    # 3. Hard negatives.
+    if config.hard_negatives == "mine":
+        miner = SentenceTransformer(config.miner, device=str(config.device))
+        options = {"batch_size": config.per_device_eval_batch_size}
+        training = [with_mined_negatives(source, miner, config.num_negatives, **options) for source in training]
+    # 4. Training.
+    model = build(config)
+    describe_data(model, training)
+    arguments = copy.copy(config)
+    if config.mix == "weighted":
+        weights = {source.name: source.weight for source in training}
+        arguments.multi_dataset_batch_sampler = weighted_blocks(weights, config.block_size)
+        arguments.dataloader_drop_last = True
+    else:
+        arguments.multi_dataset_batch_sampler = config.mix
+    if config.distinct:
+        arguments.batch_sampler = distinct_rows
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=DatasetDict({source.name: source.dataset() for source in training}),
+        loss=losses(config, model, training),
+        evaluator=validation(config, held_out),
+    )
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.evaluator is not None:
+        trainer.evaluate()
+    # 5. Model, card, skipped rows.
+    path = Path(config.output_dir) / "model"
+    if trainer.is_world_process_zero():
+        merge_adapters(model).save_pretrained(str(path))
+        write_card(path, sources, held_out, config.target)
+    return path
+
+
+def main() -> None:
+    """Train with the settings of the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    path = train(parse())
+    print(f"The model is in {path}: SentenceTransformer({str(path)!r})")
+
+
+if __name__ == "__main__":
+    main()

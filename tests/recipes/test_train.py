@@ -1,0 +1,215 @@
+"""The training recipe end to end on a tiny Qwen2-VL: every source, resuming, adapters, presets, what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from recipes import train as recipe
+from recipes.mmeb_train_sources import MMEB_TRAIN
+from recipes.presets import PRESETS
+from recipes.train import TrainConfig, parse, train
+from tests.backbones import build
+from tests.mmeb_train_files import jpeg, put, write_all
+
+INPUTS = ["red kite", {"text": "what is it?"}]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("backbone")
+    model, processor = build("qwen2_vl")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for i in range(24):
+        put(folder / f"{i}.jpg", jpeg(i))
+        negative = f"not {i}"
+        rows.append({"query": f"find picture {i}", "positive_image": f"{i}.jpg", "negative": negative})
+    rows[5]["positive_image"] = "missing.jpg"
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "mine.jsonl")
+
+
+def config(backbone, tmp_path, **options) -> TrainConfig:
+    defaults = {
+        "backbone": backbone,
+        "output_dir": str(tmp_path / "out"),
+        "tuning": "full",
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "validation_size": 0,
+    }
+    return TrainConfig(**{**defaults, **options})
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return SentenceTransformer(str(path), device="cpu").state_dict()
+
+
+def log_of(folder, step):
+    return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_whole_mix_trains_and_says_what_it_skipped(backbone, tmp_path):
+    written = write_all(tmp_path / "mix")
+    # One batch of every source in turn.
+    options = {"mmeb_root": str(tmp_path / "mix"), "mix": "round_robin", "max_steps": 25, "save_steps": 25}
+    path = train(config(backbone, tmp_path, **options))
+    model = SentenceTransformer(str(path), device="cpu")
+    assert [type(module).__module__.split(".")[0] for module in model] == ["sentence_transformers"] * 4
+    assert np.isfinite(model.encode(INPUTS)).all()
+    skipped = [json.loads(line) for line in (tmp_path / "out" / "skipped_rows.jsonl").read_text().splitlines()]
+    assert len(skipped) == sum(len(source.broken) for source in written.values())
+    assert {"dataset", "index", "reason"} == set(skipped[0])
+    card = (path / "README.md").read_text()
+    assert "| visrag-indomain | 7 | 3 | 0 | 12 | query |" in card and "| WebQA | 7 | 3 | 0 | 0.5 | both |" in card
+    assert "- `mix`: round_robin" in card and "BTokLoss" in card and "TIGER-Lab/MMEB-train" in card
+    assert str(tmp_path) not in card, "a published card names no folder of this machine"
+    log = [entry for entry in log_of(tmp_path / "out", 25) if "ranking" in entry]
+    generated = [entry["condensation_tokens"] > 0 for entry in log]
+    targets = [source.target for source in MMEB_TRAIN]
+    assert generated == [target != "none" for target in targets], "CIRR and NIGHTS generate nothing"
+
+
+def test_training_lowers_the_loss_and_scores_held_out_rows(backbone, pairs, tmp_path):
+    options = {
+        "data": [pairs],
+        "max_steps": 24,
+        "per_device_train_batch_size": 8,
+        "validation_size": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 12,
+        "save_steps": 24,
+        "learning_rate": 3e-3,
+    }
+    path = train(config(backbone, tmp_path, **options))
+    log = log_of(tmp_path / "out", 24)
+    ranking = [entry["ranking"] for entry in log if "ranking" in entry]
+    condensation = [entry["condensation"] for entry in log if "condensation" in entry]
+    assert np.mean(ranking[-5:]) < 0.7 * np.mean(ranking[:3])
+    assert np.mean(condensation[-5:]) < 0.7 * np.mean(condensation[:3])
+    scores = [entry for entry in log if "eval_mine_cosine_ndcg@10" in entry]
+    assert [entry["step"] for entry in scores] == [12, 24]
+    card = (path / "README.md").read_text()
+    assert "ndcg@10" in card and "| mine | 24 | 1 | 2 | 23.0 | auto |" in card
+
+
+@pytest.mark.parametrize("tuning", ["full", "dora"])
+def test_a_resumed_run_ends_like_an_unbroken_one(backbone, pairs, tmp_path, tuning):
+    options = {"data": [pairs], "tuning": tuning, "lora_dropout": 0.1, "warmup_steps": 1}
+    whole = train(config(backbone, tmp_path / "whole", **options))
+    first = config(backbone, tmp_path / "parts", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe.SentenceTransformerTrainer, "get_batch_samples", stop_after(2))
+        with pytest.raises(KeyboardInterrupt):
+            train(first)
+    with pytest.raises(ValueError, match="holds checkpoint-2. Pass --resume"):
+        train(first)
+    resumed = train(config(backbone, tmp_path / "parts", resume=True, **options))
+    assert [entry["step"] for entry in log_of(tmp_path / "parts" / "out", 4) if "ranking" in entry] == [1, 2, 3, 4]
+    expected, got = weights(whole), weights(resumed)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected), "bit for bit"
+    untrained = weights(
+        recipe.build_model(backbone, device="cpu").save_pretrained(str(tmp_path / "u")) or tmp_path / "u"
+    )
+    assert any(not torch.equal(expected[key], untrained[key]) for key in expected)
+    if tuning != "full":
+        assert not (resumed / "adapter_config.json").exists(), "merged: plain weights"
+
+
+def stop_after(steps):
+    get = recipe.SentenceTransformerTrainer.get_batch_samples
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == steps:
+            raise KeyboardInterrupt
+        return get(self, *args, **kwargs)
+
+    return interrupted
+
+
+def test_cached_loss_targets_and_negatives(backbone, pairs, tmp_path):
+    seen = []
+
+    class Watch(recipe.CachedBTokLoss):
+        def forward(self, sentence_features, labels=None):
+            columns = list(sentence_features)
+            seen.append(len(columns))
+            return super().forward(columns, labels)
+
+    options = {"data": [pairs], "mini_batch_size": 1, "target": "query", "max_steps": 2, "distinct": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "CachedBTokLoss", Watch)
+        train(config(backbone, tmp_path / "a", hard_negatives="data", **options))
+        train(config(backbone, tmp_path / "b", hard_negatives="none", **options))
+        miner = {"hard_negatives": "mine", "miner": str(tmp_path / "b" / "out" / "model"), "num_negatives": 2}
+        train(config(backbone, tmp_path / "c", mix="proportional", **miner, **options))
+    assert seen == [3, 3, 2, 2, 4, 4]
+
+
+def test_broken_rows_can_be_an_error_before_the_model_is_built(pairs, tmp_path):
+    with pytest.raises(ValueError, match="mine: 1 of 24 rows are broken:\n  row 5: positive: file"):
+        train(config("not a model", tmp_path, data=[pairs], on_error="raise"))
+
+
+def test_wrong_settings_are_refused(backbone, tmp_path):
+    with pytest.raises(ValueError, match="nothing to train on"):
+        train(config(backbone, tmp_path))
+    with pytest.raises(ValueError, match="pass --backbone or --preset"):
+        train(config("", tmp_path))
+    with pytest.raises(ValueError, match="tuning must be one of"):
+        config(backbone, tmp_path, tuning="qlora")
+    with pytest.raises(ValueError, match="needs --miner"):
+        config(backbone, tmp_path, hard_negatives="mine")
+
+
+def test_the_command_line_wins_over_the_preset_and_the_preset_over_defaults(tmp_path):
+    given = ["--output_dir", str(tmp_path), "--use_cpu", "--preset", "qwen2-vl-2b"]
+    preset = parse(given)
+    assert preset.backbone == "Qwen/Qwen2-VL-2B-Instruct" and preset.learning_rate == 5e-5
+    assert (preset.tuning, preset.lora_r, preset.lora_alpha, preset.num_btoks) == ("dora", 16, 32, 4)
+    assert (preset.condensation_weight, preset.condensation_steps, preset.max_steps) == (5.0, 2000, 5000)
+    assert (preset.per_device_train_batch_size, preset.block_size, preset.mini_batch_size) == (128, 512, 8)
+    changed = parse([*given, "--learning_rate", "1e-4", "--bf16", "False", "--tuning", "full", "--data", "a", "b"])
+    assert (changed.learning_rate, changed.bf16, changed.tuning, changed.data) == (1e-4, False, "full", ["a", "b"])
+    assert changed.block_size == 512
+    plain = parse(["--output_dir", str(tmp_path), "--use_cpu"])
+    assert plain.tuning == "lora" and plain.block_size == 0
+    with pytest.raises(SystemExit):
+        parse([*given[:-1], "qwen9"])
+
+
+def test_presets_name_settings_that_exist():
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    for preset in PRESETS.values():
+        assert set(preset) <= names
+        assert preset["block_size"] % preset["per_device_train_batch_size"] == 0
+    assert PRESETS["qwen3-vl-2b"]["backbone"] == "Qwen/Qwen3-VL-2B-Instruct"
