@@ -1,13 +1,13 @@
 """Encoding a task's rows with a SentenceTransformer: media before text, every content once, loaded when needed.
 
 mteb's own wrapper works too, but it shows the text before a video, strips the text of a document, and can't leave out
-an absent medium of a mixed batch. This one takes the rows as the loaders wrote them. Embeddings are kept by content,
-so candidates that several data sets share (the pages of ViDoSeek-page and -doc) are encoded once per run.
+an absent medium of a mixed batch. This one takes the rows as the loaders wrote them. Embeddings are kept by content
+(`store.py`), so candidates that several data sets share (the pages of ViDoSeek-page and -doc) are encoded once, and at
+full width, so every `truncate_dim` of a model is scored from one encoding.
 """
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,12 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from evaluation.fingerprint import fingerprint
 from evaluation.media import StoredFrames
+from evaluation.store import EmbeddingStore, content_key
 
-_BATCHES_PER_CALL = 16  # media of that many batches are decoded at once; ST sorts by length within one call
-
-
-class EmbeddingStore:
-    """Embeddings by content, shared by the tasks of one benchmark.
-
-    Args:
-        max_items: Number of vectors to keep in memory; the oldest leave first. 200,000 vectors of 1,536 numbers are
-            1.2 GB.
-    """
-
-    def __init__(self, max_items: int = 200_000) -> None:
-        self._max_items = max_items
-        self._vectors: dict[tuple[str, ...], np.ndarray] = {}
-
-    def __len__(self) -> int:
-        """Number of vectors held."""
-        return len(self._vectors)
-
-    def get(self, key: tuple[str, ...]) -> np.ndarray | None:
-        """The vector of a content, `None` when it is not held."""
-        return self._vectors.get(key)
-
-    def put(self, key: tuple[str, ...], vector: np.ndarray) -> None:
-        """Keep a vector."""
-        while len(self._vectors) >= self._max_items:
-            del self._vectors[next(iter(self._vectors))]
-        self._vectors[key] = vector
+_BATCHES_PER_CALL = 16  # media of that many batches are decoded, and written as one shard; ST sorts within one call
+_FULL_WIDTH = 2**31 - 1
 
 
 class MediaFirstEncoder:
@@ -101,35 +77,35 @@ class MediaFirstEncoder:
             float32 (rows, width).
         """
         dataset = _undecoded(inputs.dataset)
+        model = self._wrapper.model
         prompts = self._wrapper.model_prompts
         prompt = prompts.get(get_prompt_name(prompts, task_metadata, prompt_type) or "") if prompts else None
         options = {k: v for k, v in kwargs.items() if k not in ("batch_size", "show_progress_bar", "pool")}
-        context = (self.mteb_model_meta.revision or "", str(prompt_type), str(prompt), str(sorted(options.items())))
-        digests: dict[str, str] = {}
-        keys = [(*context, _content(record, digests)) for record in dataset]
-        found = {key: self._store.get(key) for key in keys}
-        todo = [index for key, index in {key: i for i, key in reversed(list(enumerate(keys)))}.items()
-                if found[key] is None]  # fmt: skip
-        todo.sort()
+        space = content_key(fingerprint(model, truncation=False), f"{prompt_type} {prompt} {sorted(options.items())}")
+        digests: dict[str, bytes] = {}
+        keys = [_content(record, digests) for record in dataset]
+        found = self._store.get(space, keys)
+        todo = sorted({key: row for row, key in enumerate(keys) if key not in found}.values())
         step = _BATCHES_PER_CALL * kwargs.get("batch_size", 32)
         quiet = not kwargs.get("show_progress_bar", True)
-        for start in tqdm(range(0, len(todo), step), desc=f"{task_metadata.name} {prompt_type}", disable=quiet):
-            chosen = todo[start : start + step]
-            for index, vector in zip(
-                chosen, self._embed(dataset.select(chosen), prompt, prompt_type, kwargs), strict=True
-            ):
-                found[keys[index]] = vector
-                self._store.put(keys[index], vector)
-        return np.stack([vector for key in keys if (vector := found[key]) is not None])
+        with tqdm(total=len(todo), desc=f"{task_metadata.name} {prompt_type}", unit="input", disable=quiet) as bar:
+            for start in range(0, len(todo), step):
+                chosen = todo[start : start + step]
+                vectors = self._embed(dataset.select(chosen), prompt, prompt_type, kwargs)
+                made = {keys[row]: vector for row, vector in zip(chosen, vectors, strict=True)}
+                self._store.put(space, made)
+                found |= made
+                bar.update(len(chosen))
+        return np.stack([found[key] for key in keys])[:, : model.truncate_dim]
 
     def _embed(self, rows: Dataset, prompt: str | None, prompt_type: PromptType | None, kwargs: dict) -> np.ndarray:
         model = self._wrapper.model
         encode = model.encode
         if prompt_type is not None:
             encode = model.encode_query if prompt_type == PromptType.query else model.encode_document
-        vectors = encode(
-            [_as_input(record) for record in rows], prompt=prompt, **{**kwargs, "show_progress_bar": False}
-        )
+        # a width no model has: the vectors are kept whole, whatever the model's own truncation
+        options = {**kwargs, "show_progress_bar": False, "truncate_dim": _FULL_WIDTH}
+        vectors = encode([_as_input(record) for record in rows], prompt=prompt, **options)
         return np.asarray(vectors, np.float32)
 
 
@@ -143,19 +119,19 @@ def _text(record: dict[str, Any]) -> str:
     return record.get("body") or record.get("text") or ""  # mteb keeps the unstripped text of a document as `body`
 
 
-def _content(record: dict[str, Any], digests: dict[str, str]) -> str:
+def _content(record: dict[str, Any], digests: dict[str, bytes]) -> bytes:
     """A hash of everything the model sees of a row; `digests` remembers the files already read."""
-    parts = [_text(record)]
     image = record.get("image")
     sources = [image.get("bytes") or image["path"]] if image else []
+    media = []
     for source in [*sources, *(record.get("video") or ())]:
         if isinstance(source, bytes):
-            parts.append(hashlib.blake2b(source, digest_size=16).hexdigest())
+            media.append(content_key(source))
             continue
         if source not in digests:
-            digests[source] = hashlib.blake2b(Path(source).read_bytes(), digest_size=16).hexdigest()
-        parts.append(digests[source])
-    return hashlib.blake2b("\x00".join([str(len(sources)), *parts]).encode(), digest_size=16).hexdigest()
+            digests[source] = content_key(Path(source).read_bytes())
+        media.append(digests[source])
+    return content_key(str(len(sources)), _text(record), *media)
 
 
 def _as_input(record: dict[str, Any]) -> dict[str, Any] | str:

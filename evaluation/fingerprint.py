@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -20,20 +21,30 @@ UNSTAMPED = "no_revision_available"
 """mteb's revision of a model that brings none."""
 
 
-def fingerprint(model: torch.nn.Module) -> str:
+def fingerprint(model: torch.nn.Module, *, truncation: bool = True) -> str:
     """Hash of a model's weights and of the settings that change its embeddings.
 
     Args:
         model: Any torch module; of a SentenceTransformer the prompts, truncation, chat template and module settings
             count as well.
+        truncation: Whether `truncate_dim` counts (default); without it, models that differ only in how much of an
+            embedding they keep are equal.
 
     Returns:
         40 hexadecimal digits, the form of a hub commit. Equal for a saved and reloaded model on any device.
     """
     digest = hashlib.sha256(_weights(model).encode())
     if isinstance(model, SentenceTransformer):
-        digest.update(json.dumps(_settings(model), sort_keys=True, default=str).encode())
+        settings = _settings(model)
+        if not truncation:
+            settings["truncate_dim"] = None
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:40]
+
+
+def checkpoint(model: torch.nn.Module, experiment: Mapping[str, Any] | None) -> str:
+    """The fingerprint to store results under; that of the whole embedding where a variant names its truncation."""
+    return fingerprint(model, truncation="truncate_dim" not in (experiment or {}))
 
 
 def _weights(model: torch.nn.Module) -> str:

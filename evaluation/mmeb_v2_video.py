@@ -1,6 +1,8 @@
 """The 18 video rows of MMEB-V2. Videos are folders of at most 64 stored frames, of which eight are shown.
 
 The official archive and the paper authors' unpacked copy have different frame folders; a row names both.
+`mmeb_v2_k700_labels.txt` is the official label set of K700 (the 700 class names of Kinetics-700, CC BY 4.0): its 1,000
+annotation rows need not show every class. The other label sets do occur in full, which is checked when they are read.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
@@ -57,11 +57,15 @@ class BrokenRow:
 
 @dataclass(frozen=True)
 class LoadedDataset:
-    """What a loader returns: mteb's data, and what had to be left out of it."""
+    """What a loader returns: mteb's data, what had to be left out of it, and which version of the data it is.
+
+    `versions` maps hub ids to commits, or to hashes of local files; empty for generated data.
+    """
 
     data: RetrievalSplitData
     broken: tuple[BrokenRow, ...]
     skipped_queries: int
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def document_id(key: str) -> str:

@@ -18,12 +18,12 @@ from statistics import fmean
 from typing import Any
 
 from evaluation.figures import group_bars, size_plot
+from evaluation.leaderboard import leaderboard_entry
 from evaluation.mini import MINI
 from evaluation.scores import (
     Mean,
     ModelScores,
     expected_datasets,
-    leaderboard_entry,
     paired_bootstrap,
     read_results,
     summarize,

@@ -5,10 +5,12 @@
     python -m evaluation.run --model open_clip:ViT-B-32/laion2b_s34b_b79k --suite mini
     python -m evaluation.run --model recipes/backbone --pooling lasttoken --suite mini
     python -m evaluation.run --model PATH_OR_NAME --suite "mteb:MIEB(lite)" --device cuda:0 cuda:1
+    python -m evaluation.run --model PATH_OR_NAME --suite mini --truncate-dims 16,32,64,128 --report
 
-Results go to `--output`, one file per data set and checkpoint; the same command continues a killed run. `--report`
-writes Markdown, leaderboard JSON and figures for everything in that folder, `--sheets` a picture of queries with their
-results per task and checkpoint.
+Results go to `--output`, one file per data set and checkpoint; the same command continues a killed run. Embeddings of
+our own suites are kept in `--output`/embeddings as they are made (delete them when you are done), so a data set that
+was cut short continues too. `--report` writes Markdown, leaderboard JSON and figures for everything in that folder,
+`--sheets` a picture of queries with their results per task and checkpoint.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ import mteb
 import torch
 from mteb import Benchmark
 from mteb.results import TaskResult
+from sentence_transformers import SentenceTransformer
 
 from evaluation.baselines import POOLINGS, load_model, wrap
 from evaluation.mini import mini_benchmark
 from evaluation.report import RUN_FILE, read_runs, write_report
 from evaluation.retrieval_sheet import retrieval_sheet
 from evaluation.sources import DataRoot
+from evaluation.store import EmbeddingStore
 from evaluation.task import MMEBRetrieval, mmeb_v2_benchmark
 from evaluation.visdoc import PAGE_SPLITS
 
@@ -57,8 +61,9 @@ def build_suite(options: argparse.Namespace) -> Benchmark:
     Raises:
         ValueError: Unknown suite, or MMEB-V2 without a data folder.
     """
+    store = EmbeddingStore(Path(options.output) / "embeddings")
     if options.suite == "mini":
-        return mini_benchmark(options.split, options.seed, options.subset)
+        return mini_benchmark(options.split, options.seed, options.subset, store=store)
     if options.suite == "mmeb-v2":
         if options.data is None or not Path(options.data).is_dir():
             raise ValueError(
@@ -67,7 +72,13 @@ def build_suite(options: argparse.Namespace) -> Benchmark:
             )
         root = DataRoot(Path(options.data), offline=options.offline)
         return mmeb_v2_benchmark(
-            root, subset=options.subset, fraction=options.fraction, seed=options.seed, page_split=options.page_split
+            root,
+            subset=options.subset,
+            fraction=options.fraction,
+            seed=options.seed,
+            page_split=options.page_split,
+            revisions=dict(options.revision or ()),
+            store=store,
         )
     if options.suite.startswith(MTEB_PREFIX):
         return mteb.get_benchmark(options.suite.removeprefix(MTEB_PREFIX))
@@ -126,6 +137,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="page-fixed",
         help="version of the -page sets (default: page-fixed)",
     )
+    add("--revision", nargs="+", type=_pin, help="pin annotations of MMEB-V2: CIRR=<hub commit> (default: recorded)")
+    add("--truncate-dims", type=_sizes, help="score the first 16,32,64 numbers of the embeddings, from one encoding")
     add("--split", default="test", help="split of mini: test, validation or train (default: test)")
     add("--seed", type=int, default=0, help="seed of the sample or drawing (default: 0)")
     add("--batch-size", type=int, default=16, help="inputs per forward pass (default: 16)")
@@ -136,6 +149,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _pin(text: str) -> tuple[str, str]:
+    name, _, commit = text.partition("=")
+    if not (name and commit):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMIT")
+    return name, commit
+
+
+def _sizes(text: str) -> list[int]:
+    if not all(part.isdigit() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 16,32,64")
+    return sorted(map(int, text.split(",")))
+
+
 def stored_name(options: argparse.Namespace) -> str:
     """Name to store results under: a folder's own name, not its path; a pooling is part of it."""
     folder = Path(options.model)
@@ -143,7 +169,29 @@ def stored_name(options: argparse.Namespace) -> str:
     return f"{name}-{options.pooling}" if options.pooling and not options.name else name
 
 
-def run(options: argparse.Namespace, command: str) -> list[TaskResult]:
+def variants(model: SentenceTransformer, sizes: Sequence[int] | None) -> list[dict[str, int]]:
+    """What to score of one checkpoint.
+
+    Args:
+        model: The model.
+        sizes: Embedding sizes; default the model's own.
+
+    Returns:
+        One `{"truncate_dim": size}` for each size, empty for the whole embedding.
+
+    Raises:
+        ValueError: A size beyond the embedding's.
+    """
+    if not sizes:
+        return [{}]
+    with model.truncate_embeddings(None):
+        width = model.get_embedding_dimension() or 0
+    if sizes[-1] > width:
+        raise ValueError(f"--truncate-dims asks for {sizes[-1]} numbers, but the embeddings have {width}")
+    return [{} if size == width else {"truncate_dim": size} for size in sizes]
+
+
+def run(options: argparse.Namespace, command: str) -> dict[int | None, list[TaskResult]]:
     """Evaluate, and write what was asked for.
 
     Args:
@@ -151,35 +199,43 @@ def run(options: argparse.Namespace, command: str) -> list[TaskResult]:
         command: The exact command line, for the record.
 
     Returns:
-        One result per task.
+        Embedding size -> one result per task.
     """
     benchmark = build_suite(options)
     output = Path(options.output)
     devices = options.device or [None]
     model = load_model(options.model, options.pooling, devices[0])
-    wrapper = wrap(model, stored_name(options))
+    asked = variants(model, options.truncate_dims)
     record_run(output, command, options)
     encode_options: dict[str, Any] = {"batch_size": options.batch_size}
     pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
     if pool is not None:
         encode_options["pool"] = pool
+    results = {}
     try:
-        results = mteb.evaluate(
-            wrapper,
-            benchmark,
-            cache=mteb.ResultCache(output),
-            encode_kwargs=encode_options,  # type: ignore[arg-type]
-            co2_tracker=False,
-            prediction_folder=_predictions(output, wrapper.mteb_model_meta.revision) if options.sheets else None,
-        )
+        for experiment in asked:
+            if options.truncate_dims:
+                model.truncate_dim = experiment.get("truncate_dim")
+            wrapper = wrap(model, stored_name(options), experiment=experiment)
+            folder = "-".join([str(wrapper.mteb_model_meta.revision), *map(str, experiment.values())])
+            predictions = output / "predictions" / folder if options.sheets else None
+            found = mteb.evaluate(
+                wrapper,
+                benchmark,
+                cache=mteb.ResultCache(output),
+                encode_kwargs=encode_options,  # type: ignore[arg-type]
+                co2_tracker=False,
+                prediction_folder=predictions,
+            )
+            results[model.get_embedding_dimension()] = found.task_results
+            if predictions:
+                _write_sheets(benchmark, predictions, output / "sheets" / folder)
     finally:
         if pool is not None:
             model.stop_multi_process_pool(pool)
-    if options.sheets:
-        _write_sheets(benchmark, output, wrapper.mteb_model_meta.revision)
     if options.report:
         write_report([output], output / "report", seed=options.seed)
-    return results.task_results
+    return results
 
 
 def describe(result: TaskResult) -> str:
@@ -196,23 +252,19 @@ def describe(result: TaskResult) -> str:
     if "mmeb_name" not in entry:
         return f"{line}  {result.task_name}"
     broken = f", {entry['broken_rows']} broken rows left out" if entry["broken_rows"] else ""
+    data = "".join(f", {hub_id} at {version[:14]}" for hub_id, version in entry["data_versions"].items())
     return (
         f"{line} (standard error {100 * entry['standard_error']:.1f})  {result.task_name}: split "
-        f"{entry['split_label']}, {entry['num_queries']} queries{broken}, chance {100 * entry['chance']:.1f}"
+        f"{entry['split_label']}, {entry['num_queries']} queries{broken}, chance {100 * entry['chance']:.1f}{data}"
     )
 
 
-def _predictions(output: Path, revision: str | None) -> Path:
-    return output / "predictions" / str(revision)
-
-
-def _write_sheets(benchmark: Benchmark, output: Path, revision: str | None) -> None:
-    folder = output / "sheets" / str(revision)
+def _write_sheets(benchmark: Benchmark, predictions: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for task in benchmark.tasks:
-        predictions = _predictions(output, revision) / task.prediction_file_name
-        if isinstance(task, MMEBRetrieval) and predictions.is_file():
-            retrieval_sheet(task, predictions, folder / f"{task.metadata.name}.png")
+        file = predictions / task.prediction_file_name
+        if isinstance(task, MMEBRetrieval) and file.is_file():
+            retrieval_sheet(task, file, folder / f"{task.metadata.name}.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -221,12 +273,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="mteb")
     options = parse(arguments)
     words = sys.argv[1:] if arguments is None else list(arguments)
-    results = run(options, shlex.join(["python", "-m", "evaluation.run", *words]))
-    for result in results:
-        print(describe(result))
-    print(
-        f"{100 * fmean(result.get_score() for result in results):6.1f}  plain mean of these {len(results)} data sets"
-    )
+    scored = run(options, shlex.join(["python", "-m", "evaluation.run", *words]))
+    for size, results in scored.items():
+        if options.truncate_dims:
+            print(f"first {size} numbers of the embedding:")
+        for result in results:
+            print(describe(result))
+        mean = fmean(result.get_score() for result in results)
+        print(f"{100 * mean:6.1f}  plain mean of these {len(results)} data sets")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from evaluation.mmeb_v2 import GROUPS, MMEB_V2
-from evaluation.mmeb_v2_visdoc import BROKEN_PAGE_HUB_IDS
 
 OVERALL = "All"
 MODALITIES = ("image", "video", "visdoc")
@@ -244,58 +242,3 @@ def _model(folder: Path, scores: Mapping[str, Score]) -> ModelScores:
     versions = json.loads(lines[-1]).get("version", {}) if lines else {}
     name = metadata.get("name") or folder.parent.name.replace("__", "/")
     return ModelScores(name, metadata.get("revision") or folder.name, scores, metadata, versions)
-
-
-_AT = ("1", "5", "10")
-_NAMES = {
-    "hit": "hit_rate",
-    "ndcg_linear": "ndcg",
-    "precision": "precision",
-    "recall": "recall",
-    "map": "map",
-    "mrr": "mrr",
-}
-
-
-def leaderboard_entry(model: ModelScores) -> dict[str, Any]:
-    """A model's results in the form of the leaderboard's submission file.
-
-    Args:
-        model: The scores.
-
-    Returns:
-        `metadata` and `metrics` -> modality -> data set -> score object; a missing data set is `FILE_N/A`. The
-        leaderboard also stores exponential-gain nDCG and F1, which mteb does not compute: they are left out.
-    """
-    metrics: dict[str, dict[str, Any]] = {modality: {} for modality in MODALITIES}
-    for name, (modality, _) in expected_datasets().items():
-        fixed = name in BROKEN_PAGE_HUB_IDS and model.split_label == "page-fixed"
-        score = model.scores.get(name)
-        metrics[modality][f"{name}-fixed" if fixed else name] = "FILE_N/A" if score is None else _entry(score)
-    meta = model.metadata
-    return {
-        "metadata": {
-            "model_name": model.name,
-            "model_revision": model.revision,
-            "model_backbone": meta.get("adapted_from"),
-            "model_size": meta.get("n_parameters"),
-            "embedding_dimension": meta.get("embed_dim"),
-            "max_length_tokens": meta.get("max_tokens"),
-            "model_release_date": meta.get("release_date"),
-            "data_source": "Self-Reported",
-            "url": meta.get("reference"),
-            "report_generated_date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "split": model.split_label,
-        },
-        "metrics": metrics,
-    }
-
-
-def _entry(score: Score) -> dict[str, Any]:
-    values = {
-        f"{ours}@{k}": score.details[f"{theirs}_at_{k}"]
-        for ours, theirs in _NAMES.items()
-        for k in _AT
-        if f"{theirs}_at_{k}" in score.details
-    }
-    return {**values, score.metric: score.value, "num_pred": score.num_queries, "num_data": score.expected_queries}

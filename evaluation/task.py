@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.types import Modalities, PromptType
 
 from evaluation.chance import chance_level
-from evaluation.encoding import EmbeddingStore, MediaFirstEncoder
-from evaluation.fingerprint import fingerprint
+from evaluation.encoding import MediaFirstEncoder
+from evaluation.fingerprint import checkpoint
 from evaluation.image import load_image
 from evaluation.mmeb_v2 import GROUPS, MMEB_V2, MMEBDataset
 from evaluation.mmeb_v2_visdoc import BROKEN_PAGE_HUB_IDS
 from evaluation.pool import BrokenRow, LoadedDataset
+from evaluation.ranking_metrics import leaderboard_metrics
 from evaluation.sources import DataRoot
+from evaluation.store import EmbeddingStore
 from evaluation.video import load_video
 from evaluation.visdoc import PageSplit, load_visdoc, with_page_split
 
@@ -65,7 +68,8 @@ def task_name(row: MMEBDataset, page_split: PageSplit, fraction: float, seed: in
     """The name results are stored under; two different measurements never share one."""
     page = "-fixed" if row.name in BROKEN_PAGE_HUB_IDS and page_split == "page-fixed" else ""
     part = "" if fraction == 1 else f".fraction{fraction:g}-seed{seed}"
-    return f"MMEB-V2.{row.name}{page}{part}"
+    pin = f".revision-{row.revision[:8]}" if row.revision else ""
+    return f"MMEB-V2.{row.name}{page}{part}{pin}"
 
 
 class MMEBRetrieval(AbsTaskRetrieval):
@@ -104,6 +108,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
         self.store = EmbeddingStore() if store is None else store  # an empty store is falsy
         self.broken: tuple[BrokenRow, ...] = ()
         self.skipped_queries = 0
+        self.versions: Mapping[str, str] = {}
         self._load = load
         self._own_metadata = _metadata(row, name, eval_split)
         super().__init__(**kwargs)
@@ -119,14 +124,15 @@ class MMEBRetrieval(AbsTaskRetrieval):
             return
         loaded = self._load()
         self.dataset = {"default": {self.eval_split: loaded.data}}
-        self.broken, self.skipped_queries = loaded.broken, loaded.skipped_queries
+        self.broken, self.skipped_queries, self.versions = loaded.broken, loaded.skipped_queries, loaded.versions
         self.data_loaded = True
 
     def evaluate(self, model: Any, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """Evaluate as mteb does, after making sure that the result is stored under the model's fingerprint."""
         if isinstance(model, SentenceTransformerEncoderWrapper):
             # in place and past pydantic's setter: mteb stores the result under the very object it already holds
-            vars(model.mteb_model_meta)["revision"] = fingerprint(model.model)
+            meta = model.mteb_model_meta
+            vars(meta)["revision"] = checkpoint(model.model, meta.experiment_kwargs)
             model = MediaFirstEncoder(model, self.store)
         return super().evaluate(model, *args, **kwargs)
 
@@ -147,6 +153,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
             "group": self.row.group,
             "modality": self.row.modality,
             "split_label": self.split_label,
+            "data_versions": dict(self.versions),
             "fraction": self.fraction,
             "sample_seed": self.sample_seed,
             "num_queries": len(values),
@@ -156,6 +163,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
             "chance": chance_level(self.dataset[hf_subset][hf_split], self.row.metric),
             "standard_error": standard_error(list(values.values()), len(values) / self.fraction),
             "per_query": {query_id: round(value, 6) for query_id, value in values.items()},
+            **leaderboard_metrics(qrels, results),
         }
 
 
@@ -227,13 +235,20 @@ def mmeb_task(
     place = root if isinstance(root, DataRoot) else DataRoot(Path(root))
     return MMEBRetrieval(
         chosen,
-        partial(_LOADERS[row.modality], chosen, place, fraction, seed),
+        partial(_load, chosen, place, fraction, seed),
         name=task_name(row, page_split, fraction, seed),
         split_label=page_split,
         fraction=fraction,
         sample_seed=seed,
         store=store,
     )
+
+
+def _load(row: MMEBDataset, root: DataRoot, fraction: float, seed: int) -> LoadedDataset:
+    """The data, with the versions of the tables that this data set read."""
+    own = replace(root, read={})
+    loaded = _LOADERS[row.modality](row, own, fraction, seed)
+    return replace(loaded, versions=own.read)
 
 
 def select_rows(subset: Sequence[str] | None = None) -> tuple[MMEBDataset, ...]:
@@ -265,6 +280,8 @@ def mmeb_v2_benchmark(
     fraction: float = 1.0,
     seed: int = 0,
     page_split: PageSplit = "page-fixed",
+    revisions: Mapping[str, str] | None = None,
+    store: EmbeddingStore | None = None,
 ) -> Benchmark:
     """MMEB-V2, or a part of it, as an mteb benchmark.
 
@@ -274,12 +291,21 @@ def mmeb_v2_benchmark(
         fraction: Part of the queries of each data set, in (0, 1].
         seed: Seed of that choice.
         page_split: Which version of the two `-page` data sets.
+        revisions: Data set -> hub commit of its annotations to pin; other data are then refused. Default: what is
+            there; every result records which commit (or which files) that was.
+        store: Where embeddings are kept; with a folder, a killed run continues within a data set. Default: memory.
 
     Returns:
         The benchmark; its name holds the split, and the part if it is one.
+
+    Raises:
+        ValueError: A revision for a data set that is not asked for.
     """
-    store = EmbeddingStore()
-    rows = select_rows(subset)
+    store = EmbeddingStore() if store is None else store
+    pinned = dict(revisions or {})
+    rows = [replace(row, revision=pinned.pop(row.name, row.revision)) for row in select_rows(subset)]
+    if pinned:
+        raise ValueError(f"revisions name {sorted(pinned)}, which are not among the {len(rows)} data sets asked for")
     tasks = [mmeb_task(row, root, page_split=page_split, fraction=fraction, seed=seed, store=store) for row in rows]
     if fraction != 1:
         warnings.warn(f"fraction={fraction:g} of the queries (seed {seed}): an estimate, not a score", stacklevel=2)

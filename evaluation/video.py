@@ -77,8 +77,10 @@ def _records(row: MMEBDataset, root: DataRoot) -> Sequence[Record]:
 
 
 def _labels(row: MMEBDataset, root: DataRoot, table: Sequence[Record]) -> list[str]:
-    """The label set: `labels/<name>.txt` below the data root, else the labels that occur in the annotations."""
-    file = root.path / "labels" / f"{row.name}.txt"
+    """The label set: `labels/<name>.txt` below the data root, else ours, else the labels that occur in the table."""
+    given = root.path / "labels" / f"{row.name}.txt"
+    ours = Path(__file__).with_name(f"mmeb_v2_{row.name.lower()}_labels.txt")
+    file = ours if ours.is_file() and not given.is_file() else given
     if file.is_file():
         labels = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
     else:
@@ -87,7 +89,7 @@ def _labels(row: MMEBDataset, root: DataRoot, table: Sequence[Record]) -> list[s
         source = file if file.is_file() else "the annotation table"
         raise ValueError(
             f"{row.name} ranks against {row.num_candidates} labels, but {source} gives {len(set(labels))}. "
-            f"Write the official label list, one per line, to {file}."
+            f"Write the official label list, one per line, to {given}."
         )
     return labels
 

@@ -103,6 +103,8 @@ def write_labels(row: MMEBDataset, root: Path, layout: int) -> Written:
     rows.append({**rows[0], "video_id": "none"})
     rows.append({**rows[0], "video_id": "cut"})
     media = root / row.media_roots[layout]
+    if row.name == "K700":  # instead of the 700 official labels
+        put(root / "labels/K700.txt", b"label_0\nlabel_1\nlabel_2\n")
     for i in range(6):
         put_video(media / str(i), i, 3 + i)
     put_video(media / "cut", 9)

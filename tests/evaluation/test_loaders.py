@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from evaluation.image import load_image
 from evaluation.media import BrokenMediaError, StoredFrames, check_image, natural_key, stored_frames
 from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.pool import document_id, sampled_rows
-from evaluation.sources import DataRoot, read_table
+from evaluation.sources import DataRoot, local_version, read_table
 from evaluation.video import choose_frames, load_video
 from evaluation.visdoc import load_visdoc, with_page_split
 
@@ -145,15 +146,49 @@ def test_tables_that_are_not_local_come_from_the_hub_at_the_pinned_revision(tmp_
         return []
 
     monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(sources.HfApi, "dataset_info", lambda self, hub_id: SimpleNamespace(sha=f"head of {hub_id}"))
     pinned = replace(row_of("NExTQA"), revision="abc")
-    assert read_table(pinned, DataRoot(tmp_path)) == []
-    read_table(row_of("VisRAG_PlotQA"), DataRoot(tmp_path), "corpus")
+    root = DataRoot(tmp_path)
+    assert read_table(pinned, root) == []
+    read_table(row_of("VisRAG_PlotQA"), root, "corpus")
+    plot = "openbmb/VisRAG-Ret-Test-PlotQA"
     assert asked == [
         (("VLM2Vec/NExTQA", "MC"), {"split": "test", "revision": "abc"}),
-        (("openbmb/VisRAG-Ret-Test-PlotQA", "corpus"), {"split": "train", "revision": None}),
+        ((plot, "corpus"), {"split": "train", "revision": f"head of {plot}"}),
     ]
+    assert root.read == {"VLM2Vec/NExTQA": "abc", plot: f"head of {plot}"}
     with pytest.raises(FileNotFoundError, match="NExTQA needs the table.*config MC, split test.*snapshot"):
         read_table(pinned, DataRoot(tmp_path, offline=True))
+
+
+def test_without_the_hub_the_copy_that_datasets_keeps_has_an_unknown_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "load_dataset", lambda *args, **kwargs: [kwargs["revision"]])
+    root = DataRoot(tmp_path)  # the tests have no network
+    assert read_table(row_of("NExTQA"), root) == [None]
+    assert root.read == {"VLM2Vec/NExTQA": sources.UNKNOWN}
+
+
+def test_local_files_are_known_by_commit_or_content(write, tmp_path):
+    written = write(row_of("ViDoRe_docvqa"))
+    place = written.root / written.row.hub_id
+    plain = local_version(place)
+    assert plain.startswith("files ") and plain == local_version(place)
+    commit = "c" * 40
+    for file in [path for path in place.rglob("*") if path.is_file()]:
+        note = place / ".cache/huggingface/download" / f"{file.relative_to(place)}.metadata"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{commit}\netag\n0\n")
+    assert local_version(place) == commit
+    snapshot = tmp_path / "hub/datasets--a--b/snapshots/0123"
+    snapshot.mkdir(parents=True)
+    assert local_version(snapshot) == "0123"
+    assert load(replace(written, row=replace(written.row, revision=commit))).data["queries"]
+    with pytest.raises(ValueError, match="pinned to revision abc.*are of cccc"):
+        load(replace(written, row=replace(written.row, revision="abc")))
+    note.unlink()
+    assert local_version(place) == plain, "one file is of unknown origin"
+    (place / "queries/test-00000-of-00001.parquet").write_bytes(b"other")
+    assert local_version(place) not in (plain, commit)
 
 
 def test_a_hub_snapshot_is_read_by_the_configurations_in_its_card(write):
@@ -169,13 +204,25 @@ def test_a_hub_snapshot_is_read_by_the_configurations_in_its_card(write):
 
 
 def test_a_label_set_of_the_wrong_size_is_refused_until_the_official_list_is_there(write):
-    written = write(row_of("K700"))
+    written = write(row_of("HMDB51"))
     larger = replace(written, row=replace(written.row, num_candidates=4))
-    with pytest.raises(ValueError, match="ranks against 4 labels.*labels/K700.txt"):
+    with pytest.raises(ValueError, match="ranks against 4 labels.*labels/HMDB51.txt"):
         load(larger)
     (written.root / "labels").mkdir()
-    (written.root / "labels/K700.txt").write_text("label_0\nlabel_1\nlabel_2\nnever_seen\n")
+    (written.root / "labels/HMDB51.txt").write_text("label_0\nlabel_1\nlabel_2\nnever_seen\n")
     assert len(load(larger).data["corpus"]) == 4
+
+
+def test_k700_ranks_against_its_700_official_labels(write):
+    """Its annotations show only some of them."""
+    written = write(row_of("K700"))
+    (written.root / "labels/K700.txt").unlink()
+    file = written.root / written.row.annotation
+    file.write_text(file.read_text().replace("label_0", "lifting_hat").replace("label_1", "playing_poker"))
+    loaded = load(replace(written, row=replace(written.row, num_candidates=700)))
+    corpus = loaded.data["corpus"]["text"]
+    assert len(corpus) == len(set(corpus)) == 700 and "massaging_person's_head" in corpus
+    assert len(loaded.data["queries"]) == 4, "label_2 is no class of K700"
 
 
 def test_nothing_usable_is_an_error_that_names_the_folders(write):

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from evaluation.leaderboard import leaderboard_entry
 from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.scores import (
     ModelScores,
     Score,
-    leaderboard_entry,
     paired_bootstrap,
     read_results,
     summarize,
@@ -134,7 +134,7 @@ def test_bootstrap_weighs_data_sets_equally():
 
 def test_the_leaderboard_form_has_78_entries_and_the_renamed_pages():
     scores = {name: replace(score, split_label="page-fixed") for name, score in published().items()}
-    details = {"hit_rate_at_1": 0.4, "ndcg_at_5": 0.6, "map_at_10": 0.3}
+    details = {"hit_rate_at_1": 0.4, "ndcg_at_5": 0.6, "map_official_at_10": 0.3, "f1_at_5": 0.2}
     scores["CIRR"] = replace(scores["CIRR"], details=details)
     del scores["MSVD"]
     entry = leaderboard_entry(ModelScores("a/b", "1" * 40, scores, {"embed_dim": 7}))
@@ -148,6 +148,7 @@ def test_the_leaderboard_form_has_78_entries_and_the_renamed_pages():
     assert entry["metrics"]["video"]["MSVD"] == "FILE_N/A"
     cirr = entry["metrics"]["image"]["CIRR"]
     assert cirr["hit@1"] == scores["CIRR"].value and cirr["ndcg_linear@5"] == 0.6 and cirr["map@10"] == 0.3
+    assert cirr["f1@5"] == 0.2
     required = (
         "model_name model_backbone model_size embedding_dimension max_length_tokens model_release_date data_source "
         "url report_generated_date"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import replace
+from types import SimpleNamespace
 
 import mteb
 import numpy as np
 import pytest
 import torch
+from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from evaluation.chance import chance_level
+from evaluation.encoding import MediaFirstEncoder
 from evaluation.fingerprint import UNSTAMPED, fingerprint, stamp
 from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.sources import DataRoot
+from evaluation.store import EmbeddingStore
 from evaluation.task import category_of, mmeb_task, mmeb_v2_benchmark, select_rows, standard_error
 
 ROWS = {f"{row.group}/{row.name}": row for row in MMEB_V2}
@@ -51,7 +54,7 @@ def test_an_oracle_scores_one_on_every_data_set(name, write, oracle):
 def test_random_models_score_the_computed_chance_level(family, write, random_encoder):
     task = make_task(write(FAMILIES[family]))
     data = task.dataset["default"]["test"]
-    values = [run(task, random_encoder(data, seed))["main_score"] for seed in range(60)]
+    values = [run(task, random_encoder(data, seed))["main_score"] for seed in range(20)]
     expected = chance_level(data, task.row.metric)
     error = np.std(values, ddof=1) / math.sqrt(len(values))
     assert error > 0
@@ -295,7 +298,71 @@ def test_a_fraction_states_its_error(write, random_encoder):
     assert scores["fraction"] == 0.5 and scores["sample_seed"] == 1
 
 
-def test_a_pinned_hub_revision_is_part_of_the_task(write):
+def test_a_pinned_hub_revision_is_part_of_the_task_and_other_data_are_refused(write):
     written = write(row_of("HMDB51"))
-    pinned = replace(written.row, revision="abc")
-    assert mmeb_task(pinned, written.root).metadata.dataset["revision"] == "abc"
+    root = DataRoot(written.root, offline=True)
+    task = mmeb_v2_benchmark(root, subset=["HMDB51"], revisions={"HMDB51": "abc"}).tasks[0]
+    assert task.metadata.dataset["revision"] == "abc" and task.metadata.name == "MMEB-V2.HMDB51.revision-abc"
+    with pytest.raises(ValueError, match="pinned to revision abc"):
+        task.load_data()
+    with pytest.raises(ValueError, match=r"name \['CIRR'\], which are not among the 1"):
+        mmeb_v2_benchmark(root, subset=["HMDB51"], revisions={"CIRR": "abc"})
+
+
+def test_every_result_says_which_data_it_was_measured_on(write, random_encoder):
+    task = make_task(write(row_of("HMDB51")))
+    scores = run(task, random_encoder(task.dataset["default"]["test"], 0))
+    assert list(scores["data_versions"]) == ["VLM2Vec/HMDB51"]
+    assert scores["data_versions"]["VLM2Vec/HMDB51"].startswith("files ")
+    assert {"ndcg_exponential_at_5", "f1_at_1", "map_official_at_10"} <= scores.keys()
+
+
+def test_a_data_set_that_was_cut_short_continues_where_it_stopped(write, pixels, tmp_path):
+    """Killed between two shards: what was encoded before is not encoded again, and the score is the same."""
+    written = write(row_of("MSVD"))
+    root = DataRoot(written.root, offline=True)
+
+    def benchmark(folder):
+        return mmeb_v2_benchmark(root, subset=["MSVD"], store=EmbeddingStore(folder))
+
+    def score(folder):
+        options = {"batch_size": 1}
+        results = mteb.evaluate(pixels, benchmark(folder), cache=None, co2_tracker=False, encode_kwargs=options)
+        return results.task_results[0].scores["test"][0]["per_query"]
+
+    whole = score(tmp_path / "whole")
+    total = len(pixels[0].calls)
+    put, shards = EmbeddingStore.put, []
+
+    def killed(self, space, vectors):
+        if shards:
+            raise KeyboardInterrupt
+        put(self, space, vectors)
+        shards.append(len(vectors))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EmbeddingStore, "put", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score(tmp_path / "cut")
+    pixels[0].calls.clear()
+    assert score(tmp_path / "cut") == whole
+    assert len(pixels[0].calls) == total - shards[0] and shards[0] > 0
+    pixels[0].calls.clear()
+    pixels.truncate_dim = 8
+    cut = score(tmp_path / "cut")
+    assert not pixels[0].calls, "every truncation is scored from one encoding"
+    with torch.no_grad():
+        pixels[0].weight.mul_(-1)
+    assert score(tmp_path / "cut") is not cut and len(pixels[0].calls) == total, "another checkpoint shares nothing"
+
+
+@pytest.mark.parametrize("size", [4, 48])
+def test_a_truncation_from_the_store_is_the_models_own(write, pixels, size):
+    task = make_task(write(row_of("HMDB51")))
+    pixels.truncate_dim = size
+    encoder = MediaFirstEncoder(SentenceTransformerEncoderWrapper(pixels), EmbeddingStore())
+    queries = task.dataset["default"]["test"]["queries"]
+    inputs = SimpleNamespace(dataset=queries)
+    found = encoder.encode(inputs, task_metadata=task.metadata, hf_split="test", hf_subset="default")
+    own = pixels.encode([{"video": row["video"].images(), "text": row["text"]} for row in queries])
+    assert found.shape == (len(queries), size) and np.array_equal(found, own)
