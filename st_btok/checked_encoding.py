@@ -4,8 +4,8 @@
 as the text of its path, NaN pixels give NaN embeddings, an empty frame list is embedded as nothing, a URL is fetched,
 and one truncated file ends the whole call with an error that names no row. The checked path refuses or repairs these,
 for any SentenceTransformer, with BToks or without. It also encodes apart what one batch can't hold: conversations
-beside other inputs, whose media sentence-transformers loses; videos beside images (SmolVLM); sampling rates; and, for
-models without a chat template, different modalities.
+beside other inputs, whose media sentence-transformers loses; videos beside images (SmolVLM) or beside videos of
+another length; sampling rates; and, for models without a chat template, different modalities.
 """
 
 from __future__ import annotations
@@ -234,20 +234,24 @@ def _groups(checked: CheckedInputs, has_messages: bool) -> list[CheckedInputs]:
 
 
 def _batch_key(value: Any, has_messages: bool) -> Any:
-    if isinstance(value, list):  # a conversation; the others are text, media or dicts by now
-        kinds = {part["type"] for turn in value if isinstance(turn["content"], list) for part in turn["content"]}
-        return "conversation", "video" in kinds
-    modality = infer_modality(value)
+    """Equal for inputs that can share a batch on every family."""
     if not has_messages:
-        return modality
-    kinds = {modality} if isinstance(modality, str) else set(modality)
-    sounds = value.get("audio", value) if isinstance(value, dict) else None
-    rates = {
-        sound["sampling_rate"]
-        for sound in (sounds if isinstance(sounds, list) else [sounds])
-        if isinstance(sound, dict) and "sampling_rate" in sound
-    }
-    return "video" in kinds, tuple(sorted(rates))
+        return infer_modality(value)
+    media = _media(value)
+    # Measured: beside a longer video, SmolVLM misreads a shorter one (0.1), LLaVA-OneVision and InternVL raise.
+    frames = {len(item["array"] if isinstance(item, dict) else item) for kind, item in media if kind == "video"}
+    rates = {item["sampling_rate"] for kind, item in media if kind == "audio" and isinstance(item, dict)}
+    return isinstance(value, list), tuple(sorted(frames)), tuple(sorted(rates))
+
+
+def _media(value: Any) -> list[tuple[str, Any]]:
+    """Every medium of a normalised input, with its kind."""
+    if isinstance(value, list):  # a conversation
+        contents = [turn["content"] for turn in value if isinstance(turn["content"], list)]
+        return [(part["type"], part[part["type"]]) for content in contents for part in content]
+    if not isinstance(value, dict) or "array" in value:
+        return [(str(infer_modality(value)), value)]
+    return [(kind, item) for kind, items in value.items() for item in (items if isinstance(items, list) else [items])]
 
 
 def _encode(
