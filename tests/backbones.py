@@ -51,7 +51,8 @@ MODALITIES = {
 def build(name: str, **options: object) -> tuple[torch.nn.Module, object]:
     """Model in eval mode and processor of one family, the same weights at every call."""
     torch.manual_seed(0)
-    model, processor = BUILDERS[name](**options)
+    builder = paligemma if name == "paligemma" else BUILDERS[name]  # the one that is refused
+    model, processor = builder(**options)
     with torch.no_grad():
         for parameter in model.parameters():  # vision towers that ignore initializer_range
             if parameter.dim() > 1 and parameter.std() < 0.1:

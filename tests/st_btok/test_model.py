@@ -27,7 +27,6 @@ from tests.backbones import (
     build,
     inputs,
     llama,
-    paligemma,
     picture,
     takes,
     tokenizer,
@@ -291,9 +290,9 @@ def test_a_backbone_that_looks_ahead_is_refused():
 
 def test_prefix_attention_is_refused():
     """PaliGemma: image and prompt see each other in both directions, so the input's states see the BToks."""
-    backbone, processor = paligemma()
+    backbone, processor = build("paligemma")
     with pytest.raises(ValueError, match="must be causal.*paligemma"):
-        build_model(backbone.eval(), processor=processor, template="plain")
+        build_model(backbone, processor=processor, template="plain")
 
 
 def test_images_and_videos_of_smolvlm_need_calls_of_their_own(btok_model):
