@@ -1,0 +1,72 @@
+"""`encode_corpus.py` on many devices: one Ray actor per device, each taking the next missing shard.
+
+    pip install -e ".[ray]"
+    python -m recipes.encode_corpus_ray --model out/model --corpus c.parquet --output embeddings --actors 8 --gpus 1
+
+Corpus and output must be on a file system that all nodes see. A lost actor or an interrupted run costs the shards in
+work: the command goes on with the missing ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from transformers import HfArgumentParser
+
+from recipes.encode_corpus import EncodeConfig, Shard, encode_shard, load_model, open_corpus, plan
+
+
+@dataclass
+class RayEncodeConfig(EncodeConfig):
+    """Settings of the encoding and of its actors."""
+
+    actors: int = field(default=1, metadata={"help": "Actors; each holds the model."})
+    gpus: float = field(default=0.0, metadata={"help": "GPUs of an actor; 0: CPU."})
+
+
+class Encoder:
+    """An actor: loads the model once, then encodes one shard per call."""
+
+    def __init__(self, config: RayEncodeConfig) -> None:
+        self.config, self.model, self.table = config, load_model(config), open_corpus(config.corpus)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encode the shard of a row; adds the number of rows that could not be read."""
+        folder = str(Path(self.config.corpus[0]).parent)
+        return {**row, "broken": encode_shard(self.model, self.table, Shard(**row), folder, self.config.batch_size)}
+
+
+def encode(config: RayEncodeConfig) -> tuple[int, int]:
+    """Encode what is missing.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        Shards written, and rows in them that could not be read.
+    """
+    shards = plan(config, len(open_corpus(config.corpus)))
+    if not shards:
+        return 0, 0
+    work = ray.data.from_items([vars(shard) for shard in shards], override_num_blocks=len(shards))
+    done = work.map(
+        Encoder,
+        fn_constructor_args=(config,),
+        compute=ray.data.ActorPoolStrategy(size=min(config.actors, len(shards))),
+        num_gpus=config.gpus,
+    )
+    return len(shards), sum(row["broken"] for row in done.iter_rows())
+
+
+def main() -> None:
+    """Encode with the settings of the command line."""
+    (config,) = HfArgumentParser(RayEncodeConfig).parse_args_into_dataclasses()
+    shards, broken = encode(config)
+    print(f"{shards} shards written to {config.output}; {broken} rows in them could not be read (column error).")
+
+
+if __name__ == "__main__":
+    main()
