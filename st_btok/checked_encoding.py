@@ -10,13 +10,15 @@ another length; sampling rates; and, for models without a chat template, differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.util import quantize_embeddings
@@ -26,7 +28,9 @@ from st_btok.inputs import InputReader, reader_for
 
 OnError = Literal["raise", "skip"]
 _SHOWN = 10  # bad rows that one error lists
-_CHUNK = 8  # batches whose media are in memory at a time; enough for sentence-transformers to sort by length
+# What is decoded at a time: so many batches, enough for sentence-transformers to sort by length, or so many pixels
+# (0.8 GB), whatever comes first.
+_CHUNK_BATCHES, _CHUNK_PIXELS = 8, 2**28
 
 
 @dataclass(frozen=True)
@@ -142,23 +146,22 @@ def check_rows(inputs: Sequence[Any], rows: Sequence[int], reader: InputReader, 
         except ValueError as error:
             skipped.append(SkippedInput(row, str(error)))
     if skipped and on_error == "raise":
-        raise bad_rows(skipped, len(inputs))
+        raise bad_rows(skipped)
     return CheckedInputs(kept, kept_rows, skipped)
 
 
-def bad_rows(skipped: Sequence[SkippedInput], total: int) -> ValueError:
+def bad_rows(skipped: Sequence[SkippedInput]) -> ValueError:
     """One error for all bad rows.
 
     Args:
         skipped: The bad rows, at least one.
-        total: How many rows were checked.
 
     Returns:
         An error that lists the first ten.
     """
     lines = [f"row {bad.row}: {bad.reason}." for bad in skipped[:_SHOWN]]
     more = [f"... and {len(skipped) - _SHOWN} more."] if len(skipped) > _SHOWN else []
-    head = f'{len(skipped)} of {total} inputs can\'t be encoded (on_error="skip" leaves such rows out):'
+    head = f'inputs that can\'t be encoded: {len(skipped)} (on_error="skip" leaves them out)'
     return ValueError("\n".join([head, *lines, *more]))
 
 
@@ -177,14 +180,15 @@ def encode_checked(
 ) -> CheckedEmbeddings:
     """Embed inputs, each checked before its batch runs.
 
-    All rows are checked first without decoding files, then eight batches at a time are decoded, checked and encoded.
+    All rows are checked first without decoding files, then up to eight batches at a time are decoded,
+    checked and encoded.
     A video is used whole (or as `num_frames` says): processors choose no frames of their own here.
 
     Args:
         model: Any SentenceTransformer.
         inputs: What `checked_inputs` takes.
         on_error: See `checked_inputs`. Under `"raise"`, a file that opens but can't be decoded is found when its
-            eight batches are due; under `"skip"` nothing but bad rows is lost.
+            batches are due; under `"skip"` nothing but bad rows is lost.
         task: `"query"` or `"document"` use `encode_query` or `encode_document`. Default: `encode`.
         allow_urls: See `checked_inputs`.
         num_frames: See `checked_inputs`.
@@ -207,11 +211,9 @@ def encode_checked(
     everything = as_rows(inputs, model)
     found = check_rows(everything, range(len(everything)), replace(reader, decode=False), on_error)
     texts_only = all(isinstance(value, str) for value in found.inputs)
-    size = len(everything) or 1 if texts_only else batch_size * _CHUNK
+    size = len(everything) if texts_only else batch_size * _CHUNK_BATCHES
     done = [CheckedEmbeddings(None, [], found.skipped)]
-    for start in range(0, len(found.rows), size):
-        rows = found.rows[start : start + size]
-        checked = check_rows([everything[row] for row in rows], rows, reader, on_error)
+    for checked in _chunks(everything, found.rows, reader, on_error, size):
         done.append(CheckedEmbeddings(None, [], checked.skipped))
         for group in _groups(checked, "message" in reader.modalities):
             done.append(_encode(model, encode, group, on_error, encode_kwargs))
@@ -221,6 +223,30 @@ def encode_checked(
     if precision != "float32" and result.rows:
         result = replace(result, embeddings=quantize_embeddings(result.embeddings, precision=precision))
     return result
+
+
+def _chunks(
+    inputs: list[Any], rows: list[int], reader: InputReader, on_error: OnError, size: int
+) -> Iterator[CheckedInputs]:
+    """Decode rows until there are enough for one go."""
+    chunk, pixels = CheckedInputs([], [], []), 0
+    for row in rows:
+        one = check_rows([inputs[row]], [row], reader, on_error)
+        chunk.inputs.extend(one.inputs)
+        chunk.rows.extend(one.rows)
+        chunk.skipped.extend(one.skipped)
+        pixels += sum(_pixels(item) for value in one.inputs for _, item in _media(value))
+        if len(chunk.rows) >= size or pixels >= _CHUNK_PIXELS:
+            yield chunk
+            chunk, pixels = CheckedInputs([], [], []), 0
+    yield chunk
+
+
+def _pixels(medium: Any) -> int:
+    if isinstance(medium, Image.Image):
+        return medium.width * medium.height
+    frames = medium.get("array") if isinstance(medium, dict) else medium
+    return math.prod(frames.shape[:3]) if isinstance(frames, np.ndarray) and frames.ndim == 4 else 0
 
 
 def _groups(checked: CheckedInputs, has_messages: bool) -> list[CheckedInputs]:
@@ -274,7 +300,7 @@ def _encode(
         if not bad:
             raise
         if on_error == "raise":
-            raise bad_rows(bad, len(group.rows)) from error
+            raise bad_rows(bad) from error
     lost = {skipped.row for skipped in bad}
     kept = [(row, value) for row, value in zip(group.rows, group.inputs, strict=True) if row not in lost]
     embeddings = encode([value for _, value in kept], **kwargs) if kept else None

@@ -120,11 +120,11 @@ def test_errors_name_every_bad_row_and_come_first(tmp_path, qwen, monkeypatch):
     with pytest.raises(ValueError) as error:
         encode_checked(qwen, values)
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("5 of 8 inputs can't be encoded"), "files are not decoded for the first check"
+    assert lines[0].startswith("inputs that can't be encoded: 5"), "files are not decoded for the first check"
     assert [line.split(":")[0] for line in lines[1:]] == ["row 1", "row 2", "row 3", "row 5", "row 6"]
-    with pytest.raises(ValueError, match="1 of 1 inputs .*\nrow 0: the file .*cut.png' can't be decoded"):
+    with pytest.raises(ValueError, match="encoded: 1 .*\nrow 0: the file .*cut.png' can't be decoded"):
         encode_checked(qwen, [tmp_path / "cut.png"])
-    with pytest.raises(ValueError, match="6 of 8 inputs"):
+    with pytest.raises(ValueError, match="encoded: 6 "):
         checked_inputs(values, qwen)
     with pytest.raises(ValueError, match=r"row 9: .*\n\.\.\. and 20 more\."):
         checked_inputs([None] * 30, qwen)
@@ -141,6 +141,18 @@ def test_skipping_loses_nothing_else(tmp_path, qwen):
     nothing = encode_checked(qwen, bad_rows(tmp_path), on_error="skip")
     assert not nothing.rows and len(nothing.skipped) == 6 and len(nothing.embeddings) == 0
     assert len(encode_checked(qwen, []).embeddings) == 0
+
+
+def test_few_pixels_are_in_memory_at_a_time(qwen, monkeypatch):
+    values = [picture(56, 28, 1), "a", picture(56, 28, 2), clip(2), picture(28, 28, 3), "b"]
+    whole = encode_checked(qwen, values).embeddings
+    sizes = []
+    encode = qwen.encode
+    monkeypatch.setattr(qwen, "encode", lambda inputs, **kwargs: sizes.append(len(inputs)) or encode(inputs, **kwargs))
+    monkeypatch.setattr("st_btok.checked_encoding._CHUNK_PIXELS", 2 * 56 * 28)
+    cut = encode_checked(qwen, values).embeddings
+    assert sizes == [3, 1, 2], "two pictures and a text; the clip; what is left"
+    assert difference(cut, whole) < 1e-5
 
 
 def test_rows_that_only_the_processor_refuses_are_bad_rows_too(btok_model):

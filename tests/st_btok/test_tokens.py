@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from st_btok import add_btoks, btok_ids, btok_tokens
-from st_btok.tokens import tokenizer_of
-from tests.backbones import TEXT, build, llama, tokenizer
+from st_btok.tokens import control_tokens, tokenizer_of
+from tests.backbones import SPECIAL, TEXT, build, llama, tokenizer
 
 
 def test_names_are_the_authors():
@@ -104,3 +104,11 @@ def test_a_module_without_tokenizer_is_refused(qwen):
     qwen[0].processor = qwen[0].processor.image_processor
     with pytest.raises(ValueError, match="has none"):
         tokenizer_of(qwen[0])
+
+
+def test_control_tokens_are_special_or_written_by_the_template():
+    own = tokenizer()
+    own.add_tokens(["<note>", "<free>", "\n", "#"])
+    names = control_tokens(own, "{{ '<note>' }}\n#")
+    assert set(SPECIAL) < set(names) and "<note>" in names
+    assert not {"<free>", "\n", "#"} & set(names), "ordinary added tokens, blanks and single characters stay usable"
