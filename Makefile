@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A torch/torchvision pair that works together on the CPU; any pair of matching releases serves.
-TORCH := torch==2.14.1 torchvision==0.29.1
+# Releases that work together on the CPU; any matching ones serve. torchcodec is for mteb's own video tasks only.
+TORCH := torch==2.14.1 torchvision==0.29.1 torchcodec==0.14.0
 
 .PHONY: setup quickstart test check pretrain clean
 

@@ -87,7 +87,7 @@ class MediaFirstEncoder:
         found = self._store.get(space, keys)
         todo = sorted({key: row for row, key in enumerate(keys) if key not in found}.values())
         step = _BATCHES_PER_CALL * kwargs.get("batch_size", 32)
-        quiet = not kwargs.get("show_progress_bar", True)
+        quiet = not todo or not kwargs.get("show_progress_bar", True)
         with tqdm(total=len(todo), desc=f"{task_metadata.name} {prompt_type}", unit="input", disable=quiet) as bar:
             for start in range(0, len(todo), step):
                 chosen = todo[start : start + step]
@@ -141,7 +141,7 @@ def _as_input(record: dict[str, Any]) -> dict[str, Any] | str:
         picture: PILImage.Image = Image().decode_example(record["image"])
         inputs["image"] = picture.convert("RGB")
     if record.get("video"):
-        inputs["video"] = StoredFrames(tuple(record["video"])).images()
+        inputs["video"] = StoredFrames(tuple(record["video"])).as_video()
     if not inputs:
         return _text(record)
     if _text(record).strip():

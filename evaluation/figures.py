@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from evaluation.scores import OVERALL, Mean, ModelScores
+from evaluation.scores import Mean, ModelScores
 
 COLOURS = ("#2f5d8a", "#d98032", "#4f8f5b", "#a3455c", "#7a6aa8", "#6b6b6b")
 
@@ -49,33 +49,30 @@ def group_bars(
     figure.savefig(path)
 
 
-def size_plot(models: Sequence[ModelScores], means: Sequence[Mapping[str, Mean]], path: Path) -> bool:
-    """Write quality against embedding size.
+def size_plot(curves: Mapping[str, Mapping[int, Mean]], path: Path) -> None:
+    """Write quality against embedding size, a curve per model, with 95 % intervals.
 
     Args:
-        models: The models.
-        means: `summarize` of each.
+        curves: Model -> numbers per embedding -> mean over all data sets.
         path: PNG to write.
-
-    Returns:
-        Whether it was written: at least two models must state their size.
     """
-    points = [
-        (int(model.metadata["embed_dim"]), mean[OVERALL], model.name)
-        for model, mean in zip(models, means, strict=True)
-        if model.metadata.get("embed_dim") and mean[OVERALL].present
-    ]
-    if len(points) < 2:
-        return False
-    figure = Figure(figsize=(5, 3.6), dpi=150)
+    figure = Figure(figsize=(6, 4), dpi=150)
     axes = figure.add_subplot()
-    for number, (size, mean, name) in enumerate(points):
-        axes.errorbar(size, 100 * mean.value, 196 * mean.standard_error, fmt="o", color=COLOURS[number % 6], capsize=3)
-        axes.annotate(name, (size, 100 * mean.value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for number, (name, curve) in enumerate(curves.items()):
+        sizes = sorted(curve)
+        values = [100 * curve[size].value for size in sizes]
+        errors = [196 * curve[size].standard_error for size in sizes]
+        colour, marker = COLOURS[number % 6], "os^Dv*"[number % 6]
+        axes.errorbar(sizes, values, errors, capsize=3, linewidth=1.5, label=name, color=colour, marker=marker)
+    ticks = sorted({size for curve in curves.values() for size in curve})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
     axes.set_xlabel("numbers per embedding")
     axes.set_ylabel("mean over data sets (%)")
+    axes.set_title("bars: 95 % over queries", fontsize=9)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
-    return True

@@ -91,6 +91,17 @@ class StoredFrames:
         """The frames as RGB pictures."""
         return [_open(source).convert("RGB") for source in self.paths]
 
+    def as_video(self) -> dict[str, Any]:
+        """The frames as sentence-transformers' video input, so that every one of them is shown.
+
+        Without a frame rate, Qwen3-VL's processor takes 24 frames a second and keeps two of each second: 4 of 8 chosen
+        frames. One a second keeps all. A single frame is shown twice, because that processor refuses one.
+        """
+        frames = self.images()
+        frames = frames if len(frames) > 1 else frames * 2
+        metadata = {"total_num_frames": len(frames), "fps": 1.0, "frames_indices": list(range(len(frames)))}
+        return {"array": frames, "video_metadata": metadata}
+
     def get_frames_at(self, indices: Sequence[int]) -> SimpleNamespace:
         """The chosen frames as `data`, uint8 (frames, 3, height, width); all of them take the first one's size."""
         pictures = [_open(self.paths[index]).convert("RGB") for index in indices]

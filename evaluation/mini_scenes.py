@@ -44,7 +44,7 @@ class Draws:
     numpy makes that promise for no method, nor does Python for its other methods.
 
     Args:
-        names: What the sequence is for: seed, data set, split.
+        *names: What the sequence is for: seed, data set, split.
     """
 
     def __init__(self, *names: object) -> None:

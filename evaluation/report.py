@@ -21,8 +21,10 @@ from evaluation.figures import group_bars, size_plot
 from evaluation.leaderboard import leaderboard_entry
 from evaluation.mini import MINI
 from evaluation.scores import (
+    OVERALL,
     Mean,
     ModelScores,
+    Score,
     expected_datasets,
     paired_bootstrap,
     read_results,
@@ -61,11 +63,14 @@ def write_report(
         raise ValueError(f"the folders hold results of the splits {labels}: write one report for each")
     suite = _suite(models) if expected is None else expected
     models = distinguish(models)
+    curves = size_curves(models, suite)
+    models = [model for model in models if not model.truncated] or models
     means = [summarize(model.scores, suite) for model in models]
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
     group_bars(models, means, _chance(models, suite), target / "groups.png")
-    with_sizes = size_plot(models, means, target / "sizes.png")
+    if curves:
+        size_plot(curves, target / "sizes.png")
     if suite == expected_datasets():
         for model in models:
             file = target / f"{model.name.replace('/', '__')}.json"
@@ -74,7 +79,7 @@ def write_report(
         f"# Results on split `{labels[0]}`",
         _means_table(models, means),
         "![means per group](groups.png)",
-        *(["![quality against size](sizes.png)"] if with_sizes else []),
+        _sizes_table(curves),
         _datasets_table(models, suite),
         _differences(models, seed),
         _provenance(models, folders),
@@ -82,6 +87,35 @@ def write_report(
     file = target / "report.md"
     file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return file
+
+
+def size_curves(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) -> dict[str, dict[int, Mean]]:
+    """Quality against embedding size.
+
+    Args:
+        models: The models, with their truncations.
+        suite: All data sets of the suite.
+
+    Returns:
+        Model -> numbers per embedding -> mean over all data sets; empty when there is one size only.
+    """
+    curves: dict[str, dict[int, Mean]] = {}
+    for model in models:
+        mean = summarize(model.scores, suite)[OVERALL]
+        if model.size and mean.present:
+            curves.setdefault(model.name, {})[model.size] = mean
+    return curves if len({size for curve in curves.values() for size in curve}) > 1 else {}
+
+
+def _sizes_table(curves: Mapping[str, Mapping[int, Mean]]) -> str:
+    if not curves:
+        return ""
+    sizes = sorted({size for curve in curves.values() for size in curve})
+    rows = [
+        [str(size), *(_cell(curve[size]) if size in curve else "-" for curve in curves.values())] for size in sizes
+    ]
+    head = "## Embedding size\n\nMean over all data sets, by numbers per embedding.\n\n"
+    return f"{head}{_table(['numbers', *curves], rows)}\n\n![quality against size](sizes.png)"
 
 
 def distinguish(models: Sequence[ModelScores]) -> list[ModelScores]:
@@ -93,9 +127,11 @@ def distinguish(models: Sequence[ModelScores]) -> list[ModelScores]:
     Returns:
         The same, with the start of the revision behind names that occur more than once.
     """
-    names = [model.name for model in models]
+    known: dict[str, set[str]] = {}
+    for model in models:
+        known.setdefault(model.name, set()).add(model.revision)
     return [
-        replace(model, name=f"{model.name}@{model.revision[:8]}") if names.count(model.name) > 1 else model
+        replace(model, name=f"{model.name}@{model.revision[:8]}") if len(known[model.name]) > 1 else model
         for model in models
     ]
 
@@ -126,11 +162,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _means_table(models: Sequence[ModelScores], means: Sequence[Mapping[str, Mean]]) -> str:
-    def cell(mean: Mean) -> str:
-        return f"{mean.text()} ± {196 * mean.standard_error:.1f}" if mean.present else "-"
+def _cell(mean: Mean) -> str:
+    return f"{mean.text()} ± {196 * mean.standard_error:.1f}" if mean.present else "-"
 
-    rows = [[label, *(cell(mean[label]) for mean in means)] for label in means[0]]
+
+def _means_table(models: Sequence[ModelScores], means: Sequence[Mapping[str, Mean]]) -> str:
+    rows = [[label, *(_cell(mean[label]) for mean in means)] for label in means[0]]
     notes = (
         "Plain means over data sets, in %, with 95 % intervals over queries. `(n of m)`: data sets are missing; "
         "`~`: queries are missing (broken data left out, or a fraction asked). Neither is the suite's score."
@@ -176,9 +213,15 @@ def _provenance(models: Sequence[ModelScores], folders: Sequence[str | Path]) ->
         part = "" if fractions == [1.0] else f", fraction {fractions}"
         versions = ", ".join(f"{k} {v}" for k, v in sorted(model.versions.items()) if v)
         lines.append(f"- {model.name}, checkpoint `{model.revision}`, split `{model.split_label}`{part}. {versions}")
+    versions_read = sorted({item for model in models for score in model.scores.values() for item in _data_of(score)})
+    lines += [f"- data {hub_id}: {version}" for hub_id, version in versions_read]
     for run in read_runs(folders):
         lines.append(f"- `{run['command']}`: {run['hardware']}, seed {run['seed']}, {run['started']}")
     return "## Provenance\n\n" + "\n".join(lines)
+
+
+def _data_of(score: Score) -> list[tuple[str, str]]:
+    return sorted(score.details.get("data_versions", {}).items())
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:

@@ -64,6 +64,16 @@ class ModelScores:
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
+    def truncated(self) -> bool:
+        """Whether only the first numbers of the embeddings were scored (`--truncate-dims`)."""
+        return "truncate_dim" in (self.metadata.get("experiment_kwargs") or {})
+
+    @property
+    def size(self) -> int | None:
+        """Numbers per embedding, where known."""
+        return self.metadata.get("embed_dim")
+
+    @property
     def split_label(self) -> str:
         """The version of the data; the scores of one model never mix two."""
         labels = sorted({score.split_label for score in self.scores.values()})
