@@ -96,6 +96,9 @@ def read_budget(model: SentenceTransformer, num_btoks: int) -> SentenceTransform
     transformer, _ = find_btoks(result)
     tokenizer = tokenizer_of(transformer)
     whole, part = "".join(btok_tokens(len(ids))), "".join(btok_tokens(num_btoks))
+    kept: Any = transformer.processing_kwargs.get("chat_template", {})
+    if "chat_template" in kept:  # for processors that would otherwise use a template of their own
+        kept["chat_template"] = append_btoks(kept["chat_template"].replace(whole, part), num_btoks)
     for owner in (transformer.processor, tokenizer):
         if isinstance(getattr(owner, "chat_template", None), str):
             owner.chat_template = append_btoks(owner.chat_template.replace(whole, part), num_btoks)

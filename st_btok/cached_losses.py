@@ -1,7 +1,7 @@
 """`CachedBTokLoss`: `BTokLoss` for batches that do not fit into memory, by gradient caching.
 
 The plain loss owns all maths; this one only schedules it in mini-batches, with sentence-transformers' own GradCache.
-A mini-batch's pass returns [embeddings | summed NLL] as one float32 tensor, so that one backward pass per mini-batch
+A mini-batch's pass returns [embeddings | summed NLL] as one tensor, so that one backward pass per mini-batch
 carries both gradients: for the last column that is weight / tokens, known before any gradient flows. The price is that
 the first pass, the one without gradients, reads the targets too. In return the logged loss is that of this very batch.
 """
@@ -177,7 +177,7 @@ class _Schedule(CachedLossMixin):
         copy_random_state: bool,
         random_state: RandContext | None = None,
     ) -> tuple[Tensor, RandContext | None]:
-        """(b, D + 1) float32: embeddings, flattened over budgets, and each row's NLL in the last column."""
+        """(b, D + 1), at least float32: embeddings, flattened over budgets, and the NLL of each row behind them."""
         features = slice_rows(sentence_feature, begin, end, sentence_feature[_OFFSETS])
         del features[_OFFSETS]
         targets = features.pop(_TARGETS)
@@ -187,7 +187,8 @@ class _Schedule(CachedLossMixin):
             embedding, nll = self.owner.loss.embed(features, targets)
             if not len(nll):
                 nll = embedding.new_zeros(end - begin, dtype=torch.float32)
-            return torch.cat([embedding.flatten(1).float(), nll[:, None]], 1), state
+            precise = torch.promote_types(embedding.dtype, torch.float32)
+            return torch.cat([embedding.flatten(1).to(precise), nll[:, None].to(precise)], 1), state
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

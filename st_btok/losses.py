@@ -258,7 +258,8 @@ class BTokLoss(nn.Module):
     def condense(self, nll: Tensor, tokens: int, weight: float) -> tuple[Tensor, Tensor]:
         """The condensation part, nats per target token, and the number of tokens it is the mean over."""
         if not self.gather_across_devices or weight == 0 or self.target == "none":
-            return nll.float() / max(1, tokens), nll.new_tensor(float(tokens))
+            nll = nll.float()
+            return nll / max(1, tokens), nll.new_tensor(float(tokens))
         # A collective call: every process makes it, also one whose rows have no target.
         mean, total = token_mean(nll, tokens)
         return across_processes(mean), total
@@ -299,10 +300,10 @@ class BTokLoss(nn.Module):
         if route == "attention" and not cut_off:
             raise ValueError(
                 f"the condensation mask must cut the target off from its input, but for {backbone} {reason}: "
-                'recurrent or convolutional layers, or an attention that takes no mask? Use route="prefix" or route="auto".'
+                'recurrent or convolutional layers, or an attention that takes no mask? Use route="auto" or "prefix".'
             )
         flash = "flash" in (transformer.model.config.get_text_config(decoder=True)._attn_implementation or "")
-        checkpointing = getattr(transformer.model, "is_gradient_checkpointing", False)
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in transformer.model.modules())
         if not cut_off:
             self.route = "prefix"
         elif route == "auto" and flash and not checkpointing:
