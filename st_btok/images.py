@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 # Pixels. Pillow's own limit for refusing a file as a decompression bomb, held also where a program has lifted it.
 LARGEST_IMAGE = 178_956_970
@@ -98,11 +98,12 @@ def open_image(source: Any, allow_urls: bool = False) -> Image.Image:
     """
     image = source
     if not isinstance(source, Image.Image):
+        opened = read_source(source, allow_urls)
         try:
-            image = Image.open(read_source(source, allow_urls))
+            image = Image.open(opened)
         except Image.DecompressionBombError as error:
             raise ValueError(f"{source_name(source)} is too large: {error} Shrink it first") from error
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except Exception as error:  # what damage raises differs by format: OSError, SyntaxError, RuntimeError, ...
             raise ValueError(
                 f"{source_name(source)} is not an image that Pillow can open: {error}. Convert it to PNG"
             ) from error
@@ -142,7 +143,7 @@ def rgb_image(source: Any, max_pixels: int | None = None, allow_urls: bool = Fal
         image = _opaque(ImageOps.exif_transpose(opened))
         if place:
             opened.seek(place)  # the caller's image is left as it was
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:
         raise ValueError(f"{source_name(source)} can't be decoded: {error}. Make the file again") from error
     finally:
         if opened is not source:

@@ -96,14 +96,15 @@ def check_video(source: Any) -> None:
         ImportError: If PyAV is missing.
         ValueError: If it is not a video, has no frames, or its frames are too large.
     """
+    opened = read_source(source)
     try:
-        with Image.open(read_source(source)):
+        with Image.open(opened):
             return
-    except (UnidentifiedImageError, OSError, SyntaxError):
-        pass
+    except Exception:  # no image, or a damaged one: what Pillow raises for damage differs by format
+        opened = read_source(source)
     av = _pyav()
     try:
-        with av.open(read_source(source)) as container:
+        with av.open(opened) as container:
             _stream(container, source)
     except av.FFmpegError as error:
         raise _no_video(source, error) from error
@@ -173,7 +174,7 @@ def _from_file(
             return _stack([rgb_image(frame, max_pixels) for frame in chosen]), None
     except UnidentifiedImageError:
         pass
-    except (OSError, SyntaxError, EOFError) as error:
+    except Exception as error:
         raise _no_video(source, error) from error
     if not isinstance(opened, Path):
         opened.seek(0)
@@ -215,9 +216,9 @@ def _decode(
 
 
 def _stream(container: Any, source: Any) -> Any:
-    if not container.streams.video:
-        raise ValueError(f"{source_name(source)} has no video stream. Leave it out")
-    stream = container.streams.video[0]
+    stream = container.streams.video[0] if container.streams.video else None
+    if stream is None or stream.codec_context is None:
+        raise ValueError(f"{source_name(source)} has no video stream that can be decoded. Leave it out")
     if not stream.width or stream.width * stream.height > LARGEST_IMAGE:
         raise ValueError(
             f"{source_name(source)} has frames of {stream.width} x {stream.height} pixels; at least 1 and at most "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import struct
 import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,7 +12,10 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from PIL.Image import registered_extensions
 
 from st_btok.images import LARGEST_IMAGE, open_image, rgb_image, shrink
 from tests.backbones import picture
@@ -141,6 +145,36 @@ def test_broken_files(tmp_path, png):
     (tmp_path / "print.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     with pytest.raises(ValueError, match="PostScript"):
         rgb_image(tmp_path / "print.eps")
+
+
+def test_an_opened_image_that_is_cut_is_found_too(tmp_path, png):
+    (tmp_path / "cut.png").write_bytes(png.read_bytes()[: png.stat().st_size // 2])
+    with pytest.raises(ValueError, match="the PngImageFile can't be decoded: .*truncated"):
+        rgb_image(Image.open(tmp_path / "cut.png"))
+
+
+FORMATS = [
+    name
+    for name in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "DDS")
+    if name in registered_extensions().values()
+]
+
+
+@settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+def test_damage_is_a_picture_or_a_value_error(name, data):
+    """Whatever a decoder raises for broken files, a long run sees one kind of error."""
+    buffer = io.BytesIO()
+    picture(56, 56, 1).save(buffer, name)
+    damaged = bytearray(buffer.getvalue())
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=8)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    source = bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+    try:
+        assert rgb_image(source).mode == "RGB"
+    except ValueError as error:
+        assert str(error).startswith("the bytes")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from st_btok.videos import check_video, evenly, read_video
@@ -164,3 +166,16 @@ def test_damage_behind_a_good_header(tmp_path, damage):
     data[middle:] = b"" if damage == "cut" else b"\xff" * (len(data) - middle)
     with pytest.raises(ValueError, match="can't be decoded as a video|is cut short"):
         read_video(bytes(data), num_frames=48)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@given(data=st.data())
+def test_damage_is_a_video_or_a_value_error(movie, data):
+    damaged = bytearray(movie.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=8)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    source = bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+    try:
+        assert read_video(source).frames.ndim == 4
+    except ValueError as error:
+        assert str(error).startswith("the bytes")
