@@ -131,8 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     extra: dict[str, Any] = {"template": options.template, "max_pixels": options.max_pixels, "device": "cpu"}
     if options.gguf_file:
-        for key in ("model_kwargs", "processor_kwargs", "config_kwargs"):
-            extra[key] = {"gguf_file": options.gguf_file}
+        extra["model_kwargs"] = {"gguf_file": options.gguf_file}
     verdicts = check(options.backbone, progress=lambda verdict: print(verdict, flush=True), **extra)
     if options.json:
         options.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")

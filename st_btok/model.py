@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
+from transformers.utils import quantization_config
 
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.limits import text_limits
@@ -74,7 +75,8 @@ def build_model(
             `encode_document` and `prompt_name`.
         device: Device of the result. Default: what sentence-transformers picks.
         seed: Seed of the noise in the new rows.
-        model_kwargs: For `from_pretrained` of the model, such as `{"torch_dtype": "bfloat16"}`.
+        model_kwargs: For `from_pretrained` of the model, such as `{"dtype": "bfloat16"}` or, for a file of that format
+            inside `backbone`, `{"gguf_file": "name.gguf"}`; its weights are unpacked while they load.
         processor_kwargs: For `from_pretrained` of the processor.
         config_kwargs: For `from_pretrained` of the config.
 
@@ -92,6 +94,7 @@ def build_model(
         raise ValueError(f'template must be "chat" or "plain", got {template!r}.')
     if num_btoks < 1:
         raise ValueError(f"num_btoks must be at least 1, got {num_btoks}. The paper uses 4.")
+    model_kwargs, processor_kwargs, config_kwargs = _gguf(model_kwargs, processor_kwargs, config_kwargs)
     with _as_path(backbone, processor) as path:
         _check_config(AutoConfig.from_pretrained(path, **(config_kwargs or {})), str(path))
         transformer = Transformer(
@@ -128,6 +131,17 @@ def _as_path(
         backbone.save_pretrained(folder)
         processor.save_pretrained(folder)
         yield folder
+
+
+def _gguf(model_kwargs: dict[str, Any] | None, *others: dict[str, Any] | None) -> tuple[dict[str, Any], ...]:
+    """Name a GGUF file once for all three loaders, and unpack it: packed weights can be neither trained nor saved."""
+    kwargs = [dict(given or {}) for given in (model_kwargs, *others)]
+    if "gguf_file" in kwargs[0]:
+        for other in kwargs[1:]:
+            other.setdefault("gguf_file", kwargs[0]["gguf_file"])
+        if hasattr(quantization_config, "GgufConfig"):  # older transformers always unpack
+            kwargs[0].setdefault("quantization_config", quantization_config.GgufConfig(dequantize=True))
+    return tuple(kwargs)
 
 
 def _check_config(config: PreTrainedConfig, name: str) -> None:
