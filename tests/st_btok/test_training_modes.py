@@ -91,7 +91,7 @@ def test_adapters_in_bf16_merge_and_reload(qwen, tmp_path):
 
 
 def test_compiled_as_the_trainer_compiles(btok_model):
-    """`torch_compile=True` compiles the whole model; a batch of equal shape must not get the mask of the one before."""
+    """`torch_compile=True` compiles the whole model; a batch of equal shape must not get the mask of the last one."""
     model = btok_model("llama")
     batches = [
         [model.preprocess(["ab", "what?"]), model.preprocess(positives)]
