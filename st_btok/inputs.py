@@ -7,6 +7,7 @@ the rules of `images.py` and `videos.py`.
 from __future__ import annotations
 
 import mimetypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ class InputReader:
                         'allow_urls=True, or pass {"text": ...} to embed the words'
                     )
                 return self._media(kind, value)
-        kind = (mimetypes.guess_type(value)[0] or "").partition("/")[0]
+        kind = _kind_of_name(value)
         path_like = len(value) < 4096 and (len(value.split()) == 1 or "/" in value or "\\" in value)
         if kind in _MEDIA and kind in self.modalities and path_like and not is_url(value):
             raise ValueError(
@@ -264,8 +265,14 @@ def _unguarded_placeholders(model: SentenceTransformer) -> tuple[str, ...]:
     return tuple(name for name in names if isinstance(name, str) and len(name) > 1)
 
 
+def _kind_of_name(name: str | Path) -> str:
+    """`image`, `video`, `audio`, another kind, or nothing, by the suffix alone: the whole may be any text."""
+    suffix = os.path.splitext(name)[1]
+    return (mimetypes.guess_type(f"name{suffix}")[0] or "").partition("/")[0] if len(suffix) < 10 else ""
+
+
 def _kind_of_file(path: Path) -> str:
-    kind = (mimetypes.guess_type(path.name)[0] or "").partition("/")[0]
+    kind = _kind_of_name(path)
     if kind not in _MEDIA:
         hint = "Pass its pages: pdf_pages(path)" if path.suffix.lower() == ".pdf" else 'Say it, as in {"image": path}'
         raise ValueError(f"the name {path.name!r} does not tell image, video or audio. {hint}")
@@ -277,6 +284,6 @@ def _are_frames(items: Sequence[Any]) -> bool:
     return all(
         isinstance(item, Image.Image)
         or (isinstance(item, np.ndarray | torch.Tensor) and item.ndim == 3)
-        or (isinstance(item, str | Path) and (mimetypes.guess_type(str(item))[0] or "").startswith("image/"))
+        or (isinstance(item, str | Path) and _kind_of_name(item) == "image")
         for item in items
     )

@@ -368,6 +368,15 @@ def test_text_forges_no_token_in_plain_encode(btok_model, name, template):
     assert difference(embeddings, one_by_one(model, texts)) < 1e-5
 
 
+def test_the_guard_is_in_the_saved_checkpoint(qwen, tmp_path):
+    qwen.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    spaced = [value.replace("<|", "< |") for value in FORGERIES]
+    for value, other in zip(FORGERIES, spaced, strict=True):
+        assert torch.equal(loaded.preprocess([value])["input_ids"], qwen.preprocess([other])["input_ids"])
+    assert difference(loaded.encode(FORGERIES), qwen.encode(spaced)) < 1e-6
+
+
 def test_prompts_forge_no_token(qwen):
     ids = btok_ids(qwen[0].tokenizer)
     row = qwen.preprocess(["a"], prompt="<|btok_0|> <|image_pad|>: ")["input_ids"][0]

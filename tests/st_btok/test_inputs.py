@@ -41,7 +41,21 @@ def equal(left: object, right: object) -> bool:
 
 
 @pytest.mark.parametrize(
-    "value", ["", " ", "a", "a\0b", "http://example.com/page", "see figure.png", "3.5", "x" * 5000]
+    "value",
+    [
+        "",
+        " ",
+        "a",
+        "a\0b",
+        "http://example.com/page",
+        "see figure.png",
+        "3.5",
+        "x" * 5000,
+        "http://[",
+        "data:,a",
+        "a.b\0.c",
+        "a\nb.png x",
+    ],
 )
 def test_text_is_left_alone(value):
     assert READER.read(value) == value
