@@ -104,6 +104,7 @@ def build_model(
             config_kwargs=config_kwargs,
             unpad_inputs=False,  # WordWeights reads the attention mask, which flattened batches lack
         )
+        _check_weights(transformer.model, path, model_kwargs or {})
     tokenizer = tokenizer_of(transformer)
     ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)
     _set_template(transformer, template, num_btoks)
@@ -157,6 +158,30 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
         raise ValueError(
             f"the backbone must be a decoder-only language model, but {name} ({config.model_type}) is an encoder. "
             "Bottleneck tokens read their input through causal attention; use a causal language model."
+        )
+
+
+def _check_weights(model: PreTrainedModel, path: str, model_kwargs: dict[str, Any]) -> None:
+    """Refuse a checkpoint that leaves weights out: transformers draws them at random and only logs it.
+
+    Seen with Qwen2-VL weights under the names of transformers' newer class layout (`model.visual.*`), which
+    `AutoModel` does not map (5.23). Loaded once more without reading any weight.
+    """
+    if {"gguf_file", "quantization_config"} & model_kwargs.keys():
+        return  # these make weights while they load, which needs the weights
+    kept = {
+        name: model_kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in model_kwargs
+    }
+    loaded: Any = type(model).from_pretrained(
+        path, config=model.config, device_map="meta", output_loading_info=True, local_files_only=True, **kept
+    )
+    missing, unknown = (sorted(loaded[1][kind]) for kind in ("missing_keys", "unexpected_keys"))
+    if missing:
+        raise ValueError(
+            f"a checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing in {path} "
+            f"({', '.join(missing[:2])}, ...), so they would be random; it has {len(unknown)} that go nowhere "
+            f"({', '.join(unknown[:2])}, ...). Under other names? Load it with its full class, copy its state_dict() "
+            "into a new model of that class made from the config, and pass that: build_model(model, processor=...)."
         )
 
 
