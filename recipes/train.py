@@ -236,7 +236,8 @@ def train(config: TrainConfig) -> Path:
     transformers.set_seed(config.seed)
     # 1. Data.
     sources = read_sources(config)
-    write_skipped(Path(config.output_dir) / "skipped_rows.jsonl", sources)
+    if config.process_index == 0:
+        write_skipped(Path(config.output_dir) / "skipped_rows.jsonl", sources)
     if config.hard_negatives != "data":
         sources = [source.without_negatives() for source in sources]
     # 2. Validation rows.
@@ -266,7 +267,10 @@ def train(config: TrainConfig) -> Path:
         evaluator=validation(config, held_out),
     )
     trainer.train(resume_from_checkpoint=last)
-    if trainer.evaluator is not None:
+    scored = any(
+        "eval_runtime" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+    )
+    if trainer.evaluator is not None and not scored:
         trainer.evaluate()
     # 5. Model, card, skipped rows.
     path = Path(config.output_dir) / "model"
