@@ -10,6 +10,8 @@ import pytest
 from evaluation.sources import DataRoot
 from recipes.mmeb_train import instructions, load_mmeb_train, read_colpali, read_mmeb
 from recipes.mmeb_train_sources import MMEB_TRAIN, VISRAG_PAGE, VISRAG_QUERY
+from st_btok import BTokLoss
+from tests.backbones import picture
 from tests.mmeb_train_files import RAW, write, write_all
 
 BY_NAME = {source.name: source for source in MMEB_TRAIN}
@@ -72,6 +74,19 @@ def test_texts_of_mmeb_train_are_the_authors(name, tmp_path):
     assert bool(sides["query"].image) == query_image and bool(sides["positive"].image) == positive_image
     own = instructions(BY_NAME[name])
     assert any(text.startswith(instruction) for instruction in own)
+
+
+def test_instructions_are_not_generated(qwen, tmp_path):
+    loss = BTokLoss(qwen, instructions=[text for source in MMEB_TRAIN for text in instructions(source)])
+    for name, (query, query_image, positive, positive_image, _) in RAW.items():
+        record = {"qry": query.format(i=1), "qry_image_path": "q.jpg" if query_image else ""}
+        record |= {"pos_text": positive.format(i=1), "pos_image_path": "p.jpg" if positive_image else ""}
+        source = BY_NAME[name]
+        for side, value in read_mmeb(record, source, DataRoot(tmp_path)).items():
+            inputs = {"image": picture(56, 28)} if value.image else {}
+            content = loss.reader.read(qwen.preprocess([{**inputs, "text": value.text}]))[0].text
+            instruction = source.query_instruction if side == "query" else source.positive_instruction
+            assert qwen.tokenizer.decode(content).strip() == value.text.removeprefix(instruction).strip(), (name, side)
 
 
 def test_negatives_are_read_where_rows_have_them(root, tmp_path):
