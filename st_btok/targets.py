@@ -17,6 +17,7 @@ from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
 
 from st_btok.attention import BTOK, INPUT, TARGET
+from st_btok.media_text import MediaText
 from st_btok.tokens import btok_ids, tokenizer_of
 
 TargetSide = Literal["auto", "query", "positive", "both", "none"]
@@ -56,6 +57,7 @@ class ContentReader:
         # The header of the content's turn: how the parts before the text end, with and without an instruction.
         shared = _common(prefix[::-1], prompted_prefix[::-1])
         self.header = prefix[len(prefix) - shared :]
+        self.media_text = MediaText(transformer, special, self.header)
         tail = first[len(first) - _common(first[::-1], second[::-1]) :]
         closing = [token for token in tail if token in special and token not in self.btoks]
         self.end = closing[0] if closing else tokenizer.eos_token_id
@@ -87,8 +89,7 @@ class ContentReader:
         has_media = bool(torch.isin(row, self.media).any())
         tokens = row.tolist()[: -len(self.btoks)]
         start = _rfind(tokens, self.header) + len(self.header)
-        content = torch.tensor(tokens[start:], dtype=torch.long)
-        kept = content[~torch.isin(content, self.special)].tolist()
+        kept = self.media_text.remove(tokens[start:])
         while kept and kept[0] in self.blank:
             kept = kept[1:]
         for instruction in self.instructions:

@@ -34,13 +34,23 @@ def test_content_is_the_text_without_anything_around_it(btok_model, family, temp
         samples += [{"audio": sound()}, {"audio": sound(), "text": "who?"}]
         expected += [("", True), ("who?", True)]
     if takes(family, "video") and family != "smolvlm":
-        samples.append({"video": clip(), "text": "when?"})
-        # Qwen3-VL and InternVL write time stamps or numbers between the frames; they are text.
-        expected.append((None if family in ("qwen3_vl", "qwen3_5", "internvl") else "when?", True))
+        # Qwen3-VL and InternVL write time stamps or numbers between the frames.
+        samples += [
+            {"video": clip(), "text": "when?"},
+            {"video": clip(4, 1)},
+            {"text": "is it <it>? ", "video": clip()},
+        ]
+        expected += [("when?", True), ("", True), ("is it <it>?", True)]
     found = texts(model, samples)
     for got, wanted in zip(found, expected, strict=True):
         assert got[1] == wanted[1]
         assert wanted[0] is None or got[0] == wanted[0]
+
+
+def test_what_smolvlm_writes_around_videos_is_not_content(btok_model):
+    samples = [{"video": clip(5)}, {"video": clip(3), "text": "when?"}, {"text": "in this video:", "video": clip(16)}]
+    found = texts(btok_model("smolvlm"), samples)
+    assert found == [("", True), ("when?", True), ("in this video:", True)]
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
