@@ -58,7 +58,7 @@ class OpenClip(torch.nn.Module):
         """Inputs to tensors: all texts, all pictures, and the input that each of them belongs to.
 
         Args:
-            inputs: Strings, pictures, or dicts with `text`, `image` and `video` (a list of pictures).
+            inputs: Strings, pictures, or dicts with `text`, `image` and `video` (a list of pictures, or its `array`).
             prompt: Text put before every text.
             **kwargs: Ignored.
 
@@ -99,7 +99,11 @@ class OpenClip(torch.nn.Module):
 
 def _parts(entry: Any) -> dict[str, Any]:
     if isinstance(entry, Mapping):
-        return dict(entry)
+        parts = dict(entry)
+        video = parts.get("video", ())
+        if isinstance(video, Mapping):  # frames with their metadata
+            parts["video"] = video["array"]
+        return parts
     return {"image": entry} if isinstance(entry, Image.Image) else {"text": str(entry)}
 
 

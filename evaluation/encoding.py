@@ -26,6 +26,7 @@ from evaluation.store import EmbeddingStore, content_key
 
 _BATCHES_PER_CALL = 16  # media of that many batches are decoded, and written as one shard; ST sorts within one call
 _FULL_WIDTH = 2**31 - 1
+_FORM = "form 1"  # raise it whenever `_as_input` shows a row differently: stored embeddings are then made again
 
 
 class MediaFirstEncoder:
@@ -81,7 +82,9 @@ class MediaFirstEncoder:
         prompts = self._wrapper.model_prompts
         prompt = prompts.get(get_prompt_name(prompts, task_metadata, prompt_type) or "") if prompts else None
         options = {k: v for k, v in kwargs.items() if k not in ("batch_size", "show_progress_bar", "pool")}
-        space = content_key(fingerprint(model, truncation=False), f"{prompt_type} {prompt} {sorted(options.items())}")
+        space = content_key(
+            fingerprint(model, truncation=False), _FORM, f"{prompt_type} {prompt} {sorted(options.items())}"
+        )
         digests: dict[str, bytes] = {}
         keys = [_content(record, digests) for record in dataset]
         found = self._store.get(space, keys)

@@ -165,6 +165,39 @@ def test_the_command_line_scores_resumes_and_reports(clip_folder, tmp_path, caps
     assert len(json.loads((tmp_path / "run.json").read_text())) == 2
 
 
+def test_a_sweep_over_embedding_sizes_encodes_once_and_draws_a_curve(clip_folder, tmp_path, capsys, monkeypatch):
+    encoded = []
+    preprocess = OpenClip.preprocess
+
+    def count(self, inputs, *args, **kwargs):
+        encoded.append(len(inputs))
+        return preprocess(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(OpenClip, "preprocess", count)
+    words = ["--model", f"open_clip:local-dir:{clip_folder}", "--name", "test/clip", "--subset", "VisDoc"]
+    words += ["--split", "validation", "--output", str(tmp_path), "--device", "cpu"]
+    main([*words, "--truncate-dims", "4,16", "--report"])
+    shown = capsys.readouterr().out
+    assert "first 4 numbers of the embedding:" in shown and "first 16 numbers" in shown
+    assert sum(encoded) == 200, "100 queries and 100 pages, once for both sizes"
+    small, whole = (float(line.split()[0]) for line in shown.splitlines() if "plain mean" in line)
+    main([*words, "--output", str(tmp_path / "whole")])
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[0]) == whole != small
+    text = (tmp_path / "report/report.md").read_text()
+    assert "## Embedding size" in text and f"| 4 | {small} (1 of 9) ±" in text and f"| 16 | {whole} (1 of 9) ±" in text
+    assert "|  | test/clip |" in text, "a truncation is no model of its own in the other tables"
+    assert Image.open(tmp_path / "report/sizes.png").width > 300
+    stored = {path.parent for path in tmp_path.rglob("mini-1.*.json")} - {tmp_path / "whole"}
+    assert any(path.parts[-2:] == ("experiments", "truncate_dim_4") for path in stored)
+    with pytest.raises(ValueError, match="asks for 17 numbers, but the embeddings have 16"):
+        main([*words, "--truncate-dims", "4,17"])
+    for wrong in ("0", "4,x", ""):
+        with pytest.raises(SystemExit):
+            parse([*words, "--truncate-dims", wrong])
+    with pytest.raises(SystemExit):
+        parse([*words, "--revision", "CIRR"])
+
+
 @pytest.mark.slow
 def test_a_pool_of_processes_gives_the_same_embeddings(backbone):
     model = pooled_model(backbone, "mean", "cpu")

@@ -164,7 +164,9 @@ class Pixels(torch.nn.Module):
 
     def _vector(self, entry):
         entry = {"text": entry} if isinstance(entry, str) else entry
-        frames = [*entry.get("video", ()), *([entry["image"]] if "image" in entry else [])]
+        video = entry.get("video", ())
+        video = video["array"] if isinstance(video, dict) else video
+        frames = [*video, *([entry["image"]] if "image" in entry else [])]
         image = sum(
             (torch.from_numpy(np.asarray(f.resize((4, 4)), np.float32)).flatten() for f in frames), torch.zeros(48)
         )
@@ -208,7 +210,7 @@ def test_sentence_transformers_see_media_before_text_and_no_absent_media(write, 
         ("image", "text"),
         ("video", "text"),
     }
-    assert all(len(entry["video"]) == 5 for entry in calls if entry not in queries)
+    assert all(len(entry["video"]["array"]) == 5 for entry in calls if entry not in queries)
 
 
 def test_shared_candidates_are_encoded_once(write, pixels):
