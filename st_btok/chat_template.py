@@ -44,18 +44,19 @@ _UNWRAP = """{#- st_btok: unwrap nested conversations, shorten text so that medi
 """
 
 # Rebinds `messages` to a copy whose strings, roles included, hold no name of a control token. `control` maps the first
-# character of the names to their rests, so that the template never holds what it looks for, and text without any such
-# character costs nothing. Names can also arise where strings meet, in the input's next part or turn, even over blanks
-# that a template trims: `seen` is the end of all text so far without the blanks at the seams; a dot parts the halves.
+# two characters of the names to their rests: so the template never holds what it looks for, and text without any such
+# pair skips the search (a Llama-3 has 256 names). Names can also arise where strings meet, in the input's next part or
+# turn, even over blanks that a template trims: `seen` is the end of all text so far without the blanks at the seams; a
+# dot parts the halves.
 _GUARD = """{%- set guard = namespace(messages=[], message={}, content=[], text='', seen='', seam='') -%}
 {%- macro guarded(text) -%}
 {%- set guard.text = text -%}
-{%- for first, rests in control.items() if first in text -%}{%- for rest in rests -%}
-{%- set guard.text = guard.text.replace(first ~ rest, first ~ ' ' ~ rest) -%}
+{%- for head, rests in control.items() if head in text -%}{%- for rest in rests -%}
+{%- set guard.text = guard.text.replace(head ~ rest, head[0] ~ ' ' ~ head[1:] ~ rest) -%}
 {%- endfor -%}{%- endfor -%}
 {%- set guard.seam = guard.seen ~ guard.text.strip()[:longest] -%}
-{%- for first, rests in control.items() if first in guard.seen -%}{%- for rest in rests -%}
-{%- if first ~ rest in guard.seam -%}
+{%- for head, rests in control.items() if head[0] in guard.seen -%}{%- for rest in rests -%}
+{%- if head ~ rest in guard.seam -%}
 {%- set guard.text = '.' ~ guard.text -%}{%- set guard.seam = '' -%}{%- set guard.seen = '' -%}
 {%- endif -%}
 {%- endfor -%}{%- endfor -%}
@@ -154,9 +155,9 @@ def _guard(names: Sequence[str]) -> str:
     """The guard against names of control tokens in text, as Jinja."""
     rests: dict[str, list[str]] = {}
     for name in sorted(set(names)):
-        rests.setdefault(name[0], []).append(name[1:])
+        rests.setdefault(name[:2], []).append(name[2:])
     # `ascii` writes string literals that Jinja reads as Python does.
-    control = ", ".join(f"{ascii(first)}: [{', '.join(map(ascii, rest))}]" for first, rest in rests.items())
+    control = ", ".join(f"{ascii(head)}: [{', '.join(map(ascii, rest))}]" for head, rest in rests.items())
     longest = max(map(len, names))
     return f"{{%- set control = {{{control}}} -%}}{{%- set longest = {longest} -%}}\n{_GUARD}"
 
