@@ -83,8 +83,14 @@ def _settings(model: SentenceTransformer) -> dict[str, Any]:
         "truncate_dim": model.truncate_dim,
         "max_seq_length": model.max_seq_length,
         "chat_template": getattr(processor, "chat_template", None),
+        "media": {kind: _public(getattr(processor, kind, None)) for kind in ("image_processor", "video_processor")},
         "modules": modules,
     }
+
+
+def _public(processor: Any) -> dict[str, Any]:
+    """How media are prepared: sizes, normalisation, frame sampling."""
+    return {} if processor is None else {key: value for key, value in processor.to_dict().items() if key[0] != "_"}
 
 
 def stamp(model: SentenceTransformer, name: str | None = None) -> SentenceTransformer:

@@ -78,23 +78,35 @@ def _choose(ranked: dict[str, list[str]], relevant: Any, count: int, seed: int) 
 
 
 def _draw(axes: Axes, record: dict[str, Any], colour: str, title: str) -> None:
-    """Image, or the frames side by side, above the text."""
+    """Image, or up to four frames in order (side by side, wide ones under each other), above the text."""
     pictures = [np.asarray(record["image"].convert("RGB"))] if record.get("image") is not None else []
     if record.get("video") is not None:
         frames = record["video"].images()
         shown = frames[:: max(1, len(frames) // 4)][:4]
-        pictures = [np.asarray(frame.resize(frames[0].size)) for frame in shown]
+        pictures = _with_gaps([np.asarray(frame.resize(frames[0].size)) for frame in shown])
     text = textwrap.shorten(record.get("text") or "", 110)
     if pictures:
-        axes.imshow(np.concatenate(pictures, axis=1))
-        axes.set_xlabel("\n".join(textwrap.wrap(text, 34)), fontsize=5)
+        axes.imshow(np.concatenate(pictures, axis=_direction(pictures[0])))
+        axes.set_xlabel("\n".join(textwrap.wrap(text, 30)), fontsize=7)
     else:
-        axes.text(0.5, 0.5, "\n".join(textwrap.wrap(text, 24)), ha="center", va="center", fontsize=7)
+        axes.text(0.5, 0.5, "\n".join(textwrap.wrap(text, 24)), ha="center", va="center", fontsize=8)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
-    axes.set_title(title, fontsize=7, color=colour)
+    axes.set_title(title, fontsize=8, color=colour)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color(colour)
         spine.set_linewidth(2.5)
+
+
+def _direction(picture: np.ndarray) -> int:
+    return 0 if picture.shape[1] > 1.5 * picture.shape[0] else 1
+
+
+def _with_gaps(pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Grey lines between frames, or two of them could be read as one picture."""
+    shape = list(pictures[0].shape)
+    shape[_direction(pictures[0])] = 2
+    line = np.full(shape, 128, np.uint8)
+    return [part for picture in pictures for part in (picture, line)][:-1]

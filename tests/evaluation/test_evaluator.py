@@ -70,6 +70,9 @@ def test_mock_run_passes_on_every_modality_of_the_backbone(qwen, tmp_path):
 def test_a_saved_checkpoint_keeps_its_fingerprint(qwen, tmp_path):
     qwen.save_pretrained(str(tmp_path))
     assert fingerprint(SentenceTransformer(str(tmp_path), device="cpu")) == fingerprint(qwen)
+    before = fingerprint(qwen)
+    qwen.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    assert fingerprint(qwen) != before, "the same weights see another picture"
 
 
 def test_the_evaluator_agrees_with_mteb_and_restores_the_mode(qwen):
