@@ -3,7 +3,8 @@
 36 image, 18 video and 24 visual-document data sets in nine meta-task groups. The rows of one modality are in
 `mmeb_v2_image.py`, `mmeb_v2_video.py` and `mmeb_v2_visdoc.py`; here they are put together. Names, counts, texts and
 media locations are those of the official evaluator (github TIGER-AI-Lab/VLM2Vec, commit 6e1e1d4). The hub revisions
-are not recorded in any source we know, so `revision` is None: pin it with `dataclasses.replace` to freeze a run.
+behind the published scores are not recorded in any source we know, so `revision` is None: every result says which
+commit, or which local files, it was measured on, and `--revision NAME=COMMIT` (or `revisions=`) pins one.
 """
 
 from __future__ import annotations
