@@ -195,6 +195,8 @@ def cases(world: int, folder: Path) -> dict[str, Callable[[], dict[str, float]]]
         **found,
         "no target at all": lambda: compare(qwen, [[WORDLESS[:1], WORDLESS[1:]]]),
         "accumulation": lambda: compare(qwen, two_steps),
+        "prefix route": lambda: compare(adapted, part_wordless, route="prefix"),
+        "kv route": lambda: compare(adapted, part_wordless, route="kv"),
         "dora": lambda: compare(adapted, mixed),
         "cached": lambda: compare(qwen, two_steps, loss_class=CachedBTokLoss, mini_batch_size=1),
         "images on one": lambda: compare(qwen, mixed),

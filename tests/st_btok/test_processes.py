@@ -19,7 +19,7 @@ import torch
 from st_btok.processes import across_processes, gather_columns, gather_rows, parameters_in_use, token_mean
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 300  # s; a hang ends here
+LIMIT = 600  # s; a hang ends here
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,8 @@ def ran(tmp_path_factory):
         (2, "no target on some"),
         (2, "no target at all"),
         (2, "accumulation"),
+        (2, "prefix route"),
+        (2, "kv route"),
         (2, "dora"),
         (2, "cached"),
         (2, "images on one"),
