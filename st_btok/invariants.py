@@ -134,6 +134,15 @@ def _mixed(subject: Subject) -> Measured:
     return _difference(found, single), 1e-5, f"{', '.join(subject.single)} in one batch and one by one"
 
 
+def _unequal_videos(subject: Subject) -> Measured:
+    if "video" not in subject.single:
+        raise NotApplicable("the backbone takes no video")
+    first = subject.samples["video"][0]["video"]
+    samples = [{"video": first, "text": "what?"}, {"video": np.concatenate([first, first[:2]]), "text": "what?"}]
+    expected = np.concatenate([subject.model.encode([sample]) for sample in samples])
+    return _difference(subject.model.encode(samples), expected), 1e-5, "4 and 6 frames in one batch and one by one"
+
+
 def _order(subject: Subject) -> Measured:
     samples = subject.samples["text"] + (subject.samples["image"] if "image" in subject.single else [])
     found = subject.model.encode(samples[::-1], batch_size=2)[::-1]
@@ -164,18 +173,19 @@ def _truncation(subject: Subject) -> Measured:
     media = ContentReader(transformer).media
     long, wrong, count = "kitten " * 400, 0, 0
     limits = transformer.processing_kwargs["chat_template"]
+    # Room for every medium at its largest, and for less text than there is, where that is possible.
+    room = limits.get("image_chars", 0) * 2 + limits.get("video_chars", 0) + limits.get("audio_chars", 0) + 600
+
+    def ids_of(sample: Any, max_chars: int | None) -> Tensor:
+        limit: Any = {"chat_template": {"max_chars": max_chars}}
+        return transformer.preprocess([sample], processing_kwargs=limit)["input_ids"][0]
+
     for kind in subject.single:
-        sample = {**subject.samples[kind][0], "text": long} if kind != "text" else {"text": long}
-        short = {**sample, "text": "kitten"}
-        room = limits.get("image_chars", 0) * 2 + limits.get("video_chars", 0) + limits.get("audio_chars", 0) + 600
-        cut = transformer.preprocess([sample], processing_kwargs={"chat_template": {"max_chars": room}})["input_ids"][
-            0
-        ]
-        full = transformer.preprocess([short])["input_ids"][0]
+        media_of = subject.samples[kind][0] if kind != "text" else {}
+        cut, full = ids_of({**media_of, "text": long}, room), ids_of({**media_of, "text": "kitten"}, None)
         kept = int(torch.isin(cut, media).sum()) == int(torch.isin(full, media).sum())
         wrong += not kept or cut[-len(ids) :].tolist() != ids
-        whole = transformer.preprocess([sample], processing_kwargs={"chat_template": {"max_chars": None}})
-        wrong += room < len(long) and len(cut) >= whole["input_ids"].shape[1]
+        wrong += room < len(long) and len(cut) >= len(ids_of({**media_of, "text": long}, None))
         count += 1
     return float(wrong), 0.0, f"of {count} over-long inputs that lost BToks or media, or were not cut"
 
@@ -362,6 +372,7 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> float:
 MEASUREMENTS: dict[str, Callable[[Subject], Measured]] = {
     "batch": _batch,
     "mixed modalities": _mixed,
+    "videos of unequal length": _unequal_videos,
     "order": _order,
     "padding side": _padding_side,
     "BToks at the end": _end,

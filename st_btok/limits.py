@@ -62,7 +62,7 @@ def text_limits(transformer: Transformer, max_seq_length: int) -> dict[str, int]
     return limits
 
 
-def _num_tokens(transformer: Transformer, sample: dict[str, Any]) -> int:
+def _num_tokens(transformer: Transformer, sample: Any) -> int:
     """Length of one input in tokens, without any limit."""
     unlimited: Any = {"text": {"truncation": False}, "chat_template": {"max_chars": None}}
     return int(transformer.preprocess([sample], processing_kwargs=unlimited)["attention_mask"].sum())

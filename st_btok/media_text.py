@@ -34,7 +34,7 @@ class MediaText:
         if "video" in transformer.modality_config:
             for frames in _FRAMES:
                 row = transformer.preprocess([{"video": np.zeros((frames, 56, 56, 3), np.uint8)}])["input_ids"][0]
-                pieces.update(self.tokenizer.decode(run).strip() for run in self._runs(row.tolist(), header))
+                pieces.update(str(self.tokenizer.decode(run)).strip() for run in self._runs(row.tolist(), header))
         patterns = sorted(_patterns(pieces - {""}), key=len, reverse=True)
         self.pattern = re.compile(rf"\s*(?:{'|'.join(patterns)})\s*") if patterns else None
 
@@ -72,7 +72,7 @@ class MediaText:
         """The run without the longest end that the processor wrote: an input's own text may stand before it."""
         if self.pattern is not None and run:
             for start in range(len(run)):
-                if self.pattern.fullmatch(self.tokenizer.decode(run[start:])):
+                if self.pattern.fullmatch(str(self.tokenizer.decode(run[start:]))):
                     return run[:start]
         return run
 

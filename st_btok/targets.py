@@ -228,7 +228,7 @@ def probe_batch(transformer: Transformer, btoks: list[int], end: int) -> JointBa
     Returns:
         The row, on the backbone's device.
     """
-    sample: dict[str, Any] = {"text": "1 2 3 4"}
+    sample: Any = {"text": "1 2 3 4"}
     if "image" in transformer.modality_config:
         sample["image"] = Image.new("RGB", (56, 56), "red")
     features = transformer.preprocess([sample])

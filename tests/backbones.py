@@ -13,7 +13,7 @@ from PIL import Image
 from tests.tiny_qwen import qwen2_5_omni, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from tests.tiny_text import gemma, gemma2, llama, mamba, mistral, qwen3
 from tests.tiny_tokenizer import LLAMA_TEMPLATE, QWEN_TEMPLATE, SPECIAL, TEXT, tokenizer
-from tests.tiny_vision import gemma3, internvl, llava_onevision, paligemma, smolvlm
+from tests.tiny_vision import gemma3, idefics3, internvl, llava_onevision, paligemma, smolvlm
 
 __all__ = [
     "BUILDERS", "LLAMA_TEMPLATE", "MODALITIES", "QWEN_TEMPLATE", "SPECIAL", "TEXT", "build", "clip", "inputs",
@@ -27,6 +27,7 @@ BUILDERS = {
     "qwen3_5": qwen3_5,
     "qwen2_5_omni": qwen2_5_omni,
     "smolvlm": smolvlm,
+    "idefics3": idefics3,
     "llava_onevision": llava_onevision,
     "internvl": internvl,
     "gemma3": gemma3,
@@ -44,6 +45,7 @@ MODALITIES = {
         ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "llava_onevision", "internvl"), ("image", "video")
     ),
     "qwen2_5_omni": ("image", "video", "audio"),
+    "idefics3": ("image",),
     "gemma3": ("image",),
 }
 

@@ -19,7 +19,8 @@ NAMES = {
     "qwen3_vl": "Qwen3-VL",
     "qwen3_5": "Qwen3.5",
     "qwen2_5_omni": "Qwen2.5-Omni (thinker)",
-    "smolvlm": "SmolVLM, Idefics3",
+    "smolvlm": "SmolVLM",
+    "idefics3": "Idefics3",
     "llava_onevision": "LLaVA-OneVision",
     "internvl": "InternVL",
     "gemma3": "Gemma 3",
@@ -44,7 +45,7 @@ COLUMNS = {
     "LoRA": ("LoRA",),
     "image": ("image",),
     "several images": ("several images",),
-    "video": ("video",),
+    "video": ("video", "videos of unequal length"),
     "audio": ("audio",),
 }
 
@@ -64,7 +65,7 @@ def cells(verdicts: list[Verdict]) -> list[tuple[str, str]]:
     row = []
     for names in COLUMNS.values():
         used = [found[name] for name in names]
-        failed = [f"{verdict.name}: {verdict.note}" for verdict in used if verdict.status == "failed"]
+        failed = [f"{verdict.name}: {_why(verdict)}" for verdict in used if verdict.status == "failed"]
         if failed:
             row.append(("in part" if len(used) > len(failed) else "no", "; ".join(failed)))
         elif used[0].status == "ok":
@@ -72,6 +73,11 @@ def cells(verdicts: list[Verdict]) -> list[tuple[str, str]]:
         else:
             row.append(("–", "") if "takes no" in used[0].note and "route" not in names[0] else ("no", used[0].note))
     return row
+
+
+def _why(verdict: Verdict) -> str:
+    """A failed verdict's reason: the error's message, or the number that is out of bounds."""
+    return verdict.note if verdict.value is None else f"{verdict.note} differ by {verdict.value:.1g}"
 
 
 def row_of(family: str, verdicts: list[Verdict], notes: list[str]) -> str:

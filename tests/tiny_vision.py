@@ -8,6 +8,10 @@ from transformers import (
     Gemma3ImageProcessor,
     Gemma3Processor,
     GotOcr2ImageProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
@@ -43,16 +47,33 @@ SIGLIP = {
 SQUARE = {"height": 28, "width": 28}
 
 
-def smolvlm(tied: bool = True) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Idefics3's design: tiles of 28 px beside the whole picture, one token each."""
-    rows = {f"tile_{i}_{j}": f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)}
-    own = tokenizer(
-        fake_image_token="<fake_token_around_image>",
-        image_token="<image>",
-        global_image_token="<global-img>",
-        video_token="<video>",
-        **rows,
+def _tile_tokens() -> dict[str, str]:
+    return {
+        "fake_image_token": "<fake_token_around_image>",
+        "image_token": "<image>",
+        "global_image_token": "<global-img>",
+        **{f"tile_{i}_{j}": f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2)},
+    }
+
+
+def idefics3(tied: bool = True) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Tiles of 28 px beside the whole picture, one token each."""
+    own = tokenizer(**_tile_tokens())
+    config = Idefics3Config(
+        text_config={**TEXT, "model_type": "llama", "tie_word_embeddings": tied},
+        vision_config={**SIGLIP, "initializer_range": 0.2},
+        image_token_id=own.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=tied,
     )
+    images = Idefics3ImageProcessor(size={"longest_edge": 56}, max_image_size={"longest_edge": 28})
+    processor = Idefics3Processor(images, own, image_seq_len=1, chat_template=typed_template(image="<image>"))
+    return Idefics3ForConditionalGeneration(config), processor
+
+
+def smolvlm(tied: bool = True) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Idefics3 and videos."""
+    own = tokenizer(video_token="<video>", **_tile_tokens())
     config = SmolVLMConfig(
         text_config={**TEXT, "model_type": "llama", "tie_word_embeddings": tied},
         vision_config={**SIGLIP, "initializer_range": 0.2},
