@@ -24,7 +24,7 @@ from st_btok.loss_parts import LossParts
 from st_btok.model import find_btoks
 from st_btok.negatives import FilteredSimilarity, RowFacts, row_facts
 from st_btok.pooling import check_btoks
-from st_btok.processes import across_processes, gather_columns, token_mean
+from st_btok.processes import across_processes, gather_columns, parameters_in_use, token_mean
 from st_btok.routes import ALL_LAYERS, ROUTES, Route, condensed_forward
 from st_btok.schedule import Schedule
 from st_btok.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets, probe_batch
@@ -58,8 +58,9 @@ class BTokLoss(nn.Module):
         instructions: Prompts to leave out of targets, for `template="plain"`, where a prompt stands directly before
             the text. The model's own `prompts` always count. Under `template="chat"` prompts are a turn of their own.
         lm_head: Where the output embeddings of an untied backbone come from; see `condensation.output_embeddings`.
-        train_lm_head: Whether an untied head is trained, by the loss' own parameter; it is never part of the saved
-            embedder. Default False. One process only: the loss is outside of what DDP and FSDP synchronise.
+        train_lm_head: Whether an untied head is trained, as the loss' own parameter; it is never part of the saved
+            embedder. Default False. Give the Trainer `callbacks=[TrainedHead(loss.lm_head)]`, which saves, restores
+            and averages it over processes.
         btok_budgets: Train prefixes of the bottleneck tokens, such as `(1, 2, 4)`: the ranking part is the mean over
             embeddings from that many first tokens; see `read_budget`. Default None: all K.
         false_negative_margin: Drop in-batch negatives that are duplicates of the positive, or that score above it by
@@ -183,7 +184,9 @@ class BTokLoss(nn.Module):
         columns = list(sentence_features)
         facts = self.facts(columns)
         weight, targets = self.targets(columns)
-        if any(target is not None for target in targets):
+        # Every process makes the same calls of the model, also one whose rows have no target.
+        together = self.gather_across_devices and weight != 0 and self.target != "none"
+        if together or any(target is not None for target in targets):
             embedded = [self.embed(features, target) for features, target in zip(columns, targets, strict=True)]
             embeddings = [embedding for embedding, _ in embedded]
             nll = torch.stack([sums.sum() for _, sums in embedded]).sum()
@@ -195,7 +198,7 @@ class BTokLoss(nn.Module):
                 for target in column
             )
         else:
-            with self._budgets():
+            with self._passes():
                 embeddings = embed_columns(self.model, columns)
             nll, tokens = embeddings[0].new_zeros((), dtype=torch.float32), 0
         ranking = self.rank(embeddings, facts)
@@ -226,7 +229,7 @@ class BTokLoss(nn.Module):
     def embed(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
         """One pass: (B, D) embeddings, with budgets (B, budgets, D), and the (B,) summed NLL; (0,) without targets."""
         transformer, _ = find_btoks(unwrap(self.model))
-        with self._budgets() as stack:
+        with self._passes() as stack:
             if targets is not None and ALL_LAYERS not in features:
                 route = self.route or "attention"
                 stack.enter_context(condensed_forward(transformer, features, targets, self.btoks, route, self.lm_head))
@@ -236,8 +239,10 @@ class BTokLoss(nn.Module):
         embedding = output["sentence_embedding"]
         return embedding, embedding.new_zeros(0, dtype=torch.float32) if nll is None else nll
 
-    def _budgets(self) -> ExitStack:
+    def _passes(self) -> ExitStack:
+        """What every pass through the model needs around it."""
         stack = ExitStack()
+        stack.enter_context(parameters_in_use(self.model, find_btoks(unwrap(self.model))[0]))
         if self.budgets is not None:
             stack.enter_context(budget_embeddings(unwrap(self.model), self.btoks, self.budgets))
         return stack

@@ -19,6 +19,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import ModalityParams, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize
+from sentence_transformers.util.distributed import get_world_size
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import SizeDict
 from transformers.models.auto.modeling_auto import (
@@ -126,6 +127,11 @@ def _as_path(
             raise ValueError("processor goes with a loaded model; for a name or path use processor_kwargs.")
         yield str(backbone)
         return
+    if get_world_size() > 1:
+        raise ValueError(
+            "several processes need a name or path to build from: transformers saves loaded objects on rank 0 only. "
+            "Save model and processor to a folder first and pass that."
+        )
     if processor is None:
         raise ValueError("a loaded model needs its processor (or tokenizer): build_model(model, processor=...).")
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ from st_btok import BTokLoss, build_model
 from st_btok.adapters import btok_lora_config
 from st_btok.cached_losses import CachedBTokLoss
 from st_btok.lm_head import TrainedHead
-from st_btok.processes import gather_rows, parameters_in_use
+from st_btok.processes import gather_rows
 from tests.backbones import build, picture
 
 TEXTS = [("a", "one"), ("what?", "two kittens"), ("bb", "three"), ("c d", "four"), ("e", "five six"), ("f", "seven")]
@@ -97,7 +97,7 @@ def compare(model, micro_batches, wrap: Callable = wrapped_ddp, loss_class=BTokL
     for number, batch in enumerate(micro_batches):
         last = number == len(micro_batches) - 1
         hold = not last and isinstance(wrapper, DistributedDataParallel)
-        with wrapper.no_sync() if hold else nullcontext(), parameters_in_use(wrapper, model[0]):
+        with wrapper.no_sync() if hold else nullcontext():
             part = loss(columns(plain, batch[dist.get_rank()])).sum() / len(micro_batches)
             part.backward()
         value += part.item()
