@@ -203,7 +203,8 @@ def _differences(models: Sequence[ModelScores], seed: int) -> str:
     if not rows:
         return ""
     head = ["model", "against", "difference, 95 % interval", "data sets", "interval excludes 0"]
-    return f"## Differences\n\nPaired bootstrap over queries (not over training seeds), 2,000 redraws, seed {seed}.\n\n{_table(head, rows)}"
+    note = f"Paired bootstrap over queries (not over training seeds), 2,000 redraws, seed {seed}."
+    return f"## Differences\n\n{note}\n\n{_table(head, rows)}"
 
 
 def _provenance(models: Sequence[ModelScores], folders: Sequence[str | Path]) -> str:
