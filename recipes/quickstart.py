@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 
 from recipes import pairs, scenes
 from st_btok import BTokLoss, build_model
@@ -57,10 +58,12 @@ class QuickstartConfig:
     backbone: str = str(Path(__file__).parent / "backbone")
     output: str = "btok-quickstart"
     seeds: int = 2
-    steps: int = 60
+    steps: int = 40
     batch_size: int = 64
     learning_rate: float = 1e-3
-    condensation_weight: float = 1.0
+    condensation_weight: float = 0.2
+    condensation_steps: int | None = None
+    num_btoks: int = 4
     split: str = "test"
     max_candidates: int | None = None
 
@@ -81,12 +84,20 @@ def last_token_model(backbone: str) -> SentenceTransformer:
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
 
 
-def train(config: QuickstartConfig, method: str, seed: int, evaluators: dict) -> Run:
-    """Train one method with one seed and score it."""
+def train(
+    config: QuickstartConfig,
+    method: str,
+    seed: int,
+    evaluators: dict,
+    callbacks: Callable[[SentenceTransformer], list[TrainerCallback]] = lambda model: [],
+) -> Run:
+    """Train one method (`"BToks"` or `"last token"`) with one seed and score it."""
     torch.manual_seed(seed)
     if method == "BToks":
-        model = build_model(config.backbone, model_kwargs={"dtype": torch.float32}, device="cpu")
-        loss: torch.nn.Module = BTokLoss(model, condensation_weight=config.condensation_weight)
+        model = build_model(config.backbone, config.num_btoks, model_kwargs={"dtype": torch.float32}, device="cpu")
+        loss: torch.nn.Module = BTokLoss(
+            model, condensation_weight=config.condensation_weight, condensation_steps=config.condensation_steps
+        )
     else:
         model = last_token_model(config.backbone)
         loss = MultipleNegativesRankingLoss(model, scale=50.0)
@@ -104,7 +115,9 @@ def train(config: QuickstartConfig, method: str, seed: int, evaluators: dict) ->
         use_cpu=True,
     )
     data = pairs.train_dataset(config.steps * config.batch_size // 2, seed)
-    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss)
+    trainer = SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=data, loss=loss, callbacks=callbacks(model)
+    )
     trainer.train()
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     bar = tqdm(evaluators.items(), desc="scoring", leave=False)

@@ -108,7 +108,7 @@ class TrainConfig(SentenceTransformerTrainingArguments):
     lora_dropout: float = _option(0.05, "Dropout on the adapter's input.")
     # loss
     scale: float = _option(50.0, "Inverse temperature.")
-    condensation_weight: float = _option(1.0, "Weight of the condensation part.")
+    condensation_weight: float = _option(0.2, "Weight of the condensation part.")
     condensation_steps: int | None = _option(None, "Steps that it is on for; always by default.")
     target: str = _option("", "Generated side: auto, query, positive, both, none; empty: each source's own.")
     max_target_tokens: int = _option(64, "Longest target.")

@@ -44,16 +44,17 @@ class BTokLoss(nn.Module):
         model: A BTok model: from `build_model`, or a saved one loaded with `SentenceTransformer(path)`.
         scale: Inverse temperature of the ranking part, above 0. Default 50.0 (tau = 0.02, paper and release).
         condensation_weight: Weight of the condensation part, at least 0, or a function of the optimizer step. Default
-            1.0 (design trials and the quickstart's validation split). At 0 no target is built and the loss equals
+            0.2, the best of 0, 0.2, 1 and 5 (for 40 % of the steps) on the validation split of the quickstart's task
+            (`recipes/ablation.py`, 3 seeds). At 0 no target is built and the loss equals
             `MultipleNegativesRankingLoss`.
         target: The side that is generated: `"query"` (first column), `"positive"` (second), `"both"`, `"none"`, or
             `"auto"` (default), for each row: the side with text from the side with media; with text on both sides the
             positive from the query; without text nothing. For several datasets give each its own `BTokLoss`.
-        condensation_steps: The condensation part is on for the first N optimizer steps only. Default None: always.
-            The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000).
         route: How the target reads the bottleneck tokens; see `routes.py`. `"auto"` (default) measures: `"attention"`
             (mask) where the leak probe is exactly 0, `"prefix"` where it is not (hybrids, state-space models);
             `"kv"` with flash attention, which takes no mask. The choice is logged.
+        condensation_steps: The condensation part is on for the first N optimizer steps only. Default None: always.
+            The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000).
         max_target_tokens: Longest target in tokens, the closing end-of-turn token included; at least 1. Default 64.
         instructions: Prompts to leave out of targets, for `template="plain"`, where a prompt stands directly before
             the text. The model's own `prompts` always count. Under `template="chat"` prompts are a turn of their own.
@@ -67,8 +68,9 @@ class BTokLoss(nn.Module):
             more than this, in units of the similarity, at least 0; see `negatives.py`. Default None: off.
         same_modality_negatives: Keep only negatives of the positive's modality. Default False.
         gather_across_devices: Compute both parts over the rows of all processes. Default False.
-        **ranking: All further arguments of `MultipleNegativesRankingLoss`: `similarity_fct`, `directions`,
-            `partition_mode`, `hardness_mode`, `hardness_strength`.
+        similarity_fct: As in `MultipleNegativesRankingLoss`. Default cosine similarity.
+        **ranking: All further arguments of `MultipleNegativesRankingLoss`: `directions`, `partition_mode`,
+            `hardness_mode`, `hardness_strength`.
 
     Requirements:
         1. (query, positive) pairs, optionally with one or more negatives; text, images, videos or dicts of them.
@@ -118,7 +120,7 @@ class BTokLoss(nn.Module):
         self,
         model: SentenceTransformer,
         scale: float = 50.0,
-        condensation_weight: float | Callable[[int], float] = 1.0,
+        condensation_weight: float | Callable[[int], float] = 0.2,
         target: TargetSide = "auto",
         *,
         route: Route | Literal["auto"] = "auto",

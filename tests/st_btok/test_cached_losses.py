@@ -166,7 +166,8 @@ def matryoshka_reference(model, features, dims, weights):
 def test_matryoshka_trains_the_term_once(qwen, cached):
     features = columns(qwen, "qwen2_vl")
     dims, weights = [32, 16, 8], [1.0, 0.5, 0.25]
-    inner = CachedBTokLoss(qwen, mini_batch_size=2) if cached else BTokLoss(qwen)
+    kind = CachedBTokLoss if cached else BTokLoss
+    inner = kind(qwen, condensation_weight=1.0, **({"mini_batch_size": 2} if cached else {}))
     loss = MatryoshkaLoss(qwen, inner, matryoshka_dims=dims, matryoshka_weights=weights)
     qwen.zero_grad()
     parts = loss([dict(c) for c in features], None)
@@ -236,7 +237,7 @@ def test_training_logs_both_parts(qwen, tmp_path):
         output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=8, learning_rate=5e-3, logging_steps=2,
         save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    loss = CachedBTokLoss(qwen, mini_batch_size=3)
+    loss = CachedBTokLoss(qwen, mini_batch_size=3, condensation_weight=1.0)
     trainer = SentenceTransformerTrainer(model=qwen, args=args, train_dataset=data, loss=loss)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "ranking" in entry]

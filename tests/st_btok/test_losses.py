@@ -61,7 +61,7 @@ def test_without_the_term_it_is_the_ranking_loss(model, family, options):
 
 def test_the_parts_add_up(model, family):
     features = columns(model, family)
-    one, half = BTokLoss(model)(features), BTokLoss(model, condensation_weight=0.5)(features)
+    one, half = BTokLoss(model, condensation_weight=1.0)(features), BTokLoss(model, condensation_weight=0.5)(features)
     torch.testing.assert_close(one["ranking"], half["ranking"])
     torch.testing.assert_close(one["condensation"], half["condensation"])
     torch.testing.assert_close(one.sum(), one["ranking"] + one["condensation"])
@@ -197,7 +197,7 @@ def test_training_end_to_end(qwen, tmp_path):
     """Loss falls, both parts are logged, frozen weights stay, and the result loads plainly with equal embeddings."""
     weights = qwen[1].emb_layer.weight.clone()
     before = {name: p.detach().clone() for name, p in qwen.named_parameters()}
-    loss = BTokLoss(qwen)
+    loss = BTokLoss(qwen, condensation_weight=1.0)
     trainer = SentenceTransformerTrainer(
         model=qwen, args=arguments(tmp_path, prompts={"query": "Describe: "}), train_dataset=dataset(), loss=loss
     )
@@ -277,11 +277,11 @@ def test_bf16_autocast_trains(qwen, tmp_path):
 def test_resuming_continues_the_schedule(qwen, tmp_path):
     options = {"max_steps": 4, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
     start = copy.deepcopy(qwen)
-    loss = BTokLoss(qwen, condensation_steps=2)
+    loss = BTokLoss(qwen, 50.0, 1.0, condensation_steps=2)
     SentenceTransformerTrainer(
         model=qwen, args=arguments(tmp_path, **options), train_dataset=dataset(), loss=loss
     ).train()
-    resumed = BTokLoss(start, condensation_steps=2)
+    resumed = BTokLoss(start, 50.0, 1.0, condensation_steps=2)
     trainer = SentenceTransformerTrainer(
         model=start, args=arguments(tmp_path, **options), train_dataset=dataset(), loss=resumed
     )

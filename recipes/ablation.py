@@ -1,0 +1,170 @@
+"""What each part of the method is worth on the quickstart's task: learning curves over variants, paired over seeds.
+
+    python -m recipes.ablation --seeds 3
+
+Every variant trains on the same pairs in the same order for each seed, from the shipped backbone, and is scored on the
+*validation* words after each number of steps in `score_at`. Finished runs are kept in `runs.jsonl` and not repeated.
+Writes `ablation.md` (MRR, and the paired difference to last-token pooling) and `ablation.png`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+from matplotlib import pyplot as plt
+from sentence_transformers import SentenceTransformer
+from transformers import HfArgumentParser, TrainerCallback
+
+from recipes import pairs
+from recipes.quickstart import QuickstartConfig, train
+
+BASELINE = "last token"
+# What differs from the quickstart's defaults.
+VARIANTS: dict[str, dict[str, Any]] = {
+    BASELINE: {},
+    "BToks, weight 0": {"condensation_weight": 0.0},
+    "BToks, weight 0.2": {"condensation_weight": 0.2},
+    "BToks, weight 1": {"condensation_weight": 1.0},
+    "BToks, weight 5 for 40 % of the steps": {"condensation_weight": 5.0, "condensation_steps": 24},
+    "one BTok, weight 1": {"num_btoks": 1, "condensation_weight": 1.0},
+}
+
+
+@dataclass
+class AblationConfig:
+    """Settings of the study."""
+
+    output: str = field(default="recipes/results", metadata={"help": "Folder of runs, table and figure."})
+    seeds: int = field(default=3, metadata={"help": "Seeds 0 to N-1 for each variant."})
+    steps: int = field(default=60, metadata={"help": "Training steps of a run."})
+    score_at: str = field(default="15,30,60", metadata={"help": "Steps after which a run is scored."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate, the same for all variants."})
+    candidates: int = field(default=561, metadata={"help": "Words to search among; the validation split has 561."})
+    variants: str = field(default="", metadata={"help": "Only variants whose name holds this text."})
+
+
+class Scorer(TrainerCallback):
+    """Scores the model in training after certain steps."""
+
+    def __init__(self, model: SentenceTransformer, evaluators: dict, steps: set[int], scores: dict) -> None:
+        self.model, self.evaluators, self.steps, self.scores = model, evaluators, steps, scores
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer after each update."""
+        if state.global_step in self.steps:
+            training = self.model.training
+            self.scores[str(state.global_step)] = {
+                task: pairs.scores(evaluator, self.model) for task, evaluator in self.evaluators.items()
+            }
+            self.model.train(training)
+
+
+def run_all(config: AblationConfig) -> list[dict[str, Any]]:
+    """Train and score what is not in `runs.jsonl` yet; all runs."""
+    path = Path(config.output) / "runs.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    shared = {"steps": config.steps, "learning_rate": config.learning_rate, "candidates": config.candidates}
+    evaluators = pairs.evaluators("validation", config.candidates)
+    base = QuickstartConfig(steps=config.steps, learning_rate=config.learning_rate)
+    chosen = {name: changes for name, changes in VARIANTS.items() if config.variants in name}
+    for seed in range(config.seeds):
+        for name, changes in chosen.items():
+            key = {"variant": name, "seed": seed, **shared}
+            if any(key.items() <= run.items() for run in runs):
+                continue
+            print(f"{name}, seed {seed}", flush=True)
+            scores: dict[str, Any] = {}
+            steps = {int(step) for step in config.score_at.split(",")}
+            method = BASELINE if name == BASELINE else "BToks"
+            train(
+                replace(base, **changes),
+                method,
+                seed,
+                {},
+                lambda model, steps=steps, scores=scores: [Scorer(model, evaluators, steps, scores)],
+            )
+            runs.append({**key, "scores": scores})
+            with path.open("a") as file:
+                file.write(json.dumps(runs[-1]) + "\n")
+    return [run for run in runs if shared.items() <= run.items()]
+
+
+def curves(runs: list[dict[str, Any]], task: str) -> dict[str, dict[int, np.ndarray]]:
+    """MRR in per cent: variant -> step -> one value per seed, seeds in order."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for name in VARIANTS:
+        mine = sorted((run for run in runs if run["variant"] == name), key=lambda run: run["seed"])
+        if mine:
+            steps = [int(step) for step in mine[0]["scores"]]
+            found[name] = {s: np.array([run["scores"][str(s)][task]["MRR"] for run in mine]) for s in steps}
+    return found
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: mean MRR ± half the range over seeds; in brackets the paired difference to last-token pooling."""
+    tasks = list(next(iter(runs[0]["scores"].values())))
+    lines = []
+    for task in tasks:
+        found = curves(runs, task)
+        steps = list(next(iter(found.values())))
+        lines += [
+            f"| {task} | " + " | ".join(f"{step} steps" for step in steps) + " |",
+            "|---|" + "---:|" * len(steps),
+        ]
+        for name, values in found.items():
+            cells = []
+            for step in steps:
+                mrr = values[step]
+                cell = f"{mrr.mean():.1f} ± {np.ptp(mrr) / 2:.1f}"
+                if name != BASELINE and BASELINE in found:
+                    paired = mrr - found[BASELINE][step][: len(mrr)]
+                    cell += f" ({paired.mean():+.1f}, {paired.min():+.1f} to {paired.max():+.1f})"
+                cells.append(cell)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """MRR over steps, one panel per task, a line per variant with the range over seeds."""
+    tasks = list(next(iter(runs[0]["scores"].values())))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(13, 4.2), layout="constrained", sharey=True)
+    for axis, task in zip(axes, tasks, strict=True):
+        for number, (name, values) in enumerate(curves(runs, task).items()):
+            steps, means = list(values), [v.mean() for v in values.values()]
+            spread = [
+                means - np.array([v.min() for v in values.values()]),
+                [v.max() for v in values.values()] - np.array(means),
+            ]
+            style = "k--" if name == BASELINE else f"C{number}"
+            axis.errorbar(
+                steps, means, yerr=spread, fmt=style + ("" if name == BASELINE else "-"), capsize=3, label=name
+            )
+        axis.set(title=task, xlabel="training steps")
+    axes[0].set_ylabel("MRR on validation words, %")
+    axes[-1].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run the study and write its table and figure."""
+    (config,) = HfArgumentParser(AblationConfig).parse_args_into_dataclasses()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    runs = run_all(config)
+    text = table(runs)
+    (Path(config.output) / "ablation.md").write_text(text)
+    draw(runs, Path(config.output) / "ablation.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
