@@ -28,7 +28,15 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, HfArgumentParser, LlamaConfig, LlamaModel, Qwen2VLConfig, Qwen2VLModel
+from transformers import (
+    AutoProcessor,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+)
 
 from recipes import pairs
 from st_btok import BTokLoss, CachedBTokLoss, build_model
@@ -67,7 +75,14 @@ def backbone(config: BenchmarkConfig, family: str) -> SentenceTransformer:
         "max_position_embeddings": 2048,
     }
     if family == "llama":
-        processor = processor.tokenizer
+        own_tokenizer = processor.tokenizer  # wrapped anew: saved by itself it would ask for its image processor
+        processor = PreTrainedTokenizerFast(
+            tokenizer_object=own_tokenizer.backend_tokenizer,
+            eos_token=own_tokenizer.eos_token,
+            pad_token=own_tokenizer.pad_token,
+            chat_template=own_tokenizer.chat_template or processor.chat_template,
+            model_max_length=2048,
+        )
         model: Any = LlamaModel(LlamaConfig(**text, tie_word_embeddings=True))
     else:
         own = Qwen2VLConfig.from_pretrained(BACKBONE)

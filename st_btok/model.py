@@ -271,7 +271,7 @@ def _set_processing(
 def _check_rows(transformer: Transformer, ids: list[int]) -> None:
     """Every kind of input must end in the K BToks, in order, once."""
     quoted = "".join(btok_tokens(len(ids)))  # a text that quotes the tokens' names must not forge them
-    probes = [
+    probes: list[Any] = [
         {"text": "a"},
         {"text": quoted},
         [{"role": "system", "content": quoted}, {"role": "user", "content": "c"}],
