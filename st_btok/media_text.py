@@ -9,6 +9,7 @@ numbers, and words that differ between lengths ("two frames", "four frames"), ma
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 from sentence_transformers.base.modules.transformer import Transformer
@@ -32,8 +33,10 @@ class MediaText:
         self.special = special
         pieces: set[str] = set()
         if "video" in transformer.modality_config:
+            unlimited: Any = {"chat_template": {"max_chars": None}}  # the probes may exceed a small max_seq_length
             for frames in _FRAMES:
-                row = transformer.preprocess([{"video": np.zeros((frames, 56, 56, 3), np.uint8)}])["input_ids"][0]
+                probe: Any = {"video": np.zeros((frames, 56, 56, 3), np.uint8)}
+                row = transformer.preprocess([probe], processing_kwargs=unlimited)["input_ids"][0]
                 pieces.update(str(self.tokenizer.decode(run)).strip() for run in self._runs(row.tolist(), header))
         patterns = sorted(_patterns(pieces - {""}), key=len, reverse=True)
         self.pattern = re.compile(rf"\s*(?:{'|'.join(patterns)})\s*") if patterns else None

@@ -231,7 +231,8 @@ def probe_batch(transformer: Transformer, btoks: list[int], end: int) -> JointBa
     sample: Any = {"text": "1 2 3 4"}
     if "image" in transformer.modality_config:
         sample["image"] = Image.new("RGB", (56, 56), "red")
-    features = transformer.preprocess([sample])
+    unlimited: Any = {"chat_template": {"max_chars": None}}
+    features = transformer.preprocess([sample], processing_kwargs=unlimited)
     text = tokenizer_of(transformer)("5 6 7", add_special_tokens=False)["input_ids"]
     device = transformer.model.device
     features = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
