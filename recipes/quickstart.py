@@ -101,6 +101,8 @@ def train(
     else:
         model = last_token_model(config.backbone)
         loss = MultipleNegativesRankingLoss(model, scale=50.0)
+    # sentence-transformers 6.2 can't write pictures inside of dicts into a model card, and would write no card at all.
+    model.model_card_data.generate_widget_examples = False
     arguments = SentenceTransformerTrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=config.batch_size,
