@@ -101,8 +101,6 @@ def train(
     else:
         model = last_token_model(config.backbone)
         loss = MultipleNegativesRankingLoss(model, scale=50.0)
-    # sentence-transformers 6.2 can't write pictures inside of dicts into a model card, and would write no card at all.
-    model.model_card_data.generate_widget_examples = False
     arguments = SentenceTransformerTrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=config.batch_size,
@@ -224,6 +222,8 @@ def main() -> None:
     )
     print(f"2. Save {output}/ and load it with plain sentence-transformers, in a process without st_btok.")
     model = runs["BToks"][0].model
+    # Sentence-transformers 6.2 takes pictures for texts here where a column holds dicts, and then writes no model card.
+    model.model_card_data.widget = []
     model.save_pretrained(str(output))
     (output / "comparison.md").write_text(table + "\n")
     difference = np.abs(plain_embeddings(output, texts[:50]) - model.encode(texts[:50])).max()

@@ -31,6 +31,7 @@ def test_quickstart_runs(tmp_path, monkeypatch, capsys):
     quickstart.main()
     printed = capsys.readouterr().out
     assert "| image -> text | BToks |" in printed and "Largest difference" in printed
+    assert "BTokLoss" in (tmp_path / "out" / "README.md").read_text(), "the model card"
     for name in ("search.png", "loss.png"):
         assert min(Image.open(tmp_path / "out" / name).size) > 300
     assert SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(["a line of text"]).shape == (1, 192)
