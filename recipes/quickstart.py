@@ -222,7 +222,7 @@ def main() -> None:
     )
     print(f"2. Save {output}/ and load it with plain sentence-transformers, in a process without st_btok.")
     model = runs["BToks"][0].model
-    # Sentence-transformers 6.2 takes pictures for texts here where a column holds dicts, and then writes no model card.
+    # sentence-transformers 6.2 takes pictures for texts where a column holds dicts, and then writes no model card
     model.model_card_data.widget = []
     model.save_pretrained(str(output))
     (output / "comparison.md").write_text(table + "\n")
