@@ -10,8 +10,8 @@ from st_btok.budgets import read_budget
 from st_btok.cached_losses import CachedBTokLoss
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.checked_encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
-from st_btok.condensation import condensation_nll
 from st_btok.explain import btok_attention, decode_btoks
+from st_btok.likelihood import condensation_nll
 from st_btok.lm_head import TrainedHead, save_lm_head
 from st_btok.losses import BTokLoss
 from st_btok.model import build_model

@@ -1,4 +1,4 @@
-"""The condensation term: the likelihood of target tokens, the LM head it needs, and the proof that nothing leaks."""
+"""What the condensation term rests on: the LM head it needs, and the proof that nothing leaks past the BToks."""
 
 from __future__ import annotations
 
@@ -12,43 +12,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import safe_open
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from st_btok.adapters import embedding_matrix
 from st_btok.attention import BTOK, INPUT, TARGET, condensation_attention
 from st_btok.targets import JointBatch
-
-# Logits alive at a time: 2**25 float32 values are 128 MiB, whatever the batch and the vocabulary.
-_MAX_LOGITS = 2**25
-NLL_KEY = "condensation_nll"
-
-
-def condensation_nll(states: Tensor, labels: Tensor, head: Tensor) -> Tensor:
-    """Negative log-likelihood of each target token; logits exist for one chunk of tokens at a time.
-
-    nll_i = -log softmax(head @ states_i)[labels_i], computed in float32. The chunk's logits are recomputed in the
-    backward pass, which costs one more product with `head`.
-
-    Args:
-        states: (M, D) last-layer states that predict the tokens.
-        labels: (M,) token ids.
-        head: (V, D) output embedding matrix.
-
-    Returns:
-        (M,) float32, in nats.
-    """
-
-    def chunk_nll(chunk: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(chunk, weight.to(chunk.dtype)).float(), targets, reduction="none")
-
-    size = max(1, _MAX_LOGITS // head.shape[0])
-    parts = [
-        checkpoint(chunk_nll, s, t, head, use_reentrant=False)
-        for s, t in zip(states.split(size), labels.split(size), strict=True)
-    ]
-    return torch.cat(parts) if parts else states.new_zeros(0, dtype=torch.float32)
 
 
 def find_leak(transformer: Transformer, batch: JointBatch) -> float:

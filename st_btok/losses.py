@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from st_btok.adapters import embedding_matrix
 from st_btok.budgets import budget_embeddings, check_budgets
-from st_btok.condensation import NLL_KEY, find_leak, output_embeddings
+from st_btok.condensation import find_leak, output_embeddings
 from st_btok.loss_parts import LossParts
 from st_btok.model import find_btoks
 from st_btok.negatives import FilteredSimilarity, RowFacts, row_facts
 from st_btok.pooling import check_btoks
 from st_btok.processes import across_processes, gather_columns, parameters_in_use, token_mean
-from st_btok.routes import ALL_LAYERS, ROUTES, Route, condensed_forward
+from st_btok.routes import ALL_LAYERS, NLL_KEY, ROUTES, Route, condensed_forward
 from st_btok.schedule import Schedule
 from st_btok.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets, probe_batch
 

@@ -24,12 +24,13 @@ from transformers import DynamicCache
 
 from st_btok.adapters import embedding_matrix
 from st_btok.attention import condensation_attention
-from st_btok.condensation import NLL_KEY, condensation_nll
+from st_btok.likelihood import condensation_nll
 from st_btok.pooling import check_btoks
 from st_btok.targets import join_targets
 
 Route = Literal["attention", "kv", "prefix"]
 ROUTES = ("attention", "kv", "prefix")
+NLL_KEY = "condensation_nll"
 # Where `AdaptiveLayerLoss` looks for the states of every layer.
 ALL_LAYERS = "all_layer_embeddings"
 

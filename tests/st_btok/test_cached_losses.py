@@ -9,8 +9,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MatryoshkaLoss
 
-from st_btok import BTokLoss, CachedBTokLoss, build_model
-from st_btok import condensation as condensation_module
+from st_btok import BTokLoss, CachedBTokLoss, build_model, condensation_nll
 from tests.backbones import build, inputs, picture, takes
 
 
@@ -219,8 +218,9 @@ def test_only_one_mini_batch_is_alive(qwen, monkeypatch):
     """The largest call of model and LM head does not grow with the batch."""
     rows, logits = [], []
     qwen[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0]["input_ids"])))
-    nll = condensation_module.condensation_nll
-    monkeypatch.setattr("st_btok.routes.condensation_nll", lambda s, t, h: logits.append(len(s)) or nll(s, t, h))
+    monkeypatch.setattr(
+        "st_btok.routes.condensation_nll", lambda s, t, h: logits.append(len(s)) or condensation_nll(s, t, h)
+    )
     largest = []
     for size in (4, 16):
         rows.clear()

@@ -1,0 +1,101 @@
+"""The likelihood of target tokens over a vocabulary whose logits never exist for more than a chunk of tokens.
+
+The gradients are made beside the value, while a chunk's logits are there: the vocabulary is read once forward and once
+per gradient, where recomputing the logits in the backward pass would read it once more. What is kept until then is the
+size of the states and, if the matrix trains, of the matrix: what the backward pass would allocate in any case.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# Logits alive at a time: 2**25 float32 values are 128 MiB, whatever the batch and the vocabulary.
+_MAX_LOGITS = 2**25
+
+
+@torch.compiler.disable
+def condensation_nll(states: Tensor, labels: Tensor, head: Tensor) -> Tensor:
+    """Negative log-likelihood of each target token; logits exist for one chunk of tokens at a time.
+
+    nll_i = -log softmax(head @ states_i)[labels_i]. Products run in the type of the states, or of autocast; the
+    softmax is float32.
+
+    Args:
+        states: (M, D) last-layer states that predict the tokens.
+        labels: (M,) token ids.
+        head: (V, D) output embedding matrix.
+
+    Returns:
+        (M,) float32, in nats.
+    """
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    with torch.autocast(kind, enabled=False):
+        return _VocabularyNLL.apply(states.to(dtype), labels, head.to(dtype), torch.is_grad_enabled())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _VocabularyNLL(torch.autograd.Function):
+    """(M,) likelihoods; the gradient of the head is ready for the usual case that every token weighs the same."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, labels: Tensor, head: Tensor, with_grad: bool) -> Tensor:
+        state_grads = torch.empty_like(states) if with_grad and ctx.needs_input_grad[0] else None  # (M, D)
+        ctx.head_grad = torch.zeros_like(head) if with_grad and ctx.needs_input_grad[2] else None  # (V, D)
+        nll = _chunked(states, labels, head, None, state_grads, ctx.head_grad)
+        ctx.save_for_backward(states, labels, head, state_grads)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        states, labels, head, state_grads = ctx.saved_tensors
+        head_grad = None
+        if ctx.needs_input_grad[2]:
+            # Handed over, not copied: it may be as large as the model's largest matrix. A second call makes it anew.
+            head_grad, ctx.head_grad = ctx.head_grad, None
+            if head_grad is None or bool((weights != weights[:1]).any()):
+                head_grad = torch.zeros_like(head)
+                _chunked(states, labels, head, weights, None, head_grad)
+            elif len(weights):
+                head_grad *= weights[0]
+        if state_grads is not None:
+            state_grads = (state_grads * weights[:, None]).to(states.dtype)
+        return state_grads, None, head_grad, None
+
+
+@torch.no_grad()
+def _chunked(
+    states: Tensor,
+    labels: Tensor,
+    head: Tensor,
+    weights: Tensor | None,
+    state_grads: Tensor | None,
+    head_grad: Tensor | None,
+) -> Tensor:
+    """Likelihoods (M,); fills d nll_i / d states_i, and adds sum_i weights_i d nll_i / d head (weights 1 for None)."""
+    nll = states.new_empty(len(states), dtype=torch.float32)
+    size = max(1, _MAX_LOGITS // len(head))
+    for start in range(0, len(states), size):
+        chunk = slice(start, start + size)
+        own = labels[chunk, None]  # (m, 1)
+        scores = F.linear(states[chunk], head).float()  # (m, V)
+        scores -= scores.amax(1, keepdim=True)
+        right = scores.gather(1, own)
+        total = scores.exp_().sum(1, keepdim=True)
+        nll[chunk] = (total.log() - right).squeeze(1)
+        if state_grads is None and head_grad is None:
+            continue
+        slopes = scores.div_(total)  # now the gradient of the logits: probabilities, and 1 less for the right token
+        slopes.scatter_add_(1, own, -torch.ones_like(total))
+        slopes = slopes.to(states.dtype)
+        if state_grads is not None:
+            state_grads[chunk] = slopes @ head
+        if head_grad is not None:
+            inputs = states[chunk] if weights is None else (states[chunk] * weights[chunk, None]).to(states.dtype)
+            head_grad.addmm_(slopes.T, inputs)
+    return nll
