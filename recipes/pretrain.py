@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from recipes import scenes
+from recipes.muon import Muon
 
 SPECIAL_TOKENS = "<|endoftext|> <|im_end|> <|system|> <|user|> <|assistant|>".split()
 SPECIAL_TOKENS += "<|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
@@ -63,7 +64,7 @@ class PretrainConfig:
     """Settings of one pre-training run; the defaults made the committed backbone."""
 
     output: str = "recipes/backbone"
-    steps: int = 1800
+    steps: int = 2400
     learning_rate: float = 2e-3
     warmup_steps: int = 60
     weight_decay: float = 0.01
@@ -268,7 +269,7 @@ def build_optimizers(model: Qwen2VLForConditionalGeneration, config: PretrainCon
         (matrices if parameter.ndim == 2 and "embed_tokens" not in name else rest).append(parameter)
     decay = config.weight_decay
     return [
-        torch.optim.Muon(matrices, momentum=0.95, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, weight_decay=decay),
         torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=decay),
     ]
 
@@ -307,6 +308,7 @@ def train(config: PretrainConfig) -> dict[str, float]:
     optimizers = build_optimizers(model, config)
     curriculum = Curriculum(np.random.default_rng(config.seed))
     history: list[dict] = []
+    resumed: list[int] = []  # steps at which a call went on from a checkpoint
     first, seconds = 0, 0.0
     partial = Path(f"{config.output}.partial")
     if (partial / "state.pt").exists():
@@ -316,6 +318,7 @@ def train(config: PretrainConfig) -> dict[str, float]:
             optimizer.load_state_dict(saved)
         curriculum.rng.bit_generator.state, curriculum.level = state["rng"], state["level"]
         curriculum.recent, history, first, seconds = state["recent"], state["history"], state["step"], state["seconds"]
+        resumed = [*state["resumed"], first]
     started = time.perf_counter() - seconds
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc="pre-training")
     for step in bar:
@@ -328,7 +331,7 @@ def train(config: PretrainConfig) -> dict[str, float]:
             state = {
                 "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "history": history,
                 "rng": curriculum.rng.bit_generator.state, "level": curriculum.level, "recent": curriculum.recent,
-                "step": step + 1, "seconds": seconds,
+                "step": step + 1, "seconds": seconds, "resumed": resumed,
             }  # fmt: skip
             torch.save(state, partial / "state.tmp")
             (partial / "state.tmp").replace(partial / "state.pt")  # a kill mid-write keeps the previous one
@@ -336,7 +339,7 @@ def train(config: PretrainConfig) -> dict[str, float]:
             print(step + 1, f"{seconds / 60:.1f} min", {k: round(v, 3) for k, v in scores.items()}, flush=True)
         if seconds > 60 * config.max_minutes:
             break
-    return finish(config, model, processor, history, partial)
+    return finish(config, model, processor, history, resumed, partial)
 
 
 def finish(
@@ -344,6 +347,7 @@ def finish(
     model: Qwen2VLForConditionalGeneration,
     processor: Qwen2VLProcessor,
     history: list[dict],
+    resumed: list[int],
     partial: Path,
 ) -> dict[str, float]:
     """Check the gate on the test split, then write weights, processor, record and learning curve."""
@@ -361,6 +365,7 @@ def finish(
         "command": " ".join(["python", "-m", "recipes.pretrain", *sys.argv[1:]]),
         "seed": config.seed,
         "steps": len(history),
+        "resumed at steps": resumed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "minutes": round(history[-1]["seconds"] / 60, 1),
         "threads": torch.get_num_threads(),
