@@ -8,11 +8,10 @@ from torch.nn import functional as F
 
 from st_btok import BTokLoss
 from st_btok.attention import INPUT, TARGET
-from st_btok.condensation import NLL_KEY
 from st_btok.losses import unwrap
 from st_btok.model import find_btoks
 from st_btok.pooling import select_btoks
-from st_btok.routes import condensed_forward
+from st_btok.routes import NLL_KEY, condensed_forward
 from st_btok.targets import join_targets
 from tests.backbones import inputs
 
