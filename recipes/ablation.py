@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "BToks, weight 0.2": {"condensation_weight": 0.2},
     "BToks, weight 1": {"condensation_weight": 1.0},
     "BToks, weight 5 for 40 % of the steps": {"condensation_weight": 5.0, "condensation_steps": 24},
-    "one BTok, weight 1": {"num_btoks": 1, "condensation_weight": 1.0},
+    "one BTok, weight 0.2": {"num_btoks": 1, "condensation_weight": 0.2},
 }
 
 
