@@ -35,37 +35,38 @@ def condensation_nll(states: Tensor, labels: Tensor, head: Tensor) -> Tensor:
     """
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-    with torch.autocast(kind, enabled=False):
-        return _VocabularyNLL.apply(states.to(dtype), labels, head.to(dtype), torch.is_grad_enabled())  # type: ignore[no-any-return, no-untyped-call]
+    return _VocabularyNLL.apply(states, labels, head, dtype, torch.is_grad_enabled())  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _VocabularyNLL(torch.autograd.Function):
     """(M,) likelihoods; the gradient of the head is ready for the usual case that every token weighs the same."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, labels: Tensor, head: Tensor, with_grad: bool) -> Tensor:
-        state_grads = torch.empty_like(states) if with_grad and ctx.needs_input_grad[0] else None  # (M, D)
-        ctx.head_grad = torch.zeros_like(head) if with_grad and ctx.needs_input_grad[2] else None  # (V, D)
-        nll = _chunked(states, labels, head, None, state_grads, ctx.head_grad)
+    def forward(ctx: Any, states: Tensor, labels: Tensor, head: Tensor, dtype: torch.dtype, with_grad: bool) -> Tensor:
+        state_grads = torch.empty_like(states, dtype=dtype) if with_grad and ctx.needs_input_grad[0] else None
+        ctx.head_grad = torch.zeros_like(head, dtype=dtype) if with_grad and ctx.needs_input_grad[2] else None
+        nll = _chunked(states, labels, head.to(dtype), None, state_grads, ctx.head_grad)
         ctx.save_for_backward(states, labels, head, state_grads)
+        ctx.dtype = dtype
         return nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         states, labels, head, state_grads = ctx.saved_tensors
         head_grad = None
         if ctx.needs_input_grad[2]:
             # Handed over, not copied: it may be as large as the model's largest matrix. A second call makes it anew.
             head_grad, ctx.head_grad = ctx.head_grad, None
             if head_grad is None or bool((weights != weights[:1]).any()):
-                head_grad = torch.zeros_like(head)
-                _chunked(states, labels, head, weights, None, head_grad)
+                head_grad = torch.zeros_like(head, dtype=ctx.dtype)
+                _chunked(states, labels, head.to(ctx.dtype), weights, None, head_grad)
             elif len(weights):
                 head_grad *= weights[0]
+            head_grad = head_grad.to(head.dtype)
         if state_grads is not None:
             state_grads = (state_grads * weights[:, None]).to(states.dtype)
-        return state_grads, None, head_grad, None
+        return state_grads, None, head_grad, None, None
 
 
 @torch.no_grad()
@@ -80,22 +81,23 @@ def _chunked(
     """Likelihoods (M,); fills d nll_i / d states_i, and adds sum_i weights_i d nll_i / d head (weights 1 for None)."""
     nll = states.new_empty(len(states), dtype=torch.float32)
     size = max(1, _MAX_LOGITS // len(head))
-    for start in range(0, len(states), size):
-        chunk = slice(start, start + size)
-        own = labels[chunk, None]  # (m, 1)
-        scores = F.linear(states[chunk], head).float()  # (m, V)
-        scores -= scores.amax(1, keepdim=True)
-        right = scores.gather(1, own)
-        total = scores.exp_().sum(1, keepdim=True)
-        nll[chunk] = (total.log() - right).squeeze(1)
-        if state_grads is None and head_grad is None:
-            continue
-        slopes = scores.div_(total)  # now the gradient of the logits: probabilities, and 1 less for the right token
-        slopes.scatter_add_(1, own, -torch.ones_like(total))
-        slopes = slopes.to(states.dtype)
-        if state_grads is not None:
-            state_grads[chunk] = slopes @ head
-        if head_grad is not None:
-            inputs = states[chunk] if weights is None else (states[chunk] * weights[chunk, None]).to(states.dtype)
-            head_grad.addmm_(slopes.T, inputs)
+    with torch.autocast(states.device.type, enabled=False):
+        for start in range(0, len(states), size):
+            chunk = slice(start, start + size)
+            inputs, right = states[chunk].to(head.dtype), labels[chunk, None]  # (m, D), (m, 1)
+            scores = F.linear(inputs, head).float()  # (m, V)
+            scores -= scores.amax(1, keepdim=True)
+            own = scores.gather(1, right)
+            total = scores.exp_().sum(1, keepdim=True)
+            nll[chunk] = (total.log() - own).squeeze(1)
+            if state_grads is None and head_grad is None:
+                continue
+            scores /= total  # now the gradient of the logits: probabilities, and 1 less for the right token
+            scores.scatter_add_(1, right, -torch.ones_like(total))
+            slopes = scores.to(head.dtype)
+            if state_grads is not None:
+                state_grads[chunk] = slopes @ head
+            if head_grad is not None:
+                scaled = inputs if weights is None else (inputs * weights[chunk, None]).to(head.dtype)
+                head_grad.addmm_(slopes.T, scaled)
     return nll
