@@ -60,7 +60,7 @@ class QuickstartConfig:
     seeds: int = 2
     steps: int = 40
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     condensation_weight: float = 0.2
     condensation_steps: int | None = None
     num_btoks: int = 4
