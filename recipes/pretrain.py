@@ -20,7 +20,6 @@ import shutil
 import string
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,7 +161,7 @@ class Curriculum:
     def _example(self, kind: str) -> Example:
         rng = self.rng
         source = str(rng.choice(["word", "page"])) if kind == "text" else kind
-        scene = draw_scene(rng, source, "pretrain", self.word)
+        scene = scenes.draw(rng, source, "pretrain", self.word)
         question, answer = scene.questions[rng.integers(len(scene.questions))]
         # Captions of grids are five times as long as their answers, and would make a step twice as slow.
         if rng.random() < {"word": 0.5, "page": 0.25, "grid": 0.0}[source]:
@@ -176,13 +175,6 @@ class Curriculum:
         self.recent = [*self.recent[-2:], loss]
         if self.level < scenes.WORD_CELLS and len(self.recent) == 3 and max(self.recent) < 0.35:
             self.level, self.recent = self.level + 1, []
-
-
-def draw_scene(rng: np.random.Generator, kind: str, split: str, draw_word: Callable[[], str]) -> scenes.Scene:
-    """A scene of one kind; `draw_word` supplies its words."""
-    if kind == "word":
-        return scenes.word_scene(rng, draw_word())
-    return scenes.page_scene(rng, draw_word) if kind == "page" else scenes.grid_scene(rng, split)
 
 
 def encode(processor: Qwen2VLProcessor, examples: list[Example], with_answer: bool = True) -> dict[str, torch.Tensor]:
@@ -236,7 +228,7 @@ def gate(
     def rows(kind: str, wanted: str) -> list[Example]:
         found: list[Example] = []
         while len(found) < size:
-            scene = draw_scene(rng, kind, split, lambda: pool[rng.integers(len(pool))])
+            scene = scenes.draw(rng, kind, split, lambda: pool[rng.integers(len(pool))])
             options = [(q, a) for q, a in scene.questions if q.startswith(wanted)]
             question, answer = options[rng.integers(len(options))]
             found.append(Example(scene.image, question, answer))

@@ -160,6 +160,13 @@ def page_scene(rng: np.random.Generator, draw_word: Callable[[], str]) -> Scene:
     return Scene(pixels.round().astype(np.uint8), caption, (*questions, ("what colour?", ink)))
 
 
+def draw(rng: np.random.Generator, kind: str, split: str, draw_word: Callable[[], str]) -> Scene:
+    """A scene of one kind; `draw_word` supplies its words."""
+    if kind == "word":
+        return word_scene(rng, draw_word())
+    return page_scene(rng, draw_word) if kind == "page" else grid_scene(rng, split)
+
+
 def collect_words() -> list[str]:
     """Words of 3-8 letters that occur at least twice in the standard library's sources and documentation topics."""
     from pydoc_data import topics
