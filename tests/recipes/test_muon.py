@@ -8,7 +8,7 @@ import torch
 from recipes.muon import Muon, orthogonalize
 
 
-def train(optimizer, parameters, dtype=torch.float32):
+def train(optimizer, parameters):
     """Four updates by fixed gradients; one parameter has none."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
