@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch.nn import functional as F
 
-from evaluation.fingerprint import checkpoint
+from evaluation.embedding.fingerprint import checkpoint
 
 PoolingName = Literal["lasttoken", "mean", "weightedmean"]
 POOLINGS: tuple[PoolingName, ...] = ("lasttoken", "mean", "weightedmean")

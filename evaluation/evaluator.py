@@ -10,8 +10,8 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
 
-from evaluation.encoding import MediaFirstEncoder
-from evaluation.store import EmbeddingStore
+from evaluation.embedding.encoding import MediaFirstEncoder
+from evaluation.embedding.store import EmbeddingStore
 from evaluation.task import MMEBRetrieval
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
+from evaluation.dataset import MMEBDataset
 from evaluation.media import BrokenMediaError, check_image, with_videos
-from evaluation.mmeb_v2_row import MMEBDataset
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from evaluation.figures import group_bars, size_plot
-from evaluation.leaderboard import leaderboard_entry
 from evaluation.mini import MINI
-from evaluation.scores import (
+from evaluation.reporting.figures import group_bars, size_plot
+from evaluation.reporting.leaderboard import leaderboard_entry
+from evaluation.reporting.scores import (
     OVERALL,
     Mean,
     ModelScores,

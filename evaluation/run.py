@@ -37,13 +37,13 @@ from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
 from evaluation.baselines import POOLINGS, load_model, wrap
+from evaluation.embedding.store import EmbeddingStore
 from evaluation.mini import mini_benchmark
+from evaluation.mmeb_v2.sources import DataRoot
+from evaluation.mmeb_v2.visdoc import PAGE_SPLITS
 from evaluation.report import RUN_FILE, read_runs, write_report
-from evaluation.retrieval_sheet import retrieval_sheet
-from evaluation.sources import DataRoot
-from evaluation.store import EmbeddingStore
+from evaluation.reporting.retrieval_sheet import retrieval_sheet
 from evaluation.task import MMEBRetrieval, mmeb_v2_benchmark
-from evaluation.visdoc import PAGE_SPLITS
 
 MTEB_PREFIX = "mteb:"
 _PACKAGES = ("mteb", "sentence-transformers", "transformers", "torch", "datasets", "open-clip-torch", "pillow")

@@ -26,17 +26,17 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.types import Modalities, PromptType
 
 from evaluation.chance import chance_level
-from evaluation.encoding import MediaFirstEncoder
-from evaluation.fingerprint import checkpoint
-from evaluation.image import load_image
+from evaluation.embedding.encoding import MediaFirstEncoder
+from evaluation.embedding.fingerprint import checkpoint
+from evaluation.embedding.store import EmbeddingStore
 from evaluation.mmeb_v2 import GROUPS, MMEB_V2, MMEBDataset
-from evaluation.mmeb_v2_visdoc import BROKEN_PAGE_HUB_IDS
+from evaluation.mmeb_v2.image import load_image
+from evaluation.mmeb_v2.sources import DataRoot
+from evaluation.mmeb_v2.video import load_video
+from evaluation.mmeb_v2.visdoc import PageSplit, load_visdoc, with_page_split
+from evaluation.mmeb_v2.visdoc_rows import BROKEN_PAGE_HUB_IDS
 from evaluation.pool import BrokenRow, LoadedDataset
 from evaluation.ranking_metrics import leaderboard_metrics
-from evaluation.sources import DataRoot
-from evaluation.store import EmbeddingStore
-from evaluation.video import load_video
-from evaluation.visdoc import PageSplit, load_visdoc, with_page_split
 
 _LOADERS = {"image": load_image, "video": load_video, "visdoc": load_visdoc}
 _METRICS = {"hit@1": ("hit_rate_at_1", "success_1"), "ndcg_linear@5": ("ndcg_at_5", "ndcg_cut_5")}

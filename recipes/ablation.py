@@ -21,8 +21,8 @@ from matplotlib import pyplot as plt
 from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser, TrainerCallback
 
-from recipes import pairs
 from recipes.quickstart import QuickstartConfig, train
+from recipes.toy import pairs
 
 BASELINE = "last token"
 # What differs from the quickstart's defaults; 16 are 40 % of the default steps.

@@ -45,7 +45,7 @@ from transformers import (
     Qwen2VLModel,
 )
 
-from recipes import pairs
+from recipes.toy import pairs
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 
 BACKBONE = Path(__file__).parent / "backbone"

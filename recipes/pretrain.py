@@ -41,8 +41,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from recipes import scenes
-from recipes.muon import Muon
+from recipes.toy import scenes
+from recipes.toy.muon import Muon
 
 SPECIAL_TOKENS = "<|endoftext|> <|im_end|> <|system|> <|user|> <|assistant|>".split()
 SPECIAL_TOKENS += "<|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()

@@ -38,7 +38,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
 
-from recipes import pairs, scenes
+from recipes.toy import pairs, scenes
 from st_btok import BTokLoss, build_model
 
 # Runs in a fresh process in another folder: the saved model must need nothing but sentence-transformers.

@@ -40,14 +40,14 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from evaluation.mini import evaluator_for
-from recipes.blocks import distinct_rows, weighted_blocks
-from recipes.hard_negatives import with_mined_negatives
-from recipes.holdout import hold_out, mean_of_sources
-from recipes.mmeb_train import load_mmeb_train
+from recipes.data.blocks import distinct_rows, weighted_blocks
+from recipes.data.hard_negatives import with_mined_negatives
+from recipes.data.holdout import hold_out, mean_of_sources
+from recipes.data.mmeb_train import load_mmeb_train
+from recipes.data.training_card import describe_data, write_card, write_skipped
+from recipes.data.training_pairs import Source
+from recipes.data.user_data import load_user_data
 from recipes.presets import PRESETS
-from recipes.training_card import describe_data, write_card, write_skipped
-from recipes.training_pairs import Source
-from recipes.user_data import load_user_data
 from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
 
 logger = logging.getLogger(__name__)

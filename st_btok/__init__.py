@@ -5,19 +5,19 @@ tokens of a row, M target tokens of a batch.
 """
 
 from st_btok.adapters import btok_lora_config, merge_adapters, save_trained
-from st_btok.attention import condensation_attention, condensation_mask, register_condensation_attention
 from st_btok.budgets import read_budget
-from st_btok.cached_losses import CachedBTokLoss
 from st_btok.chat_template import append_btoks, plain_template
-from st_btok.checked_encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
-from st_btok.explain import btok_attention, decode_btoks
-from st_btok.likelihood import condensation_nll
-from st_btok.lm_head import TrainedHead, save_lm_head
-from st_btok.losses import BTokLoss
+from st_btok.inputs.encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
+from st_btok.inputs.pdf import pdf_pages
 from st_btok.model import build_model
-from st_btok.pdf import pdf_pages
 from st_btok.pooling import BTokPooling
 from st_btok.tokens import add_btoks, btok_ids, btok_tokens
+from st_btok.tools.explain import btok_attention, decode_btoks
+from st_btok.training.attention import condensation_attention, condensation_mask, register_condensation_attention
+from st_btok.training.cached_losses import CachedBTokLoss
+from st_btok.training.likelihood import condensation_nll
+from st_btok.training.lm_head import TrainedHead, save_lm_head
+from st_btok.training.losses import BTokLoss
 from st_btok.version import __version__
 
 __all__ = [

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from st_btok.model import find_btoks
+from st_btok.anatomy import embedding_matrix, find_btoks
 
 logger = logging.getLogger(__name__)
 
@@ -129,26 +129,6 @@ def language_model_linears(model: PreTrainedModel) -> str:
     parts = sorted({re.sub(r"\.\d+\.", r".N.", f".{name}") for name in found})
     pattern = "|".join(re.escape(part[1:]).replace(r"\.N\.", r"\.\d+\.") for part in parts)
     return f"{re.escape(prefix) + re.escape('.') if prefix else ''}(?:{pattern})"
-
-
-def embedding_matrix(model: PreTrainedModel) -> Tensor:
-    """The live (V, D) input embedding matrix, also under adapters and FSDP.
-
-    Under `trainable_token_indices` this is the base matrix, whose K BTok rows are the untrained ones. As an LM head
-    that is what is wanted: BToks are never generated.
-
-    Args:
-        model: The backbone.
-
-    Returns:
-        The weight; a parameter, or under FSDP the view that is whole while the model runs.
-    """
-    module: Any = model.get_input_embeddings()
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        module = module.original_module
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    return module.weight
 
 
 def merge_adapters(model: SentenceTransformer) -> SentenceTransformer:

@@ -29,10 +29,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import quantization_config
 
+from st_btok.anatomy import tokenizer_of
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.limits import text_limits
 from st_btok.pooling import BTokPooling
-from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_ids, btok_tokens, control_tokens, tokenizer_of
+from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
 
 # The authors' training and evaluation limits (release: data/processors/qwen2_vl.py).
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
@@ -301,26 +302,3 @@ def _check_causal(transformer: Transformer) -> None:
             f"the backbone must be causal, but changing the last token of an input changed earlier states by "
             f"{change:.2g} ({transformer.config.model_type}). Bidirectional and prefix attention are not supported."
         )
-
-
-def find_btoks(model: SentenceTransformer) -> tuple[Transformer, list[int]]:
-    """The Transformer module of a BTok model and its K token ids.
-
-    Args:
-        model: A model from `build_model`, or a saved one loaded with `SentenceTransformer(path)`.
-
-    Returns:
-        The first module and the ids in order.
-
-    Raises:
-        ValueError: If the model's first module is not a `Transformer`, or its tokenizer has no BToks.
-    """
-    transformer = model[0]
-    if not isinstance(transformer, Transformer):
-        raise ValueError(f"the first module must be a Transformer, got {type(transformer).__name__}.")
-    ids = btok_ids(tokenizer_of(transformer))
-    if not ids:
-        raise ValueError(
-            "the model's tokenizer has no bottleneck tokens. Build the model with st_btok.build_model(backbone)."
-        )
-    return transformer, ids

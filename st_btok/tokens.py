@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 
 import torch
-from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,25 +75,6 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> li
         if token.special or token.content in chat_template:
             names.add(token.content)
     return sorted(name for name in names if len(name) > 1 and not re.search(r"\s", name))
-
-
-def tokenizer_of(transformer: Transformer) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Transformer module.
-
-    Args:
-        transformer: A module of sentence-transformers.
-
-    Returns:
-        The tokenizer, the processor's own where there is a processor.
-
-    Raises:
-        ValueError: If the module has none, as for a pure vision or audio model.
-    """
-    if transformer.tokenizer is None:
-        raise ValueError(
-            f"the backbone must be a language model with a tokenizer; {type(transformer.model).__name__} has none."
-        )
-    return transformer.tokenizer
 
 
 def add_btoks(

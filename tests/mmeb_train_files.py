@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, Value
 
-from recipes.mmeb_train_sources import MMEB_TRAIN, MMEBTrainSource
+from recipes.data.mmeb_train_sources import MMEB_TRAIN, MMEBTrainSource
 from tests.backbones import picture
 
 # Rows of the hub: (query, has an image, positive, has an image, negative), and the texts the model gets.

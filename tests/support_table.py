@@ -1,6 +1,6 @@
 """The support table of the README: `python -m tests.support_table [--write README.md ...]`.
 
-Every cell comes from running `st_btok.check` on the tiny backbone of that family; nothing is typed but the names.
+Every cell comes from running `check` on the tiny backbone of that family; nothing is typed but the names.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from st_btok.check import Verdict, check
+from st_btok.tools.check import Verdict, check
 from tests.backbones import BUILDERS, build
 
 BEGIN, END = "<!-- support table -->", "<!-- /support table -->"

@@ -10,6 +10,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Which of our packages each package may import besides itself.
 ALLOWED = {"st_btok": set(), "evaluation": set(), "recipes": {"st_btok", "evaluation"}}
+# Which rooms of its own package each room may import besides itself; "" is the top. Each room's `__init__` says why.
+ROOMS = {
+    "st_btok": {"": set(), "training": {""}, "inputs": {""}, "tools": {"", "training", "inputs"}},
+    "evaluation": {
+        "": {"mmeb_v2", "mini", "embedding", "reporting"},
+        "mmeb_v2": {""},
+        "mini": {"", "embedding"},
+        "embedding": {""},
+        "reporting": {"", "mmeb_v2"},  # the names of the 78 data sets, which an average must be complete over
+    },
+    "recipes": {"": {"data", "toy"}, "data": {""}, "toy": {""}},
+}
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -24,8 +36,11 @@ def imports(tree: ast.AST) -> set[str]:
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide what is imported"
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+            found = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in found if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()}
+            names |= found
+            if found != modules:  # `from package import module` asks nothing of the package itself
+                names.add(node.module)
     return names
 
 
@@ -39,6 +54,30 @@ def test_packages_import_downwards_only():
         package = module.split(".")[0]
         upward = {name for name in imported if name.split(".")[0] not in {package, *ALLOWED[package]}}
         assert not upward, f"{module} must not import {upward}"
+
+
+def room_of(module: str) -> tuple[str, str]:
+    package, *inner = module.split(".")
+    return package, inner[0] if inner and (ROOT / package / inner[0]).is_dir() else ""
+
+
+def test_every_folder_is_a_room_with_a_rule():
+    for package, rooms in ROOMS.items():
+        folders = {path.parent.name for path in (ROOT / package).glob("*/*.py")}
+        assert folders == rooms.keys() - {""}
+        for folder in folders:
+            assert ast.get_docstring(ast.parse((ROOT / package / folder / "__init__.py").read_text()))
+
+
+def test_rooms_import_what_the_plan_allows():
+    for module, imported in ours().items():
+        package, room = room_of(module)
+        if module == "st_btok":  # hands out the public names of all rooms
+            continue
+        for name in imported:
+            other_package, other = room_of(name)
+            if other_package == package and other != room:
+                assert other in ROOMS[package][room], f"{module} must not import {name}"
 
 
 def test_recipes_use_public_names_only():
@@ -70,6 +109,6 @@ def test_one_idea_per_file(path):
 
 
 def test_importing_the_package_has_no_effects():
-    for path in sorted((ROOT / "st_btok").glob("*.py")):
+    for path in sorted((ROOT / "st_btok").rglob("*.py")):
         calls = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Expr)]
         assert all(isinstance(node.value, ast.Constant) for node in calls), f"{path.name} runs code on import"

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from evaluation.baselines import OpenClip, load_model, model_meta, open_clip_model, pooled_model, wrap
-from evaluation.fingerprint import fingerprint
+from evaluation.embedding.fingerprint import fingerprint
 from evaluation.mini import mini_benchmark
 from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.run import build_suite, main, parse, stored_name

@@ -16,8 +16,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from evaluation.baselines import wrap
+from evaluation.embedding.fingerprint import fingerprint
 from evaluation.evaluator import SuiteEvaluator
-from evaluation.fingerprint import fingerprint
 from evaluation.mini import evaluator_for, mini_benchmark
 
 MOCK_RUN = """

@@ -11,8 +11,8 @@ from PIL import Image
 
 from evaluation.mini import MINI, mini_benchmark
 from evaluation.report import RUN_FILE, main, write_report
-from evaluation.retrieval_sheet import retrieval_sheet
-from evaluation.scores import read_results
+from evaluation.reporting.retrieval_sheet import retrieval_sheet
+from evaluation.reporting.scores import read_results
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
 from evaluation.chance import chance_level
-from evaluation.encoding import MediaFirstEncoder
-from evaluation.fingerprint import UNSTAMPED, fingerprint, stamp
+from evaluation.embedding.encoding import MediaFirstEncoder
+from evaluation.embedding.fingerprint import UNSTAMPED, fingerprint, stamp
+from evaluation.embedding.store import EmbeddingStore
 from evaluation.mmeb_v2 import MMEB_V2
-from evaluation.sources import DataRoot
-from evaluation.store import EmbeddingStore
+from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.task import category_of, mmeb_task, mmeb_v2_benchmark, select_rows, standard_error
 
 ROWS = {f"{row.group}/{row.name}": row for row in MMEB_V2}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from recipes import pretrain, scenes
+from recipes import pretrain
 from recipes.pretrain import Curriculum, Example, PretrainConfig
+from recipes.toy import scenes
 
 BACKBONE = Path(pretrain.__file__).parent / "backbone"
 

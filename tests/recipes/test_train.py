@@ -12,7 +12,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from recipes import train as recipe
-from recipes.mmeb_train_sources import MMEB_TRAIN
+from recipes.data.mmeb_train_sources import MMEB_TRAIN
 from recipes.presets import PRESETS
 from recipes.train import TrainConfig, parse, train
 from tests.backbones import build

@@ -16,15 +16,8 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from st_btok import BTokLoss, build_model
-from st_btok.adapters import (
-    base_gap,
-    btok_lora_config,
-    embedding_matrix,
-    language_model_linears,
-    merge_adapters,
-    save_trained,
-)
-from st_btok.model import find_btoks
+from st_btok.adapters import base_gap, btok_lora_config, language_model_linears, merge_adapters, save_trained
+from st_btok.anatomy import embedding_matrix, find_btoks
 from tests.backbones import build, llama, picture, takes
 
 

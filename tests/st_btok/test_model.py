@@ -19,8 +19,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
 
 from st_btok import build_model
-from st_btok.model import find_btoks
-from st_btok.targets import ContentReader
+from st_btok.anatomy import find_btoks
+from st_btok.training.targets import ContentReader
 from tests.backbones import (
     BUILDERS,
     LLAMA_TEMPLATE,

@@ -1,0 +1,152 @@
+"""Encoding a task's rows with a SentenceTransformer: media before text, every content once, loaded when needed.
+
+mteb's own wrapper works too, but it shows the text before a video, strips the text of a document, and can't leave out
+an absent medium of a mixed batch. This one takes the rows as the loaders wrote them. Embeddings are kept by content
+(`store.py`), so candidates that several data sets share (the pages of ViDoSeek-page and -doc) are encoded once, and at
+full width, so every `truncate_dim` of a model is scored from one encoding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Image
+from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models.abs_encoder import get_prompt_name
+from mteb.types import PromptType
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from evaluation.embedding.fingerprint import fingerprint
+from evaluation.embedding.store import EmbeddingStore, content_key
+from evaluation.media import StoredFrames
+
+_BATCHES_PER_CALL = 16  # media of that many batches are decoded, and written as one shard; ST sorts within one call
+_FULL_WIDTH = 2**31 - 1
+_FORM = "form 1"  # raise it whenever `_as_input` shows a row differently: stored embeddings are then made again
+
+
+class MediaFirstEncoder:
+    """mteb's encoder interface around a wrapped SentenceTransformer.
+
+    Args:
+        wrapper: mteb's wrapper of the model: it holds the model, its prompts and its metadata.
+        store: Where embeddings are kept.
+    """
+
+    def __init__(self, wrapper: SentenceTransformerEncoderWrapper, store: EmbeddingStore) -> None:
+        self._wrapper = wrapper
+        self._store = store
+
+    @property
+    def mteb_model_meta(self) -> ModelMeta:
+        """The wrapped model's metadata."""
+        return self._wrapper.mteb_model_meta
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """The wrapped model's similarity matrix."""
+        return self._wrapper.similarity(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """The wrapped model's row-by-row similarity."""
+        return self._wrapper.similarity_pairwise(embeddings1, embeddings2)
+
+    def encode(
+        self,
+        inputs: DataLoader,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Embed the rows behind a data loader.
+
+        Args:
+            inputs: mteb's loader; its data set is read directly, not its batches.
+            task_metadata: Decides the model's prompt.
+            hf_split: Unused.
+            hf_subset: Unused.
+            prompt_type: `query` or `document`.
+            **kwargs: Passed to `encode_query` or `encode_document` (`batch_size`, `show_progress_bar`, `pool`, ...).
+
+        Returns:
+            float32 (rows, width).
+        """
+        dataset = _undecoded(inputs.dataset)
+        model = self._wrapper.model
+        prompts = self._wrapper.model_prompts
+        prompt = prompts.get(get_prompt_name(prompts, task_metadata, prompt_type) or "") if prompts else None
+        options = {k: v for k, v in kwargs.items() if k not in ("batch_size", "show_progress_bar", "pool")}
+        space = content_key(
+            fingerprint(model, truncation=False), _FORM, f"{prompt_type} {prompt} {sorted(options.items())}"
+        )
+        digests: dict[str, bytes] = {}
+        keys = [_content(record, digests) for record in dataset]
+        found = self._store.get(space, keys)
+        todo = sorted({key: row for row, key in enumerate(keys) if key not in found}.values())
+        step = _BATCHES_PER_CALL * kwargs.get("batch_size", 32)
+        quiet = not todo or not kwargs.get("show_progress_bar", True)
+        with tqdm(total=len(todo), desc=f"{task_metadata.name} {prompt_type}", unit="input", disable=quiet) as bar:
+            for start in range(0, len(todo), step):
+                chosen = todo[start : start + step]
+                vectors = self._embed(dataset.select(chosen), prompt, prompt_type, kwargs)
+                made = {keys[row]: vector for row, vector in zip(chosen, vectors, strict=True)}
+                self._store.put(space, made)
+                found |= made
+                bar.update(len(chosen))
+        return np.stack([found[key] for key in keys])[:, : model.truncate_dim]
+
+    def _embed(self, rows: Dataset, prompt: str | None, prompt_type: PromptType | None, kwargs: dict) -> np.ndarray:
+        model = self._wrapper.model
+        encode = model.encode
+        if prompt_type is not None:
+            encode = model.encode_query if prompt_type == PromptType.query else model.encode_document
+        # a width no model has: the vectors are kept whole, whatever the model's own truncation
+        options = {**kwargs, "show_progress_bar": False, "truncate_dim": _FULL_WIDTH}
+        vectors = encode([_as_input(record) for record in rows], prompt=prompt, **options)
+        return np.asarray(vectors, np.float32)
+
+
+def _undecoded(dataset: Dataset) -> Dataset:
+    """The data set with media as stored: image bytes or paths, frame paths."""
+    plain = dataset.with_format(None)
+    return plain.cast_column("image", Image(decode=False)) if "image" in plain.column_names else plain
+
+
+def _text(record: dict[str, Any]) -> str:
+    return record.get("body") or record.get("text") or ""  # mteb keeps the unstripped text of a document as `body`
+
+
+def _content(record: dict[str, Any], digests: dict[str, bytes]) -> bytes:
+    """A hash of everything the model sees of a row; `digests` remembers the files already read."""
+    image = record.get("image")
+    sources = [image.get("bytes") or image["path"]] if image else []
+    media = []
+    for source in [*sources, *(record.get("video") or ())]:
+        if isinstance(source, bytes):
+            media.append(content_key(source))
+            continue
+        if source not in digests:
+            digests[source] = content_key(Path(source).read_bytes())
+        media.append(digests[source])
+    return content_key(str(len(sources)), _text(record), *media)
+
+
+def _as_input(record: dict[str, Any]) -> dict[str, Any] | str:
+    """A row as SentenceTransformer input: `{"image": ..., "text": ...}` in that order, absent parts left out."""
+    inputs: dict[str, Any] = {}
+    if record.get("image"):
+        picture: PILImage.Image = Image().decode_example(record["image"])
+        inputs["image"] = picture.convert("RGB")
+    if record.get("video"):
+        inputs["video"] = StoredFrames(tuple(record["video"])).as_video()
+    if not inputs:
+        return _text(record)
+    if _text(record).strip():
+        inputs["text"] = _text(record)
+    return inputs

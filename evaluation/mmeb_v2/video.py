@@ -1,0 +1,240 @@
+"""The video families of MMEB-V2: annotation rows plus folders of stored frames, eight of which are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.dataset import MMEBDataset
+from evaluation.media import BrokenMediaError, natural_key, stored_frames
+from evaluation.mmeb_v2.sources import DataRoot, read_table
+from evaluation.mmeb_v2.video_rows import MOMENT_INSTRUCTIONS
+from evaluation.pool import Item, LoadedDataset, SplitBuilder, sampled_rows
+
+NUM_FRAMES = 8
+_LETTERS = "ABCDEFGH"
+Record = Mapping[str, Any]
+
+
+def choose_frames(frames: Sequence[Path], count: int = NUM_FRAMES) -> tuple[str, ...]:
+    """Evenly spread frames of a stored video, as the official evaluator picks them.
+
+    Args:
+        frames: Stored frames in temporal order.
+        count: How many to show; a video with fewer shows all of them.
+
+    Returns:
+        Paths at the positions `int(linspace(0, n - 1, count))`.
+    """
+    if len(frames) < count:
+        return tuple(map(str, frames))
+    return tuple(str(frames[int(position)]) for position in np.linspace(0, len(frames) - 1, count))
+
+
+def load_video(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: int = 0) -> LoadedDataset:
+    """Load one video data set.
+
+    Args:
+        row: The data set.
+        root: Where the annotation tables and the frame folders are.
+        fraction: Part of the queries to keep, in (0, 1]; a global corpus stays whole.
+        seed: Seed of that choice.
+
+    Returns:
+        mteb's data and the broken rows.
+
+    Raises:
+        ValueError: No usable query, or a label set of the wrong size.
+    """
+    table = _records(row, root)
+    builder = SplitBuilder(row)
+    kept = sampled_rows(len(table), fraction, seed)
+    if row.family == "labels":
+        for label in _labels(row, root, table):
+            builder.offer(0, Item(label, label))
+    if row.family == "captions":  # every row's video is a candidate, also of the rows that are not asked
+        for index, record in enumerate(table):
+            _offer_video(builder, row, root, index, record)
+    ask = _FAMILIES[row.family]
+    for index in kept:
+        try:
+            ask(builder, row, root, index, table[index])
+        except (BrokenMediaError, LookupError, TypeError, ValueError) as error:
+            builder.skip(index, f"{type(error).__name__}: {error}")
+    return builder.build()
+
+
+def _records(row: MMEBDataset, root: DataRoot) -> Sequence[Record]:
+    """The annotation rows; several configurations one after another, each row with its `subset`."""
+    if row.subsets:
+        return [{**record, "subset": name} for name in row.subsets for record in read_table(row, root, name)]
+    table = read_table(row, root)
+    # the official configuration of this one takes the first num_queries rows
+    return [table[i] for i in range(min(len(table), row.num_queries))] if row.family == "label_lists" else table
+
+
+def _labels(row: MMEBDataset, root: DataRoot, table: Sequence[Record]) -> list[str]:
+    """The label set: `labels/<name>.txt` below the data root, else ours, else the labels that occur in the table."""
+    given = root.path / "labels" / f"{row.name}.txt"
+    ours = Path(__file__).with_name(f"{row.name.lower()}_labels.txt")
+    file = ours if ours.is_file() and not given.is_file() else given
+    if file.is_file():
+        labels = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+    else:
+        labels = sorted({record["pos_text"] for record in table if record["pos_text"]})
+    if len(set(labels)) != row.num_candidates:
+        source = file if file.is_file() else "the annotation table"
+        raise ValueError(
+            f"{row.name} ranks against {row.num_candidates} labels, but {source} gives {len(set(labels))}. "
+            f"Write the official label list, one per line, to {given}."
+        )
+    return labels
+
+
+def _video(row: MMEBDataset, root: DataRoot, record: Record) -> tuple[str, ...]:
+    """The shown frames of the row's own video."""
+    fields = {k: str(v) for k, v in record.items()}
+    fields |= {f"{name}_stem": Path(fields[name]).stem for name in ("video", "video_path") if name in fields}
+    return choose_frames(stored_frames(root.media(row, row.media_path.format_map(fields))))
+
+
+def _ask_label(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
+    query = Item("query", row.query_text, video=_video(row, root, record))
+    own = None if row.family == "labels" else [Item(label, label) for label in record["neg_text"]]
+    builder.ask(index, query, {record["pos_text"]: 1}, own)
+
+
+def _ask_question(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
+    if not (record["question"] or "").strip():
+        raise ValueError("column question is empty")
+    shown, candidates, right = _OPTIONS[row.family](record)
+    text = row.query_text.format_map({**record, "options": shown})
+    builder.ask(index, Item("query", text, video=_video(row, root, record)), {candidates[right].key: 1}, candidates)
+
+
+def _lettered(options: Sequence[str]) -> list[str]:
+    return [f"({letter}) {option}" for letter, option in zip(_LETTERS, options, strict=False)]
+
+
+def _after_letter(option: str) -> str:
+    """The option without its letter: the text after the first ". ", without dots and spaces around it."""
+    return option.split(". ", 1)[-1].strip(". ")
+
+
+def _mvbench(record: Record) -> tuple[str, list[Item], int]:
+    lettered = _lettered(record["candidates"])
+    return "\n".join(lettered), [Item(o, o) for o in lettered], list(record["candidates"]).index(record["answer"])
+
+
+def _nextqa(record: Record) -> tuple[str, list[Item], int]:
+    options = [str(record[f"a{i}"]) for i in range(5)]
+    return "\n".join(_lettered(options)), [Item(o, o) for o in options], _position(record["answer"], 5)
+
+
+def _videomme(record: Record) -> tuple[str, list[Item], int]:
+    options = list(record["options"])
+    return "\n".join(options), [Item(o, _after_letter(o)) for o in options], _LETTERS.index(record["answer"])
+
+
+def _egoschema(record: Record) -> tuple[str, list[Item], int]:
+    options = list(record["option"])
+    return " ".join(options), [Item(o, _after_letter(o)) for o in options], _position(record["answer"], len(options))
+
+
+def _activitynetqa(record: Record) -> tuple[str, list[Item], int]:
+    return "", [Item("yes", "yes"), Item("no", "no")], ("yes", "no").index(record["answer"])
+
+
+def _position(answer: str | int, count: int) -> int:
+    position = int(answer)
+    if not 0 <= position < count:  # a negative one would silently count from the end
+        raise ValueError(f"column answer is {answer!r}, expected 0 to {count - 1}")
+    return position
+
+
+def _caption_key(row: MMEBDataset, record: Record) -> str:
+    fields = {k: str(v) for k, v in record.items()}
+    return row.media_path.format_map(fields | {"video_stem": Path(fields.get("video", "")).stem})
+
+
+def _offer_video(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
+    try:
+        builder.offer(index, Item(_caption_key(row, record), row.candidate_text, video=_video(row, root, record)))
+    except (BrokenMediaError, LookupError) as error:
+        builder.report(index, f"video left out: {error}")
+
+
+def _ask_caption(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
+    text = row.query_text.format_map(record)
+    if text.strip() == row.query_text.split("{")[0].strip():
+        raise ValueError("the caption is empty")
+    builder.ask(index, Item("query", text), {_caption_key(row, record): 1})
+
+
+def _ask_clip(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
+    """QVHighlight and Charades-STA: `query/` is the whole video, every other folder one clip of it."""
+    folder = root.media(row, Path(record["video_path"]).stem)
+    if not folder.is_dir():
+        raise BrokenMediaError(f"clip folder {str(folder)!r} does not exist")
+    clips = [clip for clip in folder.iterdir() if clip.is_dir() and clip.name != "query"]
+    clips.sort(key=lambda clip: natural_key(clip.name))
+    gold = {f"{folder.name}/{clip.name}": 1 for clip in clips if clip.name.startswith("positive")}
+    query = Item("query", row.query_text.format_map(record), video=choose_frames(stored_frames(folder / "query")))
+    own = [item for clip in clips for item in _clip(builder, row, index, f"{folder.name}/{clip.name}", clip)]
+    builder.ask(index, query, gold, own)
+
+
+def _ask_moment(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
+    """MomentSeeker: a query may come with an image or a clip; there can be several right clips."""
+    shown = record["input_frames"] or ""
+    kind = "video" if shown.endswith(".mp4") else "image" if shown else "text"
+    if not (record["query"] or "").strip():
+        raise ValueError("column query is empty")
+    text = row.query_text.format(instruction=MOMENT_INSTRUCTIONS[kind], query=record["query"])
+    image: str | None = None
+    video: tuple[str, ...] = ()
+    if kind == "image":
+        places = [root.media(row, f"query_{shown}"), root.media(row, "query_images", Path(shown).name)]
+        image = str(next((place for place in places if place.is_file()), places[0]))
+    if kind == "video":
+        video = tuple(map(str, stored_frames(_moment_folder(row, root, shown))))
+    right, wrong = ([entry["output_path"] for entry in record[f"{side}_frames"]] for side in ("positive", "negative"))
+    folders = [(path, _moment_folder(row, root, path)) for path in (*right, *wrong)]
+    own = [item for path, folder in folders for item in _clip(builder, row, index, path, folder, all_frames=True)]
+    builder.ask(index, Item("query", text, image=image, video=video), dict.fromkeys(right, 1), own)
+
+
+def _moment_folder(row: MMEBDataset, root: DataRoot, path: str) -> Path:
+    return root.media(row, "video_frames", path.replace("/", "_").split(".mp4")[0])
+
+
+def _clip(
+    builder: SplitBuilder, row: MMEBDataset, index: int, key: str, folder: Path, *, all_frames: bool = False
+) -> Iterator[Item]:
+    """The clip as a candidate, or nothing (reported) when its frames are missing."""
+    try:
+        frames = stored_frames(folder)
+    except BrokenMediaError as error:
+        builder.report(index, f"candidate {key!r} left out: {error}")
+        return
+    yield Item(key, row.candidate_text, video=tuple(map(str, frames)) if all_frames else choose_frames(frames))
+
+
+_OPTIONS: dict[str, Callable[[Record], tuple[str, list[Item], int]]] = {
+    "mvbench": _mvbench,
+    "nextqa": _nextqa,
+    "videomme": _videomme,
+    "egoschema": _egoschema,
+    "activitynetqa": _activitynetqa,
+}
+_FAMILIES: dict[str, Callable[[SplitBuilder, MMEBDataset, DataRoot, int, Record], None]] = {
+    "labels": _ask_label,
+    "label_lists": _ask_label,
+    "captions": _ask_caption,
+    "clips": _ask_clip,
+    "moments": _ask_moment,
+    **dict.fromkeys(_OPTIONS, _ask_question),
+}

@@ -1,0 +1,147 @@
+"""A validation part of the training data that shares no content with what is trained on, and its evaluators.
+
+Rows that share content form one group, across all sources (MSCOCO_i2t and MSCOCO_t2i hold the same photographs), and
+whole groups go to either part. Content is compared by digest, not by file name.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import SequentialEvaluator
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+from recipes.data.training_pairs import Source, content_key
+
+logger = logging.getLogger(__name__)
+
+
+def hold_out(sources: Sequence[Source], size: int, seed: int = 0) -> tuple[list[Source], list[Source]]:
+    """Split every source into a training and a validation part without shared content.
+
+    Two rows share content if a medium (image, or the frames of a video) or the whole text of a side without media
+    occurs in both, on whichever side. The texts of a label set (fewer than half as many different positives as rows)
+    are not content in this sense: labels have to occur in both parts. Takes about 40 s per million rows.
+
+    Args:
+        sources: Checked sources.
+        size: Validation rows per source, at most a tenth of it; fewer where its groups are too large to fit.
+        seed: Seed of the choice.
+
+    Returns:
+        Training parts (all sources) and validation parts (those that have at least two rows held out).
+    """
+    if not size:
+        return list(sources), []
+    groups = _groups(sources)
+    room = np.array([min(size, len(group) // 10) for group in groups])
+    owners = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    labels = np.concatenate(groups)
+    order = np.argsort(labels, kind="stable")
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(labels))])
+    chosen = []
+    for label in np.random.default_rng(seed).permutation(len(bounds) - 1):
+        if not room.any():
+            break
+        counts = np.bincount(owners[order[bounds[label] : bounds[label + 1]]], minlength=len(groups))
+        if (counts <= room).all():
+            chosen.append(label)
+            room -= counts
+    training, validation = [], []
+    for source, group in zip(sources, groups, strict=True):
+        held = np.isin(group, chosen)
+        training.append(source.select(np.flatnonzero(~held)))
+        if held.sum() > 1:
+            validation.append(source.select(np.flatnonzero(held)))
+        else:
+            logger.warning(
+                "%s has no validation part: its %d rows can't be split into groups without shared content of at most "
+                "a tenth of them",
+                source.name,
+                len(group),
+            )
+    return training, validation
+
+
+def _groups(sources: Sequence[Source]) -> list[np.ndarray]:
+    """A group number for each row of each source."""
+    rows, keys = array("q"), array("q")
+    known: dict[str, int] = {}
+    total = 0
+    for source in sources:
+        labels = _is_label_set(source.pairs)
+        for record in source.pairs:
+            for column, side in record.items():
+                if not side["digest"] and labels and column != "query":
+                    continue
+                rows.append(total)
+                keys.append(known.setdefault(side["digest"] or "text " + side["text"].strip(), len(known)))
+            total += 1
+    size = total + len(known)
+    ends = np.frombuffer(rows, np.int64), np.frombuffer(keys, np.int64) + total
+    links = coo_matrix((np.ones(len(rows), np.int8), ends), (size, size))
+    _, found = connected_components(links, directed=False)
+    _, found = np.unique(found[:total], return_inverse=True)
+    return np.split(found, np.cumsum([len(source.pairs) for source in sources])[:-1])
+
+
+def _is_label_set(pairs: Dataset) -> bool:
+    texts = [side["text"] for side in pairs["positive"] if not side["digest"]]
+    return bool(texts) and len(set(texts)) < len(texts) / 2
+
+
+class HeldOutEvaluator(InformationRetrievalEvaluator):
+    """Search of a source's held-out positives by its held-out queries; media are decoded a few batches at a time.
+
+    Args:
+        source: The validation part.
+        batch_size: Inputs per forward pass.
+    """
+
+    def __init__(self, source: Source, batch_size: int = 32) -> None:
+        queries: dict[str, tuple[int, str]] = {}
+        corpus: dict[str, tuple[int, str]] = {}
+        relevant: dict[str, set[str]] = {}
+        for number, record in enumerate(source.pairs):
+            query, positive = content_key(record["query"]), content_key(record["positive"])
+            queries.setdefault(query, (number, "query"))
+            corpus.setdefault(positive, (number, "positive"))
+            relevant.setdefault(query, set()).add(positive)
+        super().__init__(
+            queries=queries,  # type: ignore[arg-type]  # places in the source, resolved by embed_inputs
+            corpus=corpus,  # type: ignore[arg-type]
+            relevant_docs=relevant,
+            name=source.name,
+            accuracy_at_k=[1],
+            precision_recall_at_k=[1],
+            mrr_at_k=[10],
+            ndcg_at_k=[10],
+            map_at_k=[10],
+            batch_size=batch_size,
+            write_csv=False,
+        )
+        self.source = source
+
+    def embed_inputs(self, model: SentenceTransformer, sentences: Sequence[Any], **options: Any) -> torch.Tensor:
+        """Embeddings of the rows and sides named by `sentences`."""
+        step = 4 * self.batch_size
+        parts = []
+        for start in range(0, len(sentences), step):
+            inputs = [self.source.read(number, side) for number, side in sentences[start : start + step]]
+            parts.append(super().embed_inputs(model, inputs, **options))
+        return torch.cat(parts)
+
+
+def mean_of_sources(validation: Sequence[Source], batch_size: int = 32) -> SequentialEvaluator:
+    """One evaluator over all validation parts; its score is the plain mean of their nDCG@10."""
+    parts = [HeldOutEvaluator(source, batch_size) for source in validation]
+    return SequentialEvaluator(parts, main_score_function=lambda scores: float(np.mean(scores)))

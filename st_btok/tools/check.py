@@ -1,0 +1,147 @@
+"""What holds for a backbone, measured: `python -m st_btok.tools.check NAME_OR_PATH`, or `check(backbone)`.
+
+Every invariant that the package promises for its tested families is measured on the given model, on a few short
+inputs, in float32. Each becomes a `Verdict`: the measured number, its bound, and what the number means. Nothing is
+taken from a list of known architectures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
+
+from st_btok.anatomy import find_btoks
+from st_btok.model import build_model
+from st_btok.tools.invariants import (
+    KINDS,
+    MEASUREMENTS,
+    Measured,
+    NotApplicable,
+    Subject,
+    encode_kind,
+    first_line,
+    samples_of,
+)
+
+Status = Literal["ok", "failed", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of the result.
+
+    Attributes:
+        name: What was measured.
+        status: `"ok"`, `"failed"` or `"not applicable"`.
+        value: The measured number; None where there is none.
+        bound: What the number is compared with: at most, or at least for `at_least`.
+        note: The reason where the status is not `"ok"`, else what the number is.
+        at_least: Whether the number must be at least the bound.
+    """
+
+    name: str
+    status: Status
+    value: float | None = None
+    bound: float | None = None
+    note: str = ""
+    at_least: bool = False
+
+    def __str__(self) -> str:
+        measured = "" if self.value is None else f"{self.value:.2g} {'>=' if self.at_least else '<='} {self.bound:g}"
+        return f"{self.status:<15}{self.name:<27}{measured:<20}{self.note}".rstrip()
+
+
+def check(
+    backbone: str | Path | PreTrainedModel | SentenceTransformer,
+    progress: Callable[[Verdict], None] | None = None,
+    **options: Any,
+) -> list[Verdict]:
+    """Measure every invariant on one model.
+
+    Args:
+        backbone: Anything that `build_model` takes, or a finished BTok model, which is trained on by nothing here but
+            gets a LoRA adapter in a copy.
+        progress: Called with each verdict as soon as it is there.
+        **options: For `build_model`, such as `processor`, `template` or `max_pixels`.
+
+    Returns:
+        The verdicts, in the order of measurement. If the model can't be built there is one, which says why.
+    """
+    verdicts: list[Verdict] = []
+
+    def add(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        if progress is not None:
+            progress(verdict)
+
+    owned = not isinstance(backbone, SentenceTransformer)
+    try:
+        model = backbone if isinstance(backbone, SentenceTransformer) else build_model(backbone, **options)
+        transformer, _ = find_btoks(model)
+    except Exception as error:
+        add(Verdict("build", "failed", note=first_line(error)))
+        return verdicts
+    model.float().eval()
+    found = [str(kind) for kind in ("text", "image", "video", "audio") if kind in transformer.modality_config]
+    add(Verdict("build", "ok", note=f"{type(transformer.model).__name__}: {', '.join(found)}"))
+    subject = Subject(model, owned, samples_of(found))
+    del model, transformer  # a reloaded model takes their place, and two of them need not fit into memory
+    for kind in KINDS:
+        add(_measure(kind, lambda kind=kind: encode_kind(subject, kind)))  # type: ignore[misc]
+    for name, measure in MEASUREMENTS.items():
+        add(_measure(name, lambda measure=measure: measure(subject)))  # type: ignore[misc]
+    return verdicts
+
+
+def _measure(name: str, measure: Callable[[], Measured]) -> Verdict:
+    """Run one measurement; whatever it raises is a verdict too, so that one failure does not hide the rest."""
+    at_least = name in KINDS
+    try:
+        value, bound, note = measure()
+    except NotApplicable as reason:
+        return Verdict(name, "not applicable", note=str(reason))
+    except Exception as error:
+        return Verdict(name, "failed", note=first_line(error))
+    holds = value >= bound if at_least else value <= bound  # False for NaN, as it must be
+    return Verdict(name, "ok" if holds else "failed", value, bound, note, at_least)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line.
+
+    Args:
+        arguments: Default: those of the process.
+
+    Returns:
+        1 if a verdict is `"failed"`, else 0.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m st_btok.tools.check", description="Measure what holds for a backbone."
+    )
+    parser.add_argument("backbone", help="hub name or path of a language model, or of a finished BTok model")
+    parser.add_argument("--template", choices=("chat", "plain"), default="chat")
+    parser.add_argument("--max-pixels", type=int, help="largest image area; fewer pixels are faster")
+    parser.add_argument("--gguf-file", help="name of the .gguf file inside the path")
+    parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
+    options = parser.parse_args(arguments)
+    extra: dict[str, Any] = {"template": options.template, "max_pixels": options.max_pixels, "device": "cpu"}
+    if options.gguf_file:
+        extra["model_kwargs"] = {"gguf_file": options.gguf_file}
+    verdicts = check(options.backbone, progress=lambda verdict: print(verdict, flush=True), **extra)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
+    failed = sum(verdict.status == "failed" for verdict in verdicts)
+    print(f"{failed} of {len(verdicts)} failed" if failed else "nothing failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""`CachedBTokLoss`: `BTokLoss` for batches that do not fit into memory, by gradient caching.
+
+The plain loss owns all maths; this one only schedules it in mini-batches, with sentence-transformers' own GradCache.
+A mini-batch's pass returns [embeddings | summed NLL] as one tensor, so that one backward pass per mini-batch carries
+both gradients: for the last column that is weight / tokens, known before any gradient flows. The price is that the
+first pass, the one without gradients, reads the targets too: 1.26 and 1.31 times the time of the term in the second
+pass only (`recipes/benchmark.py`, whose vocabulary outweighs its models). In return the logged loss is that of this
+very batch: the Trainer reads it before the second pass begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
+from torch import Tensor, nn
+
+from st_btok.training.loss_parts import LossParts
+from st_btok.training.losses import BTokLoss
+from st_btok.training.negatives import RowFacts
+from st_btok.training.slicing import row_offsets, slice_rows
+
+_TARGETS, _OFFSETS = "btok_targets", "btok_offsets"
+
+
+class CachedBTokLoss(nn.Module):
+    """`BTokLoss` under GradCache (arXiv 2101.06983): equal in value and gradients, at the memory of one mini-batch.
+
+    Args:
+        model: A BTok model.
+        mini_batch_size: Rows per pass, at least 1. Default 32. Only memory and speed depend on it.
+        mini_batch_num_tokens: If given, mini-batches are packed up to this many input tokens instead.
+        show_progress_bar: Whether to show progress over the mini-batches. Default False.
+        **options: All arguments of :class:`BTokLoss`.
+
+    Requirements:
+        1. As :class:`BTokLoss`. Best with a large `per_device_train_batch_size` and a small `mini_batch_size`.
+
+    Inputs:
+        +-------------------------------------------------+--------+
+        | Inputs                                          | Labels |
+        +=================================================+========+
+        | (query, positive) pairs                         | none   |
+        +-------------------------------------------------+--------+
+        | (query, positive, negative) triplets            | none   |
+        +-------------------------------------------------+--------+
+        | (query, positive, negative_1, ..., negative_n)  | none   |
+        +-------------------------------------------------+--------+
+
+    Recommendations:
+        - Use ``BatchSamplers.NO_DUPLICATES``, so that no in-batch negative equals the positive.
+
+    Relations:
+        - Equal to :class:`BTokLoss` up to rounding; every row is embedded twice, once without gradients.
+        - :class:`MatryoshkaLoss` around it works, as around sentence-transformers' own cached losses.
+          :class:`AdaptiveLayerLoss` and :class:`Matryoshka2dLoss` do not support cached losses.
+
+    Raises:
+        ValueError: As `BTokLoss`; or if `mini_batch_size` or `mini_batch_num_tokens` is smaller than 1.
+
+    References:
+        - Bottleneck Tokens for Unified Multimodal Retrieval: https://arxiv.org/abs/2604.11095, section 3.
+        - Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup: https://arxiv.org/abs/2101.06983
+
+    Example:
+        ::
+
+            loss = CachedBTokLoss(model, mini_batch_size=8)
+            args = SentenceTransformerTrainingArguments(per_device_train_batch_size=1024)
+            SentenceTransformerTrainer(model=model, args=args, train_dataset=train_dataset, loss=loss).train()
+    """
+
+    uses_gradient_cache = True  # tells MatryoshkaLoss to wrap `calculate_loss`
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        mini_batch_size: int = 32,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self.model = model
+        self.loss = BTokLoss(model, **options)
+        self.mini_batch_size = mini_batch_size
+        self.mini_batch_num_tokens = mini_batch_num_tokens
+        self.show_progress_bar = show_progress_bar
+        self._facts: list[RowFacts] = []
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> LossParts:
+        """Both parts for one batch; the backward pass embeds every mini-batch again.
+
+        Args:
+            sentence_features: One dict of features per column: query, positive, negatives.
+            labels: Not used.
+
+        Returns:
+            As `BTokLoss`; `values()` holds one tensor, the whole loss.
+
+        Raises:
+            ValueError: If a row lacks its bottleneck tokens, or a media tensor can't be split by rows.
+        """
+        columns = list(sentence_features)
+        self._facts = self.loss.facts(columns)
+        weight, targets = self.loss.targets(columns)
+        media = self.loss.reader.media_tokens
+        prepared = [
+            {**features, _TARGETS: target, _OFFSETS: row_offsets(features, media)}
+            for features, target in zip(columns, targets, strict=True)
+        ]
+        tokens = sum(len(target) for column in targets if column for target in column)
+        schedule = _Schedule(self, weight, tokens)
+        total = schedule.forward_cached(prepared)
+        logged = self.loss.logged(columns, schedule.ranking, schedule.condensation, weight, schedule.tokens)
+        return LossParts(logged, total, None)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """The ranking part, from each column's mini-batches of embeddings.
+
+        Args:
+            reps: Per column, mini-batches of (b, D) embeddings.
+            labels: Not used.
+            with_backward: Whether to back-propagate to `reps` and return a detached value.
+
+        Returns:
+            A scalar.
+        """
+        loss = self.loss.rank([torch.cat(column) for column in reps], self._facts)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings for the model card."""
+        return {
+            **self.loss.get_config_dict(),
+            "mini_batch_size": self.mini_batch_size,
+            "mini_batch_num_tokens": self.mini_batch_num_tokens,
+        }
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the method."""
+        return self.loss.citation
+
+
+class _Schedule(CachedLossMixin):
+    """One batch's three steps of GradCache over [embeddings | NLL], as a contract of sentence-transformers' mixin.
+
+    Apart from the loss, so that what a loss modifier wraps, `CachedBTokLoss.calculate_loss`, sees embeddings only.
+    """
+
+    def __init__(self, owner: CachedBTokLoss, weight: float, tokens: int) -> None:
+        self.owner, self.weight, self.own_tokens = owner, weight, tokens
+        self.model = owner.loss.model
+        self.mini_batch_size = owner.mini_batch_size
+        self.mini_batch_num_tokens = owner.mini_batch_num_tokens
+        self.show_progress_bar = owner.show_progress_bar
+        self.ranking = self.condensation = self.tokens = torch.zeros(())
+
+    def embed_minibatch(
+        self,
+        sentence_feature: dict[str, Any],
+        begin: int,
+        end: int,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:
+        """(b, D + 1), at least float32: embeddings, flattened over budgets, and the NLL of each row behind them."""
+        features = slice_rows(sentence_feature, begin, end, sentence_feature[_OFFSETS])
+        del features[_OFFSETS]
+        targets = features.pop(_TARGETS)
+        targets = targets[begin:end] if targets and any(map(len, targets[begin:end])) else None
+        with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
+            state = RandContext(*features.values()) if copy_random_state else None
+            embedding, nll = self.owner.loss.embed(features, targets)
+            if not len(nll):
+                nll = embedding.new_zeros(end - begin, dtype=torch.float32)
+            precise = torch.promote_types(embedding.dtype, torch.float32)
+            return torch.cat([embedding.flatten(1).to(precise), nll[:, None].to(precise)], 1), state
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Both parts; with `with_backward`, their gradients are left in `reps`."""
+        loss = self.owner.loss
+        shape = (-1,) if loss.budgets is None else (len(loss.budgets), -1)
+        embeddings = [[rep[:, :-1].detach().unflatten(1, shape) for rep in column] for column in reps]
+        sums = [rep[:, -1].detach() for column in reps for rep in column]
+        if with_backward:
+            for rep in [rep for column in embeddings for rep in column]:
+                rep.requires_grad_()
+        nll = torch.cat(sums).sum().requires_grad_(with_backward)
+        self.ranking = self.owner.calculate_loss(embeddings, labels, with_backward=with_backward)
+        self.condensation, self.tokens = loss.condense(nll, self.own_tokens, self.weight)
+        if with_backward:
+            slope = torch.autograd.grad(self.weight * self.condensation, nll)[0]
+            for column, parts in zip(reps, embeddings, strict=True):
+                for rep, part in zip(column, parts, strict=True):
+                    grad = torch.zeros_like(part) if part.grad is None else part.grad
+                    rep.grad = torch.cat([grad.flatten(1), slope.expand(len(rep), 1)], 1)
+        self.condensation = self.condensation.detach()
+        return self.ranking + self.weight * self.condensation

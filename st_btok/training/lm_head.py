@@ -1,0 +1,155 @@
+"""The LM head that the condensation term reads, and an untied one that trains along: never part of the embedder.
+
+`BTokLoss(model, train_lm_head=True)` holds the head as its own parameter, and the Trainer's optimizer updates it. The
+Trainer neither saves nor averages what is not in the model, so that is done here, by a callback.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from sentence_transformers.util.distributed import get_world_size
+from torch import Tensor, nn
+from torch import distributed as dist
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from st_btok.anatomy import embedding_matrix
+
+FOLDER, KEY = "lm_head", "lm_head.weight"
+
+
+def save_lm_head(head: Tensor, folder: str | Path) -> None:
+    """Write a head where `BTokLoss(model, lm_head=folder)` reads it.
+
+    Args:
+        head: (V, D) output embedding matrix, such as `loss.lm_head`.
+        folder: Folder to write; made if it does not exist.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file({KEY: head.detach().cpu().contiguous()}, Path(folder) / "model.safetensors")
+
+
+class TrainedHead(TrainerCallback):
+    """Saves a trained LM head beside each checkpoint, restores it on resuming, and averages it over processes.
+
+    For `SentenceTransformerTrainer(..., callbacks=[TrainedHead(loss.lm_head)])`. The head is written to
+    `checkpoint-N/lm_head`, which loading the checkpoint as an embedder ignores; delete it to leave it out.
+
+    Args:
+        head: The head of a loss made with `train_lm_head=True`.
+
+    Raises:
+        ValueError: If there is no head that trains: embeddings are tied, or `train_lm_head` is False.
+    """
+
+    def __init__(self, head: nn.Parameter | None) -> None:
+        if head is None or not head.requires_grad:
+            raise ValueError(
+                "TrainedHead needs an LM head that trains: BTokLoss(model, train_lm_head=True) on a backbone whose "
+                f"head is not tied to its embeddings, got {'no head (tied)' if head is None else 'a frozen head'}."
+            )
+        self.head = head
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the head of the checkpoint that training goes on from."""
+        if state.global_step == 0:
+            return
+        path = Path(str(args.output_dir), f"checkpoint-{state.global_step}", FOLDER, "model.safetensors")
+        if not path.exists():
+            raise FileNotFoundError(
+                f"resuming at step {state.global_step} needs the trained LM head in {path}. Resume with the "
+                "output_dir that the checkpoint was written to, or copy its lm_head folder there."
+            )
+        with torch.no_grad():
+            self.head.copy_(load_file(path)[KEY])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The mean of the gradient over all processes, also of those without a target."""
+        if get_world_size() == 1:
+            return
+        if self.head.grad is None:
+            self.head.grad = torch.zeros_like(self.head)
+        dist.all_reduce(self.head.grad)
+        self.head.grad /= get_world_size()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the head into the checkpoint."""
+        if state.is_world_process_zero:
+            save_lm_head(self.head, Path(str(args.output_dir), f"checkpoint-{state.global_step}", FOLDER))
+
+
+def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None = None) -> Tensor:
+    """The (V, D) matrix that turns last-layer states into logits.
+
+    A BTok model holds the backbone without its LM head. With tied embeddings the input matrix is the head. An untied
+    head (most 7B models) is read from the checkpoint the backbone came from, and stays out of the saved embedder.
+
+    Args:
+        model: The backbone inside the `Transformer` module.
+        lm_head: An LM head (module or matrix) to use, or the name or path of a checkpoint to read it from. Default:
+            the tied matrix, else the checkpoint in `model.config.name_or_path`.
+
+    Returns:
+        The matrix; the tied one is the live parameter.
+
+    Raises:
+        ValueError: If the head is not tied and can't be found.
+    """
+    if isinstance(lm_head, nn.Module):
+        lm_head = lm_head.get_parameter("weight")
+    if isinstance(lm_head, Tensor):
+        return lm_head
+    config = model.config
+    embeddings = embedding_matrix(model)
+    if lm_head is None and getattr(config, "tie_word_embeddings", False):
+        return embeddings
+    source = lm_head or config.name_or_path
+    head = _read_lm_head(source) if source else None
+    if head is None:
+        raise ValueError(
+            f"the backbone's LM head is not tied to its embeddings, and no lm_head.weight was found in {source!r}. "
+            'Pass BTokLoss(..., lm_head="the backbone\'s name or path") or lm_head=full_model.lm_head.'
+        )
+    return head.to(device=embeddings.device, dtype=embeddings.dtype)
+
+
+def _read_lm_head(source: str) -> Tensor | None:
+    """Only the tensor `lm_head.weight` of a (sharded) safetensors checkpoint on disk or on the hub."""
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        path = _fetch(source, name)
+        if path is None:
+            continue
+        if name.endswith(".json"):
+            shard = _shard_of(path, "lm_head.weight")
+            path = _fetch(source, shard) if shard else None
+        if path is None:
+            continue
+        with safe_open(path, "pt") as tensors:
+            if "lm_head.weight" in tensors.keys():  # noqa: SIM118
+                return tensors.get_tensor("lm_head.weight")
+    return None
+
+
+def _shard_of(index: Path, key: str) -> str | None:
+    return json.loads(index.read_text())["weight_map"].get(key)
+
+
+def _fetch(source: str, name: str) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.exists() else None
+    try:
+        return Path(hf_hub_download(source, name))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+        return None

@@ -1,0 +1,222 @@
+"""What is generated from what: the text content of a column, the side to generate, and `[input][BToks][target]` rows.
+
+The losses of sentence-transformers get token ids, not texts, so the content of a target is read back out of its ids:
+what stands between the header of the last turn and the bottleneck tokens, without special tokens and media
+placeholders. The header is found by rendering two texts and an instruction through the model's own template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from sentence_transformers.base.modules.transformer import Transformer
+from torch import Tensor
+
+from st_btok.anatomy import media_tokens, tokenizer_of
+from st_btok.tokens import btok_ids
+from st_btok.training.attention import BTOK, INPUT, TARGET
+from st_btok.training.media_text import MediaText
+
+TargetSide = Literal["auto", "query", "positive", "both", "none"]
+TARGET_SIDES = ("auto", "query", "positive", "both", "none")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one row of a column holds: the ids of its text, and whether it has images, videos or audio."""
+
+    text: Tensor
+    has_media: bool
+
+
+class ContentReader:
+    """Reads the text content of rows out of their token ids, for one model's template.
+
+    Args:
+        transformer: The model's first module.
+        instructions: Texts that precede the content inside a turn and must not be generated: prompts, where the
+            template (such as `template="plain"`) puts them directly before the text.
+    """
+
+    def __init__(self, transformer: Transformer, instructions: Sequence[str] = ()) -> None:
+        tokenizer = tokenizer_of(transformer)
+        self.btoks = btok_ids(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self.media_tokens = media_tokens(transformer)
+        special |= set(self.media_tokens.values())
+        self.media = torch.tensor(sorted(set(self.media_tokens.values())), dtype=torch.long)
+        self.special = torch.tensor(sorted(special), dtype=torch.long)
+        self.blank = {i for i in range(len(tokenizer)) if i not in special and not str(tokenizer.decode([i])).strip()}
+        first, second = (self._render(transformer, text) for text in ("0", "1 2 3 4"))
+        prompted = self._render(transformer, "0", prompt="5 6 7")
+        prefix, prompted_prefix = first[: _common(first, second)], prompted[: -len(first) + _common(first, second)]
+        # The header of the content's turn: how the parts before the text end, with and without an instruction.
+        shared = _common(prefix[::-1], prompted_prefix[::-1])
+        self.header = prefix[len(prefix) - shared :]
+        self.media_text = MediaText(transformer, special, self.header)
+        tail = first[len(first) - _common(first[::-1], second[::-1]) :]
+        closing = [token for token in tail if token in special and token not in self.btoks]
+        self.end = closing[0] if closing else tokenizer.eos_token_id
+        if self.end is None:
+            raise ValueError("the tokenizer needs an end-of-turn token to close targets. Set tokenizer.eos_token.")
+        texts = [text for text in instructions if text]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        self.instructions = sorted(ids, key=len, reverse=True)
+
+    @staticmethod
+    def _render(transformer: Transformer, text: str, prompt: str | None = None) -> list[int]:
+        return transformer.preprocess([text], prompt=prompt)["input_ids"][0].tolist()
+
+    def read(self, features: dict[str, Any]) -> list[Content]:
+        """Content of every row of one column.
+
+        Args:
+            features: `input_ids` and `attention_mask`, both (B, T), with the BToks at the end of every row.
+
+        Returns:
+            B contents; the text ids are empty for a row without text.
+        """
+        return [
+            self._read_row(row[mask.bool()])
+            for row, mask in zip(features["input_ids"].cpu(), features["attention_mask"].cpu(), strict=True)
+        ]
+
+    def _read_row(self, row: Tensor) -> Content:
+        has_media = bool(torch.isin(row, self.media).any())
+        tokens = row.tolist()[: -len(self.btoks)]
+        start = _rfind(tokens, self.header) + len(self.header)
+        kept = self.media_text.remove(tokens[start:])
+        while kept and kept[0] in self.blank:
+            kept = kept[1:]
+        for instruction in self.instructions:
+            if kept[: len(instruction)] == instruction:
+                kept = kept[len(instruction) :]
+                break
+        while kept and kept[-1] in self.blank:
+            kept = kept[:-1]
+        return Content(torch.tensor(kept, dtype=torch.long), has_media)
+
+
+def choose_targets(
+    query: list[Content], positive: list[Content], target: TargetSide, end: int, max_target_tokens: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Decide for each row what its query and its positive have to generate.
+
+    `auto`: the side with text is generated from the side with media; with text on both sides, the positive from the
+    query; without any text, nothing.
+
+    Args:
+        query: Contents of the first column.
+        positive: Contents of the second column.
+        target: The side that is generated (the authors' `ntp_side`), or `auto`.
+        end: Id of the end-of-turn token that closes every target.
+        max_target_tokens: Longest target, the closing token included (at least 1). A longer one is cut, not closed.
+
+    Returns:
+        Two lists of B id tensors: what is generated from the query, and what from the positive; empty for nothing.
+    """
+    from_query, from_positive = [], []
+    empty = torch.zeros(0, dtype=torch.long)
+    for q, p in zip(query, positive, strict=True):
+        side = target
+        if side == "auto":
+            if len(q.text) and p.has_media and not q.has_media:
+                side = "query"
+            elif len(p.text):
+                side = "positive"
+            else:
+                side = "query" if len(q.text) and p.has_media else "none"
+        closed = {name: _close(content.text, end, max_target_tokens) for name, content in (("q", q), ("p", p))}
+        from_query.append(closed["p"] if side in ("positive", "both") else empty)
+        from_positive.append(closed["q"] if side in ("query", "both") else empty)
+    return from_query, from_positive
+
+
+def _close(text: Tensor, end: int, max_target_tokens: int) -> Tensor:
+    return text if not len(text) else torch.cat([text, text.new_tensor([end])])[:max_target_tokens]
+
+
+@dataclass(frozen=True)
+class JointBatch:
+    """Rows `[input][BToks][target]`, padded on the right.
+
+    Attributes:
+        features: Model inputs; per-token tensors have shape (B, T + N).
+        segments: (B, T + N) `INPUT`, `BTOK` or `TARGET`.
+        original: The column's own features, (B, T).
+        positions: (B, T) where each original position stands in the joint rows.
+        predictors: (M, 2) row and position whose state predicts each target token.
+        labels: (M,) the target tokens.
+    """
+
+    features: dict[str, Any]
+    segments: Tensor
+    original: dict[str, Any]
+    positions: Tensor
+    predictors: Tensor
+    labels: Tensor
+
+
+def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[int]) -> JointBatch:
+    """Put each row's target directly behind its bottleneck tokens.
+
+    Positions then simply continue, and since every backbone here is causal, the states of input and BToks are what
+    they are without the target. The last BTok predicts the first target token.
+
+    Args:
+        features: One column's features; every 2-D tensor of the shape of `input_ids` counts as per-token.
+        targets: B id tensors, empty for rows without a target.
+        btoks: The K token ids.
+
+    Returns:
+        The joint batch, on the device of `features`.
+    """
+    ids, mask = features["input_ids"], features["attention_mask"].bool()
+    device, (rows, width) = ids.device, ids.shape
+    lengths = mask.sum(1)  # (B,)
+    sizes = torch.tensor([len(target) for target in targets], device=device)
+    total = int((lengths + sizes).max())
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # real tokens first, in order
+    columns = torch.arange(total, device=device)
+    is_input = columns < lengths[:, None]  # (B, T + N)
+    is_target = ~is_input & (columns < (lengths + sizes)[:, None])
+    source = order.gather(1, columns.clamp(max=width - 1).expand(rows, -1)) if rows else order
+    joint: dict[str, Any] = {}
+    for key, value in features.items():
+        if isinstance(value, Tensor) and value.shape == ids.shape:
+            joint[key] = torch.where(
+                is_input, value.gather(1, source), torch.zeros((), dtype=value.dtype, device=device)
+            )
+        else:
+            joint[key] = value
+    labels = torch.cat(targets).to(device)
+    joint["input_ids"] = joint["input_ids"].masked_scatter(is_target, labels)
+    joint["attention_mask"] = (is_input | is_target).to(features["attention_mask"].dtype)
+    segments = torch.full((rows, total), INPUT, device=device)
+    segments[torch.isin(joint["input_ids"], torch.tensor(btoks, device=device)) & is_input] = BTOK
+    segments[is_target] = TARGET
+    predictors = is_target.nonzero()  # (M, 2), row-major like `labels`
+    predictors = torch.stack([predictors[:, 0], predictors[:, 1] - 1], 1)
+    return JointBatch(joint, segments, features, (mask.cumsum(1) - 1).clamp(min=0), predictors, labels)
+
+
+def _common(left: list[int], right: list[int]) -> int:
+    """Length of the longest common prefix."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
+
+
+def _rfind(tokens: list[int], pattern: list[int]) -> int:
+    """Start of the last occurrence of `pattern`; minus its length where there is none, so that content starts at 0."""
+    if not pattern:
+        return 0
+    for start in range(len(tokens) - len(pattern), -1, -1):
+        if tokens[start : start + len(pattern)] == pattern:
+            return start
+    return -len(pattern)

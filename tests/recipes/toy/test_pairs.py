@@ -1,0 +1,68 @@
+"""Training and evaluation pairs: no leak between splits, right answers, scores against a known ranking."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from recipes.toy import pairs, scenes
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_pairs_use_words_of_their_split_only(split):
+    _, texts = pairs.captions(split, 40, 0)
+    _, answers = pairs.questions(split, 40, 0)
+    assert {text.split()[1] for text in texts} | set(answers) <= set(scenes.words(split))
+    assert len(set(answers)) == 40, "each word once"
+
+
+def test_more_pairs_than_words_repeat_words():
+    size = len(scenes.words("validation")) + 5
+    assert len(pairs.captions("validation", size, 0)[1]) == size
+
+
+def test_questions_ask_for_their_answer():
+    queries, answers = pairs.questions("test", 10, 3)
+    for query, answer in zip(queries, answers, strict=True):
+        key = query["text"].removeprefix("what ").removesuffix("?")
+        assert key in scenes.KEYS and answer in scenes.words("test") and query["image"].size[0] == 224
+
+
+def test_the_asked_value_is_not_always_on_the_same_line(monkeypatch):
+    drawn = []
+    page_scene = scenes.page_scene
+
+    def spy(rng, draw_word):
+        drawn.append(page_scene(rng, draw_word))
+        return drawn[-1]
+
+    monkeypatch.setattr(scenes, "page_scene", spy)
+    _, answers = pairs.questions("test", 40, 0)
+    lines = [[a for _, a in scene.questions].index(answer) for scene, answer in zip(drawn, answers, strict=True)]
+    assert 10 < sum(line == 0 for line in lines) < 30 and set(lines) == {0, 1}
+
+
+def test_train_dataset_columns():
+    data = pairs.train_dataset(8, 0)
+    assert data["captions"].column_names == data["questions"].column_names == ["query", "positive"]
+    assert data["captions"][0]["query"].size == (112, 28)
+    assert set(data["questions"][0]["query"]) == {"image", "text"}
+
+
+def test_scores_of_an_oracle_and_of_a_constant(qwen):
+    class Oracle:
+        """Embeds the i-th query and the i-th document alike."""
+
+        similarity_fn_name = "cosine"
+        model_card_data = qwen.model_card_data
+
+        def encode(self, inputs, **kwargs):
+            return np.eye(8)[: len(inputs)]
+
+        encode_query = encode_document = encode
+        similarity = staticmethod(lambda a, b: qwen.similarity(a, b))
+
+    evaluator = pairs.evaluators("test", 8)["image -> text"]
+    assert pairs.scores(evaluator, Oracle()) == {"hit@1": 100.0, "hit@10": 100.0, "MRR": 100.0}
+    untrained = pairs.scores(pairs.evaluators("test", 40)["image -> text"], qwen)
+    assert untrained["hit@1"] < 30 and 0 < untrained["MRR"] < 50

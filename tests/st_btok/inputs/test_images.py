@@ -1,0 +1,237 @@
+"""Image rules against pixels that are known beforehand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from PIL.Image import registered_extensions
+
+from st_btok.inputs.images import LARGEST_IMAGE, open_image, rgb_image, shrink
+from tests.backbones import picture
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG file that announces a size and holds next to nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def same(left: Image.Image, right: Image.Image) -> bool:
+    return left.mode == right.mode == "RGB" and np.array_equal(np.asarray(left), np.asarray(right))
+
+
+@pytest.fixture
+def png(tmp_path):
+    path = tmp_path / "picture.png"
+    picture(56, 28, 1).save(path)
+    return path
+
+
+def test_every_source_of_one_picture_gives_the_same_pixels(png):
+    data = png.read_bytes()
+    array = np.asarray(picture(56, 28, 1))
+    uri = "data:image/png;base64," + base64.b64encode(data).decode()
+    planes = np.moveaxis(array, -1, 0)
+    for source in (png, str(png), data, uri, array, planes, torch.tensor(planes), torch.tensor(array), array / 255):
+        assert same(rgb_image(source), picture(56, 28, 1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBX", "CMYK", "L", "1", "LA", "HSV", "P", "PA"])
+def test_modes_keep_their_colours(mode):
+    converted = picture(56, 28, 1).convert(mode)
+    assert same(rgb_image(converted), converted.convert("RGB"))
+
+
+def test_transparency_lies_over_white(tmp_path):
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert rgb_image(clear).getpixel((0, 0)) == (255, 255, 255), "the hidden red does not show"
+    assert rgb_image(half).getpixel((0, 0)) == (127, 127, 127)
+    Image.new("P", (4, 4), 0).save(tmp_path / "palette.png", transparency=0)
+    assert rgb_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 255, 255)
+    channels = np.asarray(half)
+    assert same(rgb_image(channels), rgb_image(half))
+
+
+def test_sixteen_bits_become_eight_and_not_white(tmp_path):
+    values = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    expected = Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    for source in (tmp_path / "grey.png", values, Image.fromarray(values.astype(np.int32))):
+        assert same(rgb_image(source), expected)
+    assert same(rgb_image(Image.fromarray(np.float32(values >> 8))), expected)
+
+
+def test_exif_orientation_is_applied_to_files_and_to_opened_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
+    picture(56, 28, 1).save(tmp_path / "phone.png", exif=exif)
+    expected = picture(56, 28, 1).rotate(-90, expand=True)
+    assert same(rgb_image(tmp_path / "phone.png"), expected)
+    assert same(rgb_image(Image.open(tmp_path / "phone.png")), expected)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_the_first_frame_of_an_animation(tmp_path, suffix):
+    frames = [picture(28, 28, seed) for seed in range(3)]
+    path = tmp_path / f"moving.{suffix}"
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+    moved = Image.open(path)
+    moved.seek(2)
+    alone = tmp_path / f"still.{suffix}"
+    frames[0].save(alone, lossless=True)
+    assert same(rgb_image(path), rgb_image(alone)) and same(rgb_image(moved), rgb_image(alone))
+    assert moved.tell() == 2, "the given image is left where it was"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((1, 1), (1, 1)), ((1, 50), (1, 50)), ((300, 1), (300, 3)), ((4, 1000), (10, 1000)), ((1000, 10), (1000, 10))],
+)
+def test_too_thin_images_are_padded_with_white(size, expected):
+    image = rgb_image(Image.new("RGB", size))
+    assert image.size == expected
+    black = (np.asarray(image) == 0).all(-1)
+    assert black.sum() == size[0] * size[1], "every pixel of the image is kept"
+    assert (np.asarray(image)[~black] == 255).all()
+
+
+def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(50_000, 50_000))
+    for limit in (Image.MAX_IMAGE_PIXELS, None):  # None: a program has lifted Pillow's own limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+        with pytest.raises(ValueError, match=r"bomb.png' (is too large|has 50000 x 50000 pixels).*Shrink it first"):
+            rgb_image(path)
+    assert 50_000**2 > LARGEST_IMAGE
+    with pytest.raises(ValueError, match="more than 178956970 pixels"):
+        rgb_image(np.broadcast_to(np.uint8(0), (50_000, 50_000)))
+
+
+def test_broken_files(tmp_path, png):
+    data = png.read_bytes()
+    cases = {"cut.png": data[: len(data) // 2], "empty.png": b"", "text.png": b"not a picture"}
+    jpeg = tmp_path / "full.jpg"
+    picture(280, 280, 1).save(jpeg)
+    cases["cut.jpg"] = jpeg.read_bytes()[: jpeg.stat().st_size // 2]
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}' (can't be decoded|is not an image).*(Make|Convert)"):
+            rgb_image(tmp_path / name)
+    with pytest.raises(ValueError, match="nowhere.png' does not exist. Check the path"):
+        rgb_image(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match="is a folder"):
+        rgb_image(tmp_path)
+    with pytest.raises(ValueError, match="is not base64"):
+        rgb_image("data:image/png;base64,%%%")
+    with pytest.raises(ValueError, match="no pixels"):
+        rgb_image(Image.new("RGB", (0, 5)))
+    (tmp_path / "print.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    with pytest.raises(ValueError, match="PostScript"):
+        rgb_image(tmp_path / "print.eps")
+
+
+def test_an_opened_image_that_is_cut_is_found_too(tmp_path, png):
+    (tmp_path / "cut.png").write_bytes(png.read_bytes()[: png.stat().st_size // 2])
+    with pytest.raises(ValueError, match="the PngImageFile can't be decoded: .*truncated"):
+        rgb_image(Image.open(tmp_path / "cut.png"))
+
+
+FORMATS = [
+    name
+    for name in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "AVIF", "DDS")
+    if name in registered_extensions().values()
+]
+
+
+@settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@pytest.mark.parametrize("name", FORMATS)
+@given(data=st.data())
+def test_damage_is_a_picture_or_a_value_error(name, data):
+    """Whatever a decoder raises for broken files, a long run sees one kind of error."""
+    buffer = io.BytesIO()
+    picture(56, 56, 1).save(buffer, name)
+    damaged = bytearray(buffer.getvalue())
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=8)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    source = bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+    try:
+        assert rgb_image(source).mode == "RGB"
+    except ValueError as error:
+        assert str(error).startswith("the bytes")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((2, 2, 3), np.nan, np.float32), r"12 NaN or infinite values, the first at \(0, 0, 0\)"),
+        (np.full((2, 2, 3), np.inf), "12 NaN or infinite"),
+        (np.full((2, 2, 3), -1.0), r"within 0..255 .*got -1..-1. It may be normalised"),
+        (np.full((2, 2, 3), 300), "got 300..300"),
+        (torch.full((3, 2, 2), float("nan")), "12 NaN"),
+        (np.zeros((2, 2, 5)), "must have 1, 3 or 4 channels"),
+        (np.zeros((0, 2, 3)), "is no image"),
+        (np.zeros(3), "is no image"),
+        (np.full((2, 2), "a"), "must hold numbers"),
+    ],
+)
+def test_arrays_that_are_no_pictures(values, message):
+    with pytest.raises(ValueError, match=message):
+        rgb_image(values)
+
+
+def test_where_both_ends_could_be_channels_arrays_have_them_last_and_tensors_first():
+    values = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
+    assert rgb_image(values).size == (5, 3)
+    assert rgb_image(torch.tensor(values)).size == (3, 5)
+
+
+def test_shrinking_keeps_the_shape():
+    assert shrink(picture(280, 140), None).size == (280, 140)
+    assert rgb_image(picture(280, 140), max_pixels=200).size == (20, 10)
+    assert rgb_image(Image.new("RGB", (1000, 20)), max_pixels=10).size == (22, 1)
+    with pytest.raises(ValueError, match="max_pixels must be at least 1, got 0"):
+        shrink(picture(), 0)
+
+
+def test_urls_are_fetched_only_when_asked_for(png):
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path == "/a.png" else 404)
+            self.end_headers()
+            if self.path == "/a.png":
+                self.wfile.write(png.read_bytes())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/a.png"
+    with pytest.raises(ValueError, match="is not fetched. Download it first, or pass allow_urls=True"):
+        open_image(url)
+    assert not asked
+    assert same(rgb_image(url, allow_urls=True), picture(56, 28, 1)) and asked == ["/a.png"]
+    with pytest.raises(ValueError, match="can't be fetched: .*404"):
+        rgb_image(url + "x", allow_urls=True)
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,102 @@
+"""PDF pages; needs pypdfium2 (extra `pdf`)."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from st_btok.inputs.pdf import pdf_pages
+from tests.backbones import picture
+
+pytest.importorskip("pypdfium2", reason="pypdfium2 (extra `pdf`) reads PDF files")
+# One blank page of 72 x 72 points under the password "secret" (RC4, 40 bits), written with pypdf.
+ENCRYPTED = (
+    "c-oCp%Wl*_5WLS<^kt7^9`1Qb)*eW*5(1Rf2DqRc#xp&O(aMgzUMb-xIq(PYBa96M!*akHOQY(l>UOnP+pEnpc~P;|*KeP{FbM+s"
+    "<|C_X#<xSCPLT$v8z+<U+S;&Y>oub;O&qo0zInVS;M=gLBjcC-sT)Bu{<2L+cn?^JJGfg&t260k7{j68vmYKXdG8hi{AVx5cXaGe"
+    "LoA9?DRlmtQX8K452dZR5c6x*bnYhWfy!Wid+UYwyJ_qlD8^q=w;w+MilPHl9=);3m%^q!j3pF)JBBWWAu)afHR<4zGR`*1ClPb@"
+    "Xc`-$)>%tY;)_`%DUH?`vB|L!K@+0M##2C7a^-KK_D)mID*BXB2&#gPF*lZc(*%RTG#aHNR90(OETq#`k;GVTvBLbvb{+=GOn_nH"
+    ">4DO|(vaZ^ljYmzO7|Pn{tT1SonywHVQQ%zhtM8qm}9+dKT#Ql@A`g(YR;d(=yDJ8=l!betIky<8KX1NCX3Gdgp?~+S&e~mbnE}2"
+    "ls#W}ad^BRLH}CxaSX#a2ZFZz>8tCT4f_rhsl^Q"
+)
+
+
+@pytest.fixture
+def document(tmp_path):
+    """Three pages of 112 x 56 points, each a picture of its own."""
+    pages = [picture(112, 56, seed) for seed in range(3)]
+    pages[0].save(tmp_path / "pages.pdf", save_all=True, append_images=pages[1:], resolution=72, quality=100)
+    return tmp_path / "pages.pdf"
+
+
+def close(left: Image.Image, right: Image.Image) -> bool:
+    """Equal but for JPEG's rounding, which the file holds its pictures with."""
+    return float(np.abs(np.asarray(left, float) - np.asarray(right, float)).mean()) < 8
+
+
+def test_pages_in_order_and_at_the_asked_size(document):
+    pages = list(pdf_pages(document, dpi=72))
+    assert [page.size for page in pages] == [(112, 56)] * 3 and {page.mode for page in pages} == {"RGB"}
+    for seed, page in enumerate(pages):
+        assert close(page, picture(112, 56, seed)) and not close(page, picture(112, 56, seed + 1))
+    assert [page.size for page in pdf_pages(str(document))] == [(224, 112)] * 3
+    chosen = list(pdf_pages(document, dpi=72, pages=[2, 0]))
+    assert close(chosen[0], pages[2]) and close(chosen[1], pages[0])
+
+
+def test_pages_are_drawn_when_they_are_asked_for(document, monkeypatch):
+    pypdfium2 = pytest.importorskip("pypdfium2")
+    drawn = []
+    render = pypdfium2.PdfPage.render
+    monkeypatch.setattr(pypdfium2.PdfPage, "render", lambda page, **kw: drawn.append(page) or render(page, **kw))
+    pages = pdf_pages(document)
+    assert not drawn
+    next(pages)
+    assert len(drawn) == 1
+
+
+def test_errors_come_before_the_first_page(document, tmp_path):
+    data = document.read_bytes()
+    for name, content in {"cut.pdf": data[: len(data) // 3], "empty.pdf": b"", "text.pdf": b"hello"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}' is no PDF file, damaged, or without pages: .*Make it again"):
+            pdf_pages(tmp_path / name)
+    with pytest.raises(ValueError, match="no PDF file .*nowhere.pdf'. Check the path"):
+        pdf_pages(tmp_path / "nowhere.pdf")
+    with pytest.raises(ValueError, match=r"has the pages 0 to 2, asked for \[3, -1\]"):
+        pdf_pages(document, pages=[0, 3, -1])
+    with pytest.raises(ValueError, match="dpi must be above 0, got 0"):
+        pdf_pages(document, dpi=0)
+
+
+def test_a_document_without_pages(tmp_path):
+    pypdfium2 = pytest.importorskip("pypdfium2")
+    pypdfium2.PdfDocument.new().save(str(tmp_path / "none.pdf"))
+    with pytest.raises(ValueError, match="none.pdf'.* without pages|has no pages"):
+        pdf_pages(tmp_path / "none.pdf")
+
+
+def test_encrypted_files_need_their_password(tmp_path):
+    path = tmp_path / "locked.pdf"
+    path.write_bytes(zlib.decompress(base64.b85decode(ENCRYPTED)))
+    with pytest.raises(ValueError, match="locked.pdf' is encrypted; pass its password"):
+        pdf_pages(path)
+    with pytest.raises(ValueError, match="locked.pdf' has another password"):
+        pdf_pages(path, password="guess")
+    assert next(pdf_pages(path, dpi=72, password="secret")).size == (72, 72)
+
+
+def test_pages_that_would_be_too_large_are_not_drawn(document):
+    pages = pdf_pages(document, dpi=1_000_000)
+    with pytest.raises(ValueError, match=r"page 0 of .* would have \d+ x \d+ pixels.*Change dpi"):
+        next(pages)
+
+
+def test_pages_are_inputs(document, qwen):
+    embeddings = qwen.encode(list(pdf_pages(document, dpi=72)))
+    single = np.stack([qwen.encode([page])[0] for page in pdf_pages(document, dpi=72)])
+    assert np.abs(embeddings - single).max() < 1e-5
+    assert np.abs(embeddings[0] - embeddings[1]).max() > 1e-3

@@ -1,0 +1,181 @@
+"""Videos against frames that are known beforehand; file tests need PyAV."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from st_btok.inputs.videos import check_video, evenly, read_video
+from tests.backbones import clip, picture
+
+LEVELS = [20 * number for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def movie(tmp_path_factory):
+    """12 grey frames of rising brightness, 64 x 48, 5 frames a second."""
+    return write_movie(tmp_path_factory.mktemp("video") / "movie.mp4")
+
+
+def write_movie(path, levels=tuple(LEVELS), rotation=0):
+    av = pytest.importorskip("av", reason="PyAV (extra `video`) decodes video files")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        container.start_encoding()
+        for level in levels:
+            values = np.full((48, 64, 3), level, np.uint8)
+            values[:, 32:] = 255 - level
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(values, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def brightness(frames: np.ndarray) -> list[float]:
+    """Mean of each frame's left half."""
+    return frames[:, :, :28].mean((1, 2, 3)).round().tolist()
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "expected"),
+    [(10, 1, [5]), (10, 2, [0, 9]), (10, 4, [0, 3, 6, 9]), (3, 8, [0, 1, 2]), (1, 1, [0]), (1, 8, [0])],
+)
+def test_frames_are_evenly_spaced(total, count, expected):
+    assert evenly(total, count) == expected
+
+
+def test_files_give_eight_frames_unless_asked_otherwise(movie):
+    video = read_video(movie)
+    assert video.frames.shape == (8, 48, 64, 3) and video.frames.dtype == np.uint8
+    picks = evenly(12, 8)
+    assert np.abs(np.array(brightness(video.frames)) - np.array(LEVELS)[picks]).max() <= 3
+    assert video.metadata == {"fps": 5.0, "total_num_frames": 12, "duration": 2.4, "frames_indices": picks}
+    assert len(read_video(str(movie), num_frames=100).frames) == 12
+    assert np.array_equal(read_video(movie.read_bytes()).frames, video.frames)
+    assert read_video(movie, num_frames=3, max_pixels=12 * 16).frames.shape == (3, 12, 16, 3)
+
+
+def test_one_frame_is_doubled(movie):
+    video = read_video(movie, num_frames=1)
+    assert len(video.frames) == 2 and np.array_equal(*video.frames) and video.metadata["frames_indices"] == [6, 6]
+    assert np.array_equal(read_video(clip(1)).frames, np.repeat(clip(1), 2, 0))
+
+
+def test_rotated_files_stand_upright(tmp_path, movie):
+    turned = read_video(write_movie(tmp_path / "phone.mp4", rotation=90), num_frames=2).frames
+    straight = read_video(movie, num_frames=2).frames
+    assert turned.shape == (2, 64, 48, 3)
+    assert np.abs(turned.astype(int) - np.rot90(straight, axes=(1, 2)).astype(int)).max() <= 3
+
+
+def test_animated_images_are_videos_too(tmp_path):
+    frames = [picture(28, 28, seed) for seed in range(5)]
+    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
+    assert np.array_equal(read_video(tmp_path / "moving.png").frames, np.stack(frames))
+    assert np.array_equal(read_video(tmp_path / "moving.png", num_frames=2).frames, np.stack([frames[0], frames[4]]))
+    check_video(tmp_path / "moving.png")
+
+
+def test_every_form_of_the_same_frames():
+    frames = clip(4)
+    forms = [
+        frames,
+        np.moveaxis(frames, -1, 1),
+        torch.tensor(frames),
+        torch.tensor(np.moveaxis(frames, -1, 1)),
+        frames / 255,
+        [Image.fromarray(frame) for frame in frames],
+        tuple(frames),
+        {"array": frames, "video_metadata": None},
+        {"array": list(frames)},
+    ]
+    for form in forms:
+        assert np.array_equal(read_video(form).frames, frames)
+        assert np.array_equal(read_video(form, num_frames=2).frames, frames[[0, 3]])
+    assert read_video(frames[..., :1]).frames.shape == (4, 56, 56, 3)
+
+
+def test_metadata_follows_the_chosen_frames():
+    times = {"fps": 2.0, "total_num_frames": 40, "duration": 20.0, "frames_indices": [0, 10, 20, 30]}
+    video = read_video({"array": clip(4), "video_metadata": times}, num_frames=2)
+    assert video.metadata == {**times, "frames_indices": [0, 30]}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "no frames"),
+        (np.zeros((0, 28, 28, 3), np.uint8), "at least one of each"),
+        (np.zeros((2, 28, 28), np.uint8), "must be .frames, height, width, channels."),
+        (np.full((2, 2, 2, 3), np.nan), r"24 NaN or infinite values, the first at \(0, 0, 0, 0\)"),
+        ([picture(28, 28), picture(56, 28)], r"of one size, got \[\(28, 28\), \(56, 28\)\]"),
+        ([picture(28, 28), np.full((2, 2, 3), np.nan)], "frame 1: .*NaN"),
+        ({"array": clip(2), "fps": 2}, 'keys "array" and "video_metadata", got'),
+        (3, "a int is no video"),
+    ],
+)
+def test_what_is_no_video(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_video(source)
+
+
+def test_num_frames_must_be_positive():
+    with pytest.raises(ValueError, match="num_frames must be at least 1, got 0"):
+        read_video(clip(2), num_frames=0)
+
+
+def test_broken_files(tmp_path, movie):
+    data = movie.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_bytes(b"not a video")
+    for name in ("cut.mp4", "empty.mp4", "text.mp4"):
+        for read in (read_video, check_video):
+            with pytest.raises(ValueError, match=f"{name}' (can't be decoded as a video: .*Make|has no video stream)"):
+                read(tmp_path / name)
+    for read in (read_video, check_video):
+        with pytest.raises(ValueError, match="nowhere.mp4' does not exist"):
+            read(tmp_path / "nowhere.mp4")
+
+
+def test_files_without_frames_or_without_pictures(tmp_path):
+    av = pytest.importorskip("av", reason="PyAV (extra `video`) decodes video files")
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+    with pytest.raises(ValueError, match="sound.wav' has no video stream"):
+        read_video(tmp_path / "sound.wav")
+    write_movie(tmp_path / "none.avi", levels=())
+    with pytest.raises(ValueError, match="none.avi' has no video frames. Leave it out"):
+        read_video(tmp_path / "none.avi")
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_damage_behind_a_good_header(tmp_path, damage):
+    """A clip that can't be decoded to its end is an error, not a shorter clip."""
+    data = bytearray(write_movie(tmp_path / "movie.avi", levels=LEVELS * 4).read_bytes())
+    middle = len(data) // 2
+    data[middle:] = b"" if damage == "cut" else b"\xff" * (len(data) - middle)
+    with pytest.raises(ValueError, match="can't be decoded as a video|is cut short"):
+        read_video(bytes(data), num_frames=48)
+
+
+@settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@given(data=st.data())
+def test_damage_is_a_video_or_a_value_error(movie, data):
+    damaged = bytearray(movie.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=8)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    source = bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+    try:
+        assert read_video(source).frames.ndim == 4
+    except ValueError as error:
+        assert str(error).startswith("the bytes")

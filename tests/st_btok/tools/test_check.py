@@ -1,0 +1,144 @@
+"""`check`: what it finds on every family, and that each of its verdicts can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AttentionInterface, BertConfig, BertLMHeadModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from st_btok.tools.check import Verdict, check, main
+from st_btok.tools.invariants import MEASUREMENTS
+from tests.backbones import BUILDERS, build, takes, tokenizer
+from tests.support_table import NAMES, STORED, cells, section, table, verdicts_of, write
+
+README = Path(__file__).parents[3] / "README.md"
+# What transformers' processors can't do. SmolVLM's gives images and videos one name, and tells every video of a batch
+# the number of frames of the longest; the others stack the videos of a batch.
+FAILURES = {
+    "smolvlm": {"mixed modalities", "videos of unequal length"},
+    "llava_onevision": {"videos of unequal length"},
+    "internvl": {"videos of unequal length"},
+}
+MASKLESS = {"qwen3_5", "gemma2", "mamba"}  # families whose attention route can't be
+
+
+def status(verdicts: list[Verdict]) -> dict[str, str]:
+    return {verdict.name: verdict.status for verdict in verdicts}
+
+
+@pytest.mark.parametrize("family", [*BUILDERS, "paligemma"])
+def test_every_family_and_its_line_in_the_table(family):
+    verdicts = verdicts_of(family)
+    found = status(verdicts)
+    row = next(line for line in STORED.read_text().splitlines() if line.startswith(f"| {NAMES[family]} |"))
+    # Cells only: the wording of a footnote, and the number in it, may differ until the table is made again.
+    assert re.sub(r" \[\d+\]", "", row) == f"| {NAMES[family]} | {' | '.join(text for text, _ in cells(verdicts))} |"
+    if family == "paligemma":
+        assert found == {"build": "failed"} and "must be causal" in verdicts[0].note
+        return
+    failed = {name for name, value in found.items() if value == "failed"}
+    assert failed == FAILURES.get(family, set())
+    for modality in ("image", "video", "audio"):
+        assert found[modality] == ("ok" if takes(family, modality) else "not applicable")
+    assert found["attention route"] == ("not applicable" if family in MASKLESS else "ok")
+    assert found["kv route"] == ("not applicable" if family in ("qwen3_5", "mamba") else "ok")
+    for name in ("prefix route", "GradCache", "LoRA", "no term = MNRL", "gradient checkpointing", "plain reload"):
+        assert found[name] == "ok", name
+
+
+def test_the_readme_shows_the_measured_table():
+    assert section(README) and section(README) == section(STORED), (
+        "run python -m tests.support_table --write README.md"
+    )
+
+
+def test_writing_replaces_the_marked_section_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.support_table.BUILDERS", ["llama"])
+    path = tmp_path / "page.md"
+    path.write_text("above\n<!-- support table -->\nold\n<!-- /support table -->\nbelow\n")
+    write(path, table())
+    text = path.read_text()
+    assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+    assert "| Llama | yes | yes |" in section(path)
+    assert "| PaliGemma | refused [1] |" in section(path) and "[1] the backbone must be causal" in section(path)
+    path.write_text("no markers")
+    with pytest.raises(SystemExit, match="must hold the lines"):
+        write(path, "")
+
+
+def test_a_model_that_is_never_the_same_fails_everything(qwen):
+    """Noise on the token embeddings: nothing that compares two passes may hold."""
+    embeddings = qwen[0].model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, output: output + 0.05 * torch.randn_like(output))
+    found = status(check(qwen))
+    held = {name for name in MEASUREMENTS if found[name] != "failed"}
+    assert held == {"BToks at the end", "truncation", "LoRA"}, "what does not depend on numbers, or is not measured"
+    assert found["LoRA"] == "not applicable", "a finished model is left as it is"
+
+
+def _ignores_padding(module, query, key, value, attention_mask, **options):
+    return sdpa_attention_forward(module, query, key, value, None, **{**options, "is_causal": True})
+
+
+def test_an_attention_that_ignores_the_padding_mask_fails(btok_model):
+    model = btok_model("llama")
+    AttentionInterface.register("ignores_padding", _ignores_padding)
+    model.tokenizer.padding_side = "left"
+    model[0].model.set_attn_implementation("ignores_padding")
+    found = {verdict.name: verdict for verdict in check(model)}
+    assert found["batch"].status == found["order"].status == "failed"
+    assert found["batch"].value > found["batch"].bound
+    assert found["text"].status == found["BToks at the end"].status == "ok"
+
+
+def test_pixels_that_do_not_arrive_fail(qwen):
+    visual = qwen[0].model.visual
+    visual.register_forward_hook(lambda *hooked: _zeroed(hooked[-1]))
+    found = {verdict.name: verdict for verdict in check(qwen)}
+    for kind in ("image", "several images", "video"):
+        assert found[kind].status == "failed" and found[kind].value < found[kind].bound
+    assert found["text"].status == "ok"
+
+
+def _zeroed(output):
+    for key in output:
+        if isinstance(output[key], torch.Tensor):
+            output[key] = torch.zeros_like(output[key])
+    return output
+
+
+def test_a_template_that_writes_behind_the_btoks_fails(qwen):
+    qwen[0].processor.chat_template += "{{- 'behind' -}}"
+    found = status(check(qwen))
+    assert found["BToks at the end"] == found["truncation"] == "failed"
+    assert found["batch"] == "ok"
+
+
+def test_backbones_that_look_ahead_fail_to_build():
+    backbone, processor = build("llama")
+    backbone.config.is_causal = False
+    seen: list[Verdict] = []
+    verdicts = check(backbone, seen.append, processor=processor)
+    assert verdicts == seen and status(verdicts) == {"build": "failed"}
+    assert "must be causal" in verdicts[0].note
+
+
+def test_the_command_line(tmp_path, capsys):
+    backbone, processor = build("llama")
+    backbone.save_pretrained(tmp_path / "good")
+    processor.save_pretrained(tmp_path / "good")
+    assert main([str(tmp_path / "good"), "--json", str(tmp_path / "verdicts.json")]) == 0
+    printed = capsys.readouterr().out
+    verdicts = json.loads((tmp_path / "verdicts.json").read_text())
+    assert "nothing failed" in printed and all(verdict["name"] in printed for verdict in verdicts)
+    assert re.search(r"^ok +plain reload +0 <= 1e-06 ", printed, re.MULTILINE)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertLMHeadModel(BertConfig(vocab_size=288, **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    assert main([str(tmp_path / "bert")]) == 1
+    assert "is an encoder" in capsys.readouterr().out
