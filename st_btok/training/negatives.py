@@ -82,9 +82,10 @@ def _weights(length: int, device: torch.device) -> Tensor:
 class FilteredSimilarity:
     """A `similarity_fct` whose dropped negatives are -inf.
 
-    For anchor i, a candidate j other than its own is dropped if it has the content of i's own row on the candidate's
-    side (exact duplicates of the positive), if it scores above sim(q_i, d_i) + `margin`, or, with `same_modality`, if
-    its modality differs from that own row's.
+    For anchor i, a candidate other than its own is dropped if the batch itself says that it is no negative: a document
+    that is the positive of a query with the content of q_i (a duplicate of d_i, or the second answer of a query that
+    stands in the batch twice), or a query whose positive has the content of d_i. It is also dropped if it scores above
+    sim(q_i, d_i) + `margin`, or, with `same_modality`, if its modality differs from that of i's own row.
 
     Args:
         similarity_fct: The similarity it wraps.
@@ -129,8 +130,7 @@ class FilteredSimilarity:
         rows = [query] if candidates == "query" else docs
         drop = torch.zeros(batch_size, len(rows) * batch_size, dtype=torch.bool, device=similarity.device)
         if self.margin is not None:
-            content = torch.cat([fact.content for fact in rows])
-            drop |= content[None] == own.content[:, None]
+            drop |= _answers(query, docs[0], rows) if candidates == "doc" else _answers(docs[0], query, rows)
             oriented = similarity.detach() if anchors == "query" else similarity.detach().T
             drop |= oriented > self._positive[:, None] + self.margin
         if self.same_modality:
@@ -138,3 +138,11 @@ class FilteredSimilarity:
         drop[:, :batch_size].fill_diagonal_(False)  # the own row stays
         # The loss transposes the matrices of document anchors after this call.
         return similarity.masked_fill(drop if anchors == "query" else drop.T, -torch.inf)
+
+
+def _answers(anchor: RowFacts, other: RowFacts, rows: list[RowFacts]) -> Tensor:
+    """(B, candidates): whether some row pairs the content of anchor i with the content of the candidate."""
+    content = torch.cat([fact.content for fact in rows])
+    same_anchor = anchor.content[:, None] == anchor.content[None]  # (B, B)
+    same_other = other.content[:, None] == content[None]  # (B, candidates)
+    return (same_anchor.float() @ same_other.float()) > 0

@@ -6,6 +6,7 @@ gradient accumulation) and it does not start at 0 (after resuming). The Trainer 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -23,12 +24,12 @@ class Schedule:
             weight 5.0 for 2,000 of 5,000 steps.
 
     Raises:
-        ValueError: If the weight or `steps` is negative.
+        ValueError: If the weight is negative, infinite or NaN, or `steps` is negative.
     """
 
     def __init__(self, weight: float | Callable[[int], float], steps: int | None = None) -> None:
-        if not callable(weight) and weight < 0:
-            raise ValueError(f"condensation_weight must be at least 0, got {weight}.")
+        if not callable(weight):
+            check_weight(weight)
         if steps is not None and steps < 0:
             raise ValueError(f"condensation_steps must be at least 0 (or None for always), got {steps}.")
         self.weight, self.steps, self.step = weight, steps, 0
@@ -39,7 +40,28 @@ class Schedule:
         """The weight at the current step."""
         if self.steps is not None and self.step >= self.steps:
             return 0.0
-        return float(self.weight(self.step)) if callable(self.weight) else float(self.weight)
+        if callable(self.weight):
+            return check_weight(self.weight(self.step), f" at step {self.step}")
+        return float(self.weight)
+
+
+def check_weight(weight: float, place: str = "") -> float:
+    """Refuse a weight that would turn the term around (negative) or the loss into NaN.
+
+    Args:
+        weight: The weight.
+        place: Where it comes from, for the message.
+
+    Returns:
+        The weight as a float.
+
+    Raises:
+        ValueError: If it is negative, infinite or NaN.
+    """
+    value = float(weight)
+    if not (value >= 0 and math.isfinite(value)):  # NaN compares false with everything
+        raise ValueError(f"condensation_weight must be at least 0 and finite, got {value}{place}.")
+    return value
 
 
 _FOLLOWING: WeakSet[Schedule] = WeakSet()

@@ -90,6 +90,31 @@ def test_loss_is_the_one_written_out(qwen, directions, options):
     torch.testing.assert_close(unfiltered, plain, atol=1e-4, rtol=1e-5)
 
 
+# Row 1 gives row 0's query a second answer, row 2 gives that answer a second query, and is row 3's hard negative.
+PAIRS = (("q", "q", "r", "s"), ("first", "second", "second", "third"), ("no", "no", "no", "second"))
+
+
+@pytest.mark.parametrize("directions", [ORDER[:1], ("query_to_doc", "doc_to_query"), ORDER], ids=str)
+def test_second_answers_and_second_questions_are_no_negatives(qwen, directions):
+    features = [qwen.preprocess(list(column)) for column in PAIRS]
+    embeddings = [qwen(dict(column))["sentence_embedding"] for column in features]
+    pairs = set(zip(*PAIRS[:2], strict=True))
+
+    def keep(direction, i, number, j):
+        column = 0 if direction.endswith("query") else number + 1
+        candidate = PAIRS[column][j]
+        if (column, j) in ((0, i), (1, i)):
+            return True
+        return ((PAIRS[0][i], candidate) if column else (candidate, PAIRS[1][i])) not in pairs
+
+    # A margin that drops nothing by its score: cosine similarities differ by 2 at most.
+    loss = BTokLoss(qwen, target="none", directions=directions, false_negative_margin=2.0)
+    found = loss([dict(column) for column in features])["ranking"]
+    torch.testing.assert_close(found, by_hand(embeddings[0], embeddings[1:], keep, directions), atol=1e-4, rtol=1e-5)
+    plain = BTokLoss(qwen, target="none", directions=directions)([dict(column) for column in features])["ranking"]
+    assert abs(found - plain) > 1e-4, "something was dropped"
+
+
 def test_gradients_stay_finite_when_all_negatives_are_dropped(qwen):
     features = [qwen.preprocess(["a", "b"]), qwen.preprocess(["same", "same"])]
     parts = BTokLoss(qwen, target="none", false_negative_margin=0.0)(features)

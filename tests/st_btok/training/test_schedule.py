@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from transformers.trainer import DEFAULT_CALLBACKS
 
@@ -26,10 +28,19 @@ def test_functions_of_the_step():
     assert schedule() == 0.0
 
 
-@pytest.mark.parametrize("arguments", [(-0.1,), (1.0, -1)])
-def test_negative_values_are_refused(arguments):
+@pytest.mark.parametrize("arguments", [(-0.1,), (math.nan,), (math.inf,), (1.0, -1)])
+def test_values_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="at least 0"):
         Schedule(*arguments)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
+def test_functions_that_leave_the_range_are_refused_with_their_step(value):
+    schedule = Schedule(lambda step: value if step == 7 else 1.0)
+    assert schedule() == 1.0
+    schedule.step = 7
+    with pytest.raises(ValueError, match=f"got {float(value)} at step 7"):
+        schedule()
 
 
 def test_only_schedules_that_need_the_step_touch_the_trainer():
