@@ -4,8 +4,8 @@ The plain loss owns all maths; this one only schedules it in mini-batches, with 
 A mini-batch's pass returns [embeddings | summed NLL] as one tensor, so that one backward pass per mini-batch carries
 both gradients: for the last column that is weight / tokens, known before any gradient flows. The price is that the
 first pass, the one without gradients, reads the targets too: 1.26 and 1.31 times the time of the term in the second
-pass only (`recipes/benchmark.py`, whose vocabulary outweighs its models). In return the logged loss is that of this
-very batch: the Trainer reads it before the second pass begins.
+pass only (`recipes/benchmark_step.py`, whose vocabulary outweighs its models). In return the logged loss is that of
+this very batch: the Trainer reads it before the second pass begins.
 """
 
 from __future__ import annotations

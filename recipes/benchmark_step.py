@@ -1,0 +1,304 @@
+"""Step time and peak memory of the losses, as ratios of paired runs.
+
+    python -m recipes.benchmark step
+
+Ways to train on the same batch of (image or text, text) pairs with a small backbone that has a large vocabulary:
+
+* `mnrl`: ranking alone, through the same BTok model;
+* `explained`: ranking with the targets read as ordinary tokens behind the BToks, and one plain projection of the
+  states that predict them, all logits at once: what the extra tokens cost without mask and chunks;
+* `btok`, `kv` (`route="kv"`), `cached` (`CachedBTokLoss`); `frozen`: `btok` with a frozen vocabulary, as under LoRA;
+* `second pass`: `cached` with the term in the pass with gradients only, where its value comes too late to be logged;
+* `naive`: a second call of the model on `[input][BToks][target]`, with logits for every position, as a causal LM with
+  labels does (and without the condensation mask, which costs nothing).
+
+Each round runs every way once, each in a process of its own, so that peak memory is its own; ratios are taken within a
+round. Memory is what a step adds to the process at its peak. A second table follows it over growing batches.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import (
+    AutoProcessor,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+)
+
+from recipes.toy import pairs
+from st_btok import BTokLoss, CachedBTokLoss, build_model
+
+BACKBONE = Path(__file__).parent / "backbone"
+WAYS = ("mnrl", "explained", "btok", "frozen", "kv", "cached", "second pass", "naive")
+
+
+@dataclass
+class BenchmarkConfig:
+    """Sizes of the benchmark."""
+
+    backbones: str = field(default="qwen2_vl,llama", metadata={"help": "Of qwen2_vl and llama."})
+    batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
+    mini_batch_size: int = field(default=4, metadata={"help": "Rows per pass of the cached loss."})
+    target_words: int = field(default=4, metadata={"help": "Words of each target; about 7 tokens each."})
+    vocab_size: int = field(default=151_936, metadata={"help": "Rows of the embedding matrix; Qwen2-VL's by default."})
+    hidden_size: int = field(default=192, metadata={"help": "Width of the backbone."})
+    steps: int = field(default=3, metadata={"help": "Timed steps of a run, after one that is not timed."})
+    rounds: int = field(default=5, metadata={"help": "Paired repetitions."})
+    batches: str = field(default="16,32,64", metadata={"help": "Batch sizes of the table of memory, one run each."})
+    output: str = field(default="recipes/results/benchmark.md", metadata={"help": "Where the table goes."})
+    worker: str = field(default="", metadata={"help": "Used by the command itself: one way to run in this process."})
+
+
+def backbone(config: BenchmarkConfig, family: str) -> SentenceTransformer:
+    """A random BTok model of a family, with a tokenizer of bytes and a large embedding matrix."""
+    torch.manual_seed(0)
+    processor = AutoProcessor.from_pretrained(BACKBONE)
+    text = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 3 * config.hidden_size,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
+    if family == "llama":
+        own_tokenizer = processor.tokenizer  # wrapped anew: saved by itself it would ask for its image processor
+        processor = PreTrainedTokenizerFast(
+            tokenizer_object=own_tokenizer.backend_tokenizer,
+            eos_token=own_tokenizer.eos_token,
+            pad_token=own_tokenizer.pad_token,
+            chat_template=own_tokenizer.chat_template or processor.chat_template,
+            model_max_length=2048,
+        )
+        model: Any = LlamaModel(LlamaConfig(**text, tie_word_embeddings=True))
+    else:
+        own = Qwen2VLConfig.from_pretrained(BACKBONE)
+        shape = own.text_config.to_dict()
+        own = Qwen2VLConfig(
+            text_config={**shape, **text, "num_attention_heads": shape["num_attention_heads"]},
+            vision_config={**own.vision_config.to_dict(), "hidden_size": config.hidden_size},
+            tie_word_embeddings=True,
+            **{key: getattr(own, key) for key in own.to_dict() if key.endswith("_token_id") and getattr(own, key)},
+        )
+        model = Qwen2VLModel(own)
+    return build_model(model, processor=processor, device="cpu").train()
+
+
+def batch(config: BenchmarkConfig, model: SentenceTransformer, family: str) -> list[dict[str, Any]]:
+    """The columns: pictures of words (or several words, for a text-only backbone) and targets of some words."""
+    images, texts = pairs.captions("train", config.batch_size, seed=0)
+    words = [text.split()[-1] for text in texts]
+    long = [" ".join((words * 2)[i : i + config.target_words]) for i in range(len(words))]
+    queries = [f"{text} {text[::-1]} {text}" for text in texts] if family == "llama" else images
+    return [model.preprocess(queries), model.preprocess(long)]
+
+
+class SecondPassOnly(BTokLoss):
+    """The term in passes with gradients only: the gradients of the loss, but its value lacks the term."""
+
+    def embed(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """As the parent, without targets in GradCache's first pass."""
+        return super().embed(features, targets if torch.is_grad_enabled() else None)
+
+
+def joined(
+    model: SentenceTransformer, features: dict[str, Any], targets: list[Tensor]
+) -> tuple[dict[str, Any], Tensor]:
+    """`[input][BToks][target]` rows as ordinary inputs, and labels that are -100 outside of the targets."""
+    rows = [row[mask.bool()] for row, mask in zip(features["input_ids"], features["attention_mask"], strict=True)]
+    whole = [torch.cat([row, target]) for row, target in zip(rows, targets, strict=True)]
+    inputs = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True)
+    labels = torch.full_like(inputs, -100)
+    for number, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        labels[number, len(row) : len(row) + len(target)] = target
+    lengths = torch.tensor([len(row) for row in whole])
+    mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
+    types = (inputs == model[0].config.image_token_id).int() if "mm_token_type_ids" in features else None
+    extra = {} if types is None else {"mm_token_type_ids": types}
+    return {**features, "input_ids": inputs, "attention_mask": mask, **extra}, labels
+
+
+def naive_step(model: SentenceTransformer, loss: BTokLoss) -> Callable[[list[dict[str, Any]]], Tensor]:
+    """Ranking by one call per column, generation by another call with logits for every position."""
+    ranking = MultipleNegativesRankingLoss(model, scale=50.0)
+
+    def step(columns: list[dict[str, Any]]) -> Tensor:
+        total = ranking([dict(column) for column in columns], None)
+        _, targets = loss.targets(columns)
+        for features, target in zip(columns, targets, strict=True):
+            if target is None:
+                continue
+            inputs, labels = joined(model, features, target)
+            states = model[0](inputs)["token_embeddings"]
+            logits = F.linear(states, model[0].model.get_input_embeddings().weight)
+            total = total + F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return total
+
+    return step
+
+
+def explained_step(model: SentenceTransformer, loss: BTokLoss) -> Callable[[list[dict[str, Any]]], Tensor]:
+    """One call per column with the targets as ordinary tokens, and one projection of the states that predict them."""
+    ranking = MultipleNegativesRankingLoss(model, scale=50.0)
+
+    def step(columns: list[dict[str, Any]]) -> Tensor:
+        _, targets = loss.targets(columns)
+        embeddings, total = [], torch.zeros(())
+        for features, target in zip(columns, targets, strict=True):
+            inputs, labels = (dict(features), None) if target is None else joined(model, features, target)
+            output = model[0](inputs)
+            if labels is not None:
+                predicted = labels[:, 1:] != -100
+                states = output["token_embeddings"][:, :-1][predicted]
+                logits = F.linear(states, model[0].model.get_input_embeddings().weight)
+                total = total + F.cross_entropy(logits, labels[:, 1:][predicted])
+            for module in list(model)[1:]:
+                output = module(output)
+            embeddings.append(output["sentence_embedding"])
+        return ranking.compute_loss_from_embeddings(embeddings, None) + total
+
+    return step
+
+
+def make_step(config: BenchmarkConfig, model: SentenceTransformer, way: str) -> Callable[[list[Any]], Tensor]:
+    """What turns the columns into the loss, for one way."""
+    if way in ("naive", "explained"):
+        return {"naive": naive_step, "explained": explained_step}[way](model, BTokLoss(model))
+    if way == "frozen":
+        model[0].model.get_input_embeddings().requires_grad_(False)
+    if way in ("cached", "second pass"):
+        cached = CachedBTokLoss(model, mini_batch_size=config.mini_batch_size)
+        if way == "second pass":
+            cached.loss = SecondPassOnly(model)
+        return lambda columns: cached(columns).sum()
+    options: dict[str, Any] = {"mnrl": {"condensation_weight": 0.0}, "kv": {"route": "kv"}}.get(way, {})
+    plain = BTokLoss(model, **options)
+    return lambda columns: plain(columns).sum()
+
+
+def run_worker(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
+    """Time of each step in seconds, and the peak in MiB above what the process held before."""
+    torch.set_num_threads(2)
+    model = backbone(config, family)
+    columns = batch(config, model, family)
+    step = make_step(config, model, way)
+    for parameter in model.parameters():  # gradients exist before the peak is taken, as in training
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for number in range(config.steps + 1):
+        started = time.perf_counter()
+        step([dict(column) for column in columns]).backward()
+        if number:
+            seconds.append(time.perf_counter() - started)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {
+        "seconds": seconds,
+        "peak": peak,
+        "tokens": sum(int(c["attention_mask"].sum()) for c in columns),
+        "targets": sum(len(row) for target in BTokLoss(model).targets(columns)[1] if target for row in target),
+    }
+
+
+def run(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
+    """`run_worker` in a process of its own."""
+    options = [f"--{key}={value}" for key, value in asdict(config).items() if key != "worker"]
+    command = [sys.executable, "-m", "recipes.benchmark_step", *options, f"--worker={family}:{way}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{family}, {way} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(config: BenchmarkConfig, family: str) -> list[dict[str, dict[str, Any]]]:
+    """One dict of results by way for each round."""
+    rounds = []
+    for number in tqdm(range(config.rounds), desc=family):
+        order = [*WAYS[number % len(WAYS) :], *WAYS[: number % len(WAYS)]]  # no way is always the first
+        results = {way: run(config, family, way) for way in order}
+        rounds.append(results)
+    return rounds
+
+
+def table(rounds: list[dict[str, dict[str, Any]]], config: BenchmarkConfig, family: str) -> str:
+    """Markdown: ratios to `mnrl` and to `naive`, median over rounds with their range."""
+    first = rounds[0]["btok"]
+    lines = [
+        f"{family}: {config.batch_size} pairs, {first['tokens']} input tokens, {first['targets']} target tokens, "
+        f"vocabulary {config.vocab_size:,}, width {config.hidden_size}; {config.rounds} paired rounds of "
+        f"{config.steps} steps.",
+        "",
+        "| way | time / mnrl | time / explained | time / naive | memory / naive | s per step | MiB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+
+    def ratio(way: str, other: str, of: Callable[[dict[str, Any]], float]) -> str:
+        values = [of(results[way]) / of(results[other]) for results in rounds]
+        return f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    for way in WAYS:
+        seconds = np.median([np.median(results[way]["seconds"]) for results in rounds])
+        peak = np.median([results[way]["peak"] for results in rounds])
+        cells = [
+            ratio(way, "mnrl", lambda result: float(np.median(result["seconds"]))),
+            ratio(way, "explained", lambda result: float(np.median(result["seconds"]))),
+            ratio(way, "naive", lambda result: float(np.median(result["seconds"]))),
+            ratio(way, "naive", lambda result: result["peak"]),
+        ]
+        lines.append(f"| {way} | " + " | ".join(cells) + f" | {seconds:.2f} | {peak:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def memory_table(config: BenchmarkConfig, family: str) -> str:
+    """Markdown: the peak of `btok` and `cached` over growing batches."""
+    sizes = [int(size) for size in config.batches.split(",")]
+    lines = [
+        f"{family}: MiB at the peak of a step, mini-batches of {config.mini_batch_size}.",
+        "",
+        "| way | " + " | ".join(f"{size} pairs" for size in sizes) + " |",
+        "|---|" + "---:|" * len(sizes),
+    ]
+    for way in ("btok", "cached"):
+        peaks = [run(replace(config, batch_size=size, steps=1), family, way)["peak"] for size in sizes]
+        lines.append(f"| {way} | " + " | ".join(f"{peak:,.0f}" for peak in peaks) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run all rounds and write the tables, or one worker."""
+    (config,) = HfArgumentParser(BenchmarkConfig).parse_args_into_dataclasses()
+    if config.worker:
+        print(json.dumps(run_worker(config, *config.worker.split(":"))))
+        return
+    families = config.backbones.split(",")
+    tables = [table(measure(config, family), config, family) for family in families]
+    tables += [memory_table(config, family) for family in families]
+    text = "\n".join(tables)
+    Path(config.output).write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
