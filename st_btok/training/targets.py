@@ -50,7 +50,9 @@ class ContentReader:
         special |= set(self.media_tokens.values())
         self.media = torch.tensor(sorted(set(self.media_tokens.values())), dtype=torch.long)
         self.special = torch.tensor(sorted(special), dtype=torch.long)
-        self.blank = {i for i in range(len(tokenizer)) if i not in special and not str(tokenizer.decode([i])).strip()}
+        # Asked of the few ids at either end of a text: reading the whole vocabulary would take a second per loss.
+        self._tokenizer = tokenizer
+        self._blank: dict[int, bool] = {}
         first, second = (self._render(transformer, text) for text in ("0", "1 2 3 4"))
         prompted = self._render(transformer, "0", prompt="5 6 7")
         prefix, prompted_prefix = first[: _common(first, second)], prompted[: -len(first) + _common(first, second)]
@@ -66,6 +68,12 @@ class ContentReader:
         texts = [text for text in instructions if text]
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         self.instructions = sorted(ids, key=len, reverse=True)
+
+    def is_blank(self, token: int) -> bool:
+        """Whether a token is nothing but white space, such as the line break between a picture and its text."""
+        if token not in self._blank:
+            self._blank[token] = not str(self._tokenizer.decode([token])).strip()
+        return self._blank[token]
 
     @staticmethod
     def _render(transformer: Transformer, text: str, prompt: str | None = None) -> list[int]:
@@ -90,13 +98,13 @@ class ContentReader:
         tokens = row.tolist()[: -len(self.btoks)]
         start = _rfind(tokens, self.header) + len(self.header)
         kept = self.media_text.remove(tokens[start:])
-        while kept and kept[0] in self.blank:
+        while kept and self.is_blank(kept[0]):
             kept = kept[1:]
         for instruction in self.instructions:
             if kept[: len(instruction)] == instruction:
                 kept = kept[len(instruction) :]
                 break
-        while kept and kept[-1] in self.blank:
+        while kept and self.is_blank(kept[-1]):
             kept = kept[:-1]
         return Content(torch.tensor(kept, dtype=torch.long), has_media)
 
