@@ -13,7 +13,7 @@ the MMEB-V2 mix: `mmeb_train.py`.
 2. Holds out validation rows that share no content with the rest (`--validation_size`); test sets are never read.
 3. Mines hard negatives if asked to (`--hard_negatives mine --miner MODEL`).
 4. Builds the model, with LoRA or DoRA (`--tuning`), and trains it with checkpoints, progress bar and evaluation
-   (`--eval_strategy steps`); `--resume` goes on from the last checkpoint.
+   (`--eval_strategy steps`); `--resume` goes on from the newest whole checkpoint (`restarts.py`).
 5. Writes `<output_dir>/model`, which plain `SentenceTransformer` loads, with a model card (data, settings, scores).
 """
 
@@ -37,7 +37,6 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
 from evaluation.mini import evaluator_for
 from recipes.data.blocks import distinct_rows, weighted_blocks
@@ -48,6 +47,7 @@ from recipes.data.training_card import describe_data, write_card, write_skipped
 from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
 from recipes.presets import PRESETS
+from recipes.restarts import check_identity, identity_of, newest_complete, only_training_in, write_identity
 from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class TrainConfig(SentenceTransformerTrainingArguments):
     """Settings of a training: sentence-transformers' training arguments and these."""
 
     preset: str = _option("", f"Authors' settings: {', '.join(PRESETS)}.")
-    resume: bool = _option(False, "Go on from the last checkpoint in output_dir.")
+    resume: bool = _option(False, "Go on from the newest whole checkpoint in output_dir.")
+    allow_changes: bool = _option(False, "Resume although data, seed or model are not those of the interrupted run.")
     # data
     data: list[str] = _option([], "Your own pairs: files, folders or hub names.")
     data_weights: list[float] = _option([], "Shares of `data` in the mix; by default the number of rows.")
@@ -216,6 +217,22 @@ def validation(config: TrainConfig, held_out: Sequence[Source]) -> BaseEvaluator
     return SequentialEvaluator(evaluators) if evaluators else None
 
 
+def begin(config: TrainConfig, training: Sequence[Source]) -> Path | None:
+    """The checkpoint to go on from, if any, once it is sure to belong to the same training."""
+    model = ("num_btoks", "readout", "template", "tuning", "lora_r", "max_seq_length", "min_pixels", "max_pixels")
+    order = ("seed", "data_seed", "mix", "block_size", "distinct", "per_device_train_batch_size", "world_size")
+    settings = {name: getattr(config, name) for name in (*model, *order, "gradient_accumulation_steps")}
+    identity = identity_of(training, config.backbone, settings)
+    last = newest_complete(config.output_dir) if config.resume else None
+    if last and not config.allow_changes:
+        check_identity(config.output_dir, identity)
+    if config.resume:
+        logger.info("Training goes on from %s.", last.name if last else "the start: there is no whole checkpoint")
+    if config.process_index == 0:
+        write_identity(config.output_dir, identity)
+    return last
+
+
 def train(config: TrainConfig) -> Path:
     """Run the whole training.
 
@@ -226,13 +243,22 @@ def train(config: TrainConfig) -> Path:
         The folder of the trained model.
 
     Raises:
-        ValueError: No data or no backbone, broken data with `on_error="raise"`, or a used `output_dir`.
+        ValueError: No data or no backbone, broken data with `on_error="raise"`, a used `output_dir`, or resuming
+            another training than the one that was interrupted.
+        RuntimeError: Another process trains in `output_dir`.
     """
     if not config.backbone:
         raise ValueError("pass --backbone or --preset.")
-    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-    if last and not config.resume:
-        raise ValueError(f"{config.output_dir} holds {Path(last).name}. Pass --resume, or another --output_dir.")
+    if config.process_index:  # the first process holds the folder for all of them
+        return _train(config)
+    with only_training_in(config.output_dir):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
+    started = sorted(Path(config.output_dir).glob("checkpoint-*"))
+    if started and not config.resume:
+        raise ValueError(f"{config.output_dir} holds {started[-1].name}. Pass --resume, or another --output_dir.")
     transformers.set_seed(config.seed)
     # 1. Data.
     sources = read_sources(config)
@@ -248,6 +274,7 @@ def train(config: TrainConfig) -> Path:
         options = {"batch_size": config.per_device_eval_batch_size}
         training = [with_mined_negatives(source, miner, config.num_negatives, **options) for source in training]
     # 4. Training.
+    last = begin(config, training)
     model = build(config)
     describe_data(model, training)
     arguments = copy.copy(config)
@@ -266,7 +293,7 @@ def train(config: TrainConfig) -> Path:
         loss=losses(config, model, training),
         evaluator=validation(config, held_out),
     )
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     scored = any(
         "eval_runtime" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
     )
