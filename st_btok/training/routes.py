@@ -12,8 +12,9 @@ pooling sees the original layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -35,6 +36,160 @@ NLL_KEY = "condensation_nll"
 ALL_LAYERS = "all_layer_embeddings"
 
 
+Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every route is given: one column (or a part of it) and what its rows generate.
+
+    Attributes:
+        transformer: The model's first module, unwrapped.
+        features: The features of the column; the call of the model must be on this dict.
+        targets: B id tensors, empty for rows without a target; at least one is not empty.
+        btoks: The K token ids.
+        head: (V, D) output embedding matrix; None for the input embeddings, looked up while the model runs, because a
+            sharded matrix is whole only then.
+        likelihood: Turns (M, D) states, (M,) labels and the head into (M,) negative log-likelihoods.
+    """
+
+    transformer: Transformer
+    features: dict[str, Any]
+    targets: list[Tensor]
+    btoks: list[int]
+    head: Tensor | None
+    likelihood: Likelihood
+
+    def row_nll(self, states: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        """(M, D) predicting states and their (M,) labels and rows -> (B,) summed NLL."""
+        head = embedding_matrix(self.transformer.model) if self.head is None else self.head
+        nll = self.likelihood(states, labels, head)
+        return nll.new_zeros(len(self.targets)).index_add(0, rows, nll)
+
+    def btok_positions(self) -> Tensor:
+        """(B, K) where the bottleneck tokens stand in the column's own layout."""
+        return check_btoks(self.features["input_ids"], self.features["attention_mask"], self.btoks, "the batch")
+
+
+class AttentionRoute:
+    """One joint pass over `[input][BToks][target]` under the condensation mask.
+
+    Args:
+        task: The column and its targets.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.joint = join_targets(task.features, task.targets, task.btoks)
+        self.segments: Tensor | None = self.joint.segments  # switches the condensation mask on
+
+    def before(self, features: dict[str, Any]) -> dict[str, Any]:
+        """The joint rows in place of the column's own. A copy: the model writes its output into what it is given."""
+        return dict(self.joint.features)
+
+    def after(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The likelihood, and everything else in the column's own layout, which is what pooling knows."""
+        states = output["token_embeddings"]  # (B, T + N, D)
+        rows, positions = self.joint.predictors.T
+        nll = self.task.row_nll(states[rows, positions], self.joint.labels, rows)
+        if ALL_LAYERS in output:  # kept in the column's own dict, where AdaptiveLayerLoss reads it
+            self.task.features[ALL_LAYERS] = tuple(self._restored(layer) for layer in output[ALL_LAYERS])
+        return {**self.task.features, "token_embeddings": self._restored(states), NLL_KEY: nll}
+
+    def _restored(self, states: Tensor) -> Tensor:
+        """(B, T + N, D) -> (B, T, D): padding goes back to where the column has it."""
+        return states.gather(1, self.joint.positions[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class PrefixRoute:
+    """A second, short call of the decoder on `[pooled states][target]`.
+
+    Args:
+        task: The column and its targets.
+    """
+
+    segments: Tensor | None = None
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.rows, self.ids, self.mask = _padded(task.targets, task.features["input_ids"].device)
+
+    def before(self, features: dict[str, Any]) -> dict[str, Any]:
+        """The column as it is."""
+        return features
+
+    def after(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The likelihood of the targets behind the K last-layer states, which stand in for input embeddings."""
+        model, num_btoks = self.task.transformer.model, len(self.task.btoks)
+        states = output["token_embeddings"]
+        prefix = states[self.rows[:, None], self.task.btok_positions()[self.rows]]  # (R, K, D)
+        embedded = model.get_input_embeddings()(self.ids[:, :-1])
+        read = model.get_decoder()(
+            inputs_embeds=torch.cat([prefix.to(embedded.dtype), embedded], 1),
+            attention_mask=_behind_btoks(self.mask, num_btoks),
+            use_cache=False,
+            return_dict=True,
+        ).last_hidden_state  # (R, K + N - 1, D)
+        predictors = read[:, num_btoks - 1 :]  # (R, N, D): the last BTok predicts the first target token
+        owner = self.rows[:, None].expand_as(self.ids)[self.mask]
+        output[NLL_KEY] = self.task.row_nll(predictors[self.mask], self.ids[self.mask], owner)
+        return output
+
+
+class KVRoute:
+    """A second, short call of the decoder on `[target]`, which finds the BToks' keys and values in its cache.
+
+    Args:
+        task: The column and its targets.
+    """
+
+    segments: Tensor | None = None
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.rows, self.ids, self.mask = _padded(task.targets, task.features["input_ids"].device)
+        self.cache = DynamicCache()  # without a config: sliding layers too keep every position
+        self.positions: Tensor | None = None
+        self.reading = False  # the second call reads what the first has kept
+
+    def before(self, features: dict[str, Any]) -> dict[str, Any]:
+        """With a cache to fill, for a text-only backbone: sentence-transformers calls its `forward` past its hooks."""
+        model = self.task.transformer.model
+        if model.get_decoder() is not model:
+            return features
+        return {**features, "past_key_values": self.cache, "use_cache": True}
+
+    def before_decoder(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """With a cache to fill, for the decoder inside a multimodal backbone, which alone knows the positions."""
+        if self.reading:
+            return arguments
+        self.positions = arguments.get("position_ids")
+        return {**arguments, "past_key_values": self.cache, "use_cache": True}
+
+    def after(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The likelihood of the targets behind the keys and values of the K tokens."""
+        self.reading = True
+        output = {key: value for key, value in output.items() if value is not self.cache and key != "use_cache"}
+        states = output["token_embeddings"]
+        btok_positions = self.task.btok_positions()[self.rows]  # (R, K)
+        last = btok_positions[:, -1]
+        predictors = states[self.rows, last][:, None]  # (R, 1, D): the last BTok predicts the first target token
+        if self.ids.shape[1] > 1:
+            model = self.task.transformer.model
+            read = model.get_decoder()(
+                inputs_embeds=model.get_input_embeddings()(self.ids[:, :-1]),
+                attention_mask=_behind_btoks(self.mask, len(self.task.btoks)),
+                position_ids=_next_positions(self.positions, self.rows, last, self.ids.shape[1] - 1, len(states)),
+                past_key_values=_btok_cache(self.cache, self.rows, btok_positions, states.shape[1]),
+                use_cache=True,
+                return_dict=True,
+            ).last_hidden_state  # (R, N - 1, D)
+            predictors = torch.cat([predictors, read], 1)
+        owner = self.rows[:, None].expand_as(self.ids)[self.mask]
+        output[NLL_KEY] = self.task.row_nll(predictors[self.mask], self.ids[self.mask], owner)
+        return output
+
+
 @contextmanager
 def condensed_forward(
     transformer: Transformer,
@@ -43,6 +198,7 @@ def condensed_forward(
     btoks: list[int],
     route: Route = "attention",
     head: Tensor | None = None,
+    likelihood: Likelihood | None = None,
 ) -> Iterator[None]:
     """Inside this block, one call of the model on `features` also yields the condensation term.
 
@@ -55,8 +211,8 @@ def condensed_forward(
         targets: B id tensors, empty for rows without a target; at least one is not empty.
         btoks: The K token ids.
         route: `"attention"` (default), `"kv"` or `"prefix"`.
-        head: (V, D) output embedding matrix. Default: the input embeddings, looked up while the model runs, because a
-            sharded matrix is whole only then.
+        head: (V, D) output embedding matrix. Default: the input embeddings.
+        likelihood: What turns states, labels and head into likelihoods. Default `condensation_nll`.
 
     Yields:
         Nothing.
@@ -65,126 +221,40 @@ def condensed_forward(
         ValueError: `attention` on a backbone without SDPA attention; `kv` on one whose layers are not all attention,
             or under gradient checkpointing.
     """
+    task = Task(transformer, features, targets, btoks, head, likelihood or condensation_nll)
+    if route == "kv":
+        _check_attention_layers(transformer)
+    kinds: dict[str, type] = {"attention": AttentionRoute, "kv": KVRoute, "prefix": PrefixRoute}
+    taken = kinds[route](task)
+    decoder: nn.Module = transformer.model.get_decoder()
+    with ExitStack() as stack:
+        pre = transformer.register_forward_pre_hook(lambda module, args: (taken.before(args[0]), *args[1:]))
+        stack.callback(pre.remove)
+        stack.callback(transformer.register_forward_hook(lambda module, args, output: taken.after(output)).remove)
+        if route == "kv" and decoder is not transformer.model:
+            inner = decoder.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, taken.before_decoder(kwargs)), with_kwargs=True
+            )
+            stack.callback(inner.remove)
+        if taken.segments is not None:
+            stack.enter_context(condensation_attention(transformer.model, taken.segments))
+        yield
+
+
+def _check_attention_layers(transformer: Transformer) -> None:
+    """Refuse the kv route where some layers have no keys and values to keep."""
     layers = getattr(transformer.model.config.get_text_config(decoder=True), "layer_types", None) or []
-    if route == "kv" and (
-        others := sorted(
-            {layer for layer in layers if not layer.endswith("_attention")} | ({"linear_attention"} & set(layers))
-        )
-    ):
+    others = {layer for layer in layers if not layer.endswith("_attention") or layer == "linear_attention"}
+    if others:
         raise ValueError(
-            f"the kv route needs attention layers only, but {type(transformer.model).__name__} has {others}. "
+            f"the kv route needs attention layers only, but {type(transformer.model).__name__} has {sorted(others)}. "
             'Use route="prefix".'
         )
-    routes = {"attention": _attention_route, "kv": _kv_route, "prefix": _prefix_route}
-    with routes[route](transformer, features, targets, btoks, head):
-        yield
 
 
-@contextmanager
-def _attention_route(
-    transformer: Transformer, features: dict[str, Any], targets: list[Tensor], btoks: list[int], head: Tensor | None
-) -> Iterator[None]:
-    batch = join_targets(features, targets, btoks)
-
-    def swap_in(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (dict(batch.features), *args[1:])
-
-    def restore(states: Tensor) -> Tensor:
-        """(B, T + N, D) -> (B, T, D), in the column's own layout."""
-        return states.gather(1, batch.positions[..., None].expand(-1, -1, states.shape[-1]))
-
-    def swap_out(module: nn.Module, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any]:
-        states = output["token_embeddings"]  # (B, T + N, D)
-        rows, positions = batch.predictors.T
-        nll = _row_nll(transformer, states[rows, positions], batch.labels, rows, len(states), head)
-        if ALL_LAYERS in output:  # kept in the column's own dict, where AdaptiveLayerLoss reads it
-            features[ALL_LAYERS] = tuple(restore(layer) for layer in output[ALL_LAYERS])
-        return {**features, "token_embeddings": restore(states), NLL_KEY: nll}
-
-    with ExitStack() as stack:
-        stack.callback(transformer.register_forward_pre_hook(swap_in).remove)
-        stack.callback(transformer.register_forward_hook(swap_out).remove)
-        stack.enter_context(condensation_attention(transformer.model, batch.segments))
-        yield
-
-
-@contextmanager
-def _prefix_route(
-    transformer: Transformer, features: dict[str, Any], targets: list[Tensor], btoks: list[int], head: Tensor | None
-) -> Iterator[None]:
-    rows, ids, mask = _padded(targets, features["input_ids"].device)
-    decoder: nn.Module = transformer.model.get_decoder()
-
-    def read_target(module: nn.Module, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any]:
-        btok_positions = check_btoks(features["input_ids"], features["attention_mask"], btoks, "the batch")
-        states = output["token_embeddings"]
-        prefix = states[rows[:, None], btok_positions[rows]]  # (R, K, D)
-        embedded = transformer.model.get_input_embeddings()(ids[:, :-1])
-        read = decoder(
-            inputs_embeds=torch.cat([prefix.to(embedded.dtype), embedded], 1),
-            attention_mask=torch.cat([mask.new_ones(len(rows), len(btoks)), mask[:, :-1]], 1).long(),
-            use_cache=False,
-            return_dict=True,
-        ).last_hidden_state  # (R, K + N - 1, D)
-        predictors = read[:, len(btoks) - 1 :]  # (R, N, D): the last BTok predicts the first target token
-        owner = rows[:, None].expand_as(ids)[mask]
-        output[NLL_KEY] = _row_nll(transformer, predictors[mask], ids[mask], owner, len(states), head)
-        return output
-
-    with ExitStack() as stack:
-        stack.callback(transformer.register_forward_hook(read_target).remove)
-        yield
-
-
-@contextmanager
-def _kv_route(
-    transformer: Transformer, features: dict[str, Any], targets: list[Tensor], btoks: list[int], head: Tensor | None
-) -> Iterator[None]:
-    rows, ids, mask = _padded(targets, features["input_ids"].device)
-    decoder: nn.Module = transformer.model.get_decoder()
-    cache = DynamicCache()  # without a config: sliding layers too keep every position
-    given: dict[str, Any] = {}
-
-    def pass_cache(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return ({**args[0], "past_key_values": cache, "use_cache": True}, *args[1:])
-
-    def keep_cache(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given["position_ids"] = kwargs.get("position_ids")
-        return args, {**kwargs, "past_key_values": cache, "use_cache": True}
-
-    def read_target(module: nn.Module, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any]:
-        keeping.remove()
-        output = {key: value for key, value in output.items() if value is not cache and key != "use_cache"}
-        states = output["token_embeddings"]
-        btok_positions = check_btoks(features["input_ids"], features["attention_mask"], btoks, "the batch")[rows]
-        last = btok_positions[:, -1]
-        predictors = states[rows, last][:, None]  # (R, 1, D): the last BTok predicts the first target token
-        if ids.shape[1] > 1:
-            read = decoder(
-                inputs_embeds=transformer.model.get_input_embeddings()(ids[:, :-1]),
-                attention_mask=torch.cat([mask.new_ones(len(rows), len(btoks)), mask[:, :-1]], 1).long(),
-                position_ids=_next_positions(given.get("position_ids"), rows, last, ids.shape[1] - 1, len(states)),
-                past_key_values=_btok_cache(cache, rows, btok_positions, states.shape[1]),
-                use_cache=True,
-                return_dict=True,
-            ).last_hidden_state  # (R, N - 1, D)
-            predictors = torch.cat([predictors, read], 1)
-        owner = rows[:, None].expand_as(ids)[mask]
-        output[NLL_KEY] = _row_nll(transformer, predictors[mask], ids[mask], owner, len(states), head)
-        return output
-
-    with ExitStack() as stack:
-        # sentence-transformers calls the backbone's `forward` itself, past its hooks: a text-only backbone, which is
-        # its own decoder, gets the cache as a feature. Inside a multimodal one the decoder is called as a module.
-        if decoder is transformer.model:
-            keeping = transformer.register_forward_pre_hook(pass_cache)
-        else:
-            keeping = decoder.register_forward_pre_hook(keep_cache, with_kwargs=True)
-        stack.callback(keeping.remove)
-        stack.callback(transformer.register_forward_hook(read_target).remove)
-        yield
+def _behind_btoks(mask: Tensor, num_btoks: int) -> Tensor:
+    """(R, N) real target tokens -> (R, K + N - 1) what a target's tokens may read: all BToks and earlier targets."""
+    return torch.cat([mask.new_ones(len(mask), num_btoks), mask[:, :-1]], 1).long()
 
 
 def _btok_cache(cache: DynamicCache, rows: Tensor, btok_positions: Tensor, width: int) -> DynamicCache:
@@ -234,12 +304,3 @@ def _padded(targets: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor
     ids = pad_sequence([targets[row] for row in rows], batch_first=True).to(device)
     sizes = torch.tensor([len(targets[row]) for row in rows], device=device)
     return torch.tensor(rows, device=device), ids, torch.arange(ids.shape[1], device=device) < sizes[:, None]
-
-
-def _row_nll(
-    transformer: Transformer, states: Tensor, labels: Tensor, rows: Tensor, batch_size: int, head: Tensor | None
-) -> Tensor:
-    """(M, D) predicting states and their (M,) labels and rows -> (B,) summed NLL."""
-    matrix = embedding_matrix(transformer.model) if head is None else head
-    nll = condensation_nll(states, labels, matrix)
-    return nll.new_zeros(batch_size).index_add(0, rows, nll)
