@@ -2,23 +2,33 @@
 
 Axis letters, fixed for the whole package: B batch, T tokens, K bottleneck tokens, D width, V vocabulary, N target
 tokens of a row, M target tokens of a batch.
+
+Importing this package loads nothing heavy: a public name brings its module along when it is first asked for (PEP 562),
+so that `st-btok --help` answers at once and reading a PDF needs no LoRA.
 """
 
-from st_btok.adapters import btok_lora_config, merge_adapters, save_trained
-from st_btok.budgets import read_budget
-from st_btok.chat_template import append_btoks, plain_template
-from st_btok.inputs.encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
-from st_btok.inputs.pdf import pdf_pages
-from st_btok.model import build_model
-from st_btok.pooling import BTokPooling
-from st_btok.tokens import add_btoks, btok_ids, btok_tokens
-from st_btok.tools.explain import btok_attention, decode_btoks
-from st_btok.training.attention import condensation_attention, condensation_mask, register_condensation_attention
-from st_btok.training.cached_losses import CachedBTokLoss
-from st_btok.training.likelihood import condensation_nll
-from st_btok.training.lm_head import TrainedHead, save_lm_head
-from st_btok.training.losses import BTokLoss
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from st_btok.version import __version__
+
+if TYPE_CHECKING:  # what type checkers, editors and the documentation read
+    from st_btok.adapters import btok_lora_config, merge_adapters, save_trained
+    from st_btok.budgets import read_budget
+    from st_btok.chat_template import append_btoks, plain_template
+    from st_btok.inputs.encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
+    from st_btok.inputs.pdf import pdf_pages
+    from st_btok.model import build_model
+    from st_btok.pooling import BTokPooling
+    from st_btok.tokens import add_btoks, btok_ids, btok_tokens
+    from st_btok.tools.explain import btok_attention, decode_btoks
+    from st_btok.training.attention import condensation_attention, condensation_mask, register_condensation_attention
+    from st_btok.training.cached_losses import CachedBTokLoss
+    from st_btok.training.likelihood import condensation_nll
+    from st_btok.training.lm_head import TrainedHead, save_lm_head
+    from st_btok.training.losses import BTokLoss
 
 __all__ = [
     "__version__",
@@ -50,3 +60,40 @@ __all__ = [
     "save_lm_head",
     "save_trained",
 ]
+
+# Where each public name lives: what `__getattr__` reads, and the same as above (tested).
+_MODULES = {
+    "st_btok.adapters": ("btok_lora_config", "merge_adapters", "save_trained"),
+    "st_btok.budgets": ("read_budget",),
+    "st_btok.chat_template": ("append_btoks", "plain_template"),
+    "st_btok.inputs.encoding": (
+        "CheckedEmbeddings",
+        "CheckedInputs",
+        "SkippedInput",
+        "checked_inputs",
+        "encode_checked",
+    ),
+    "st_btok.inputs.pdf": ("pdf_pages",),
+    "st_btok.model": ("build_model",),
+    "st_btok.pooling": ("BTokPooling",),
+    "st_btok.tokens": ("add_btoks", "btok_ids", "btok_tokens"),
+    "st_btok.tools.explain": ("btok_attention", "decode_btoks"),
+    "st_btok.training.attention": ("condensation_attention", "condensation_mask", "register_condensation_attention"),
+    "st_btok.training.cached_losses": ("CachedBTokLoss",),
+    "st_btok.training.likelihood": ("condensation_nll",),
+    "st_btok.training.lm_head": ("TrainedHead", "save_lm_head"),
+    "st_btok.training.losses": ("BTokLoss",),
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
+
+if not TYPE_CHECKING:  # a module `__getattr__` that type checkers see would let every misspelt name pass
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_PLACES[name]), name)
+        globals()[name] = value  # the next look-up does not come here
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

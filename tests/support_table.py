@@ -1,18 +1,17 @@
-"""The support table of the README: `python -m tests.support_table [--write README.md ...]`.
+"""The support table of `docs/support.md`: `python -m tests.support_table` measures it and writes it there.
 
 Every cell comes from running `check` on the tiny backbone of that family; nothing is typed but the names.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from st_btok.tools.check import Verdict, check
 from tests.backbones import BUILDERS, build
 
 BEGIN, END = "<!-- support table -->", "<!-- /support table -->"
-STORED = Path(__file__).parent / "support_table.md"
+PAGE = Path(__file__).parent.parent / "docs" / "support.md"
 NAMES = {
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
@@ -100,8 +99,7 @@ def table() -> str:
 
 def section(path: Path) -> str:
     """What stands between the markers of a file; empty where it has none."""
-    text = path.read_text() if path.exists() else ""
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
+    return path.read_text().partition(BEGIN)[2].partition(END)[0].strip()
 
 
 def write(path: Path, markdown: str) -> None:
@@ -114,14 +112,9 @@ def write(path: Path, markdown: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure every tiny backbone and print the support table.")
-    parser.add_argument("--write", type=Path, nargs="+", default=[], help="files whose marked section to replace")
-    options = parser.parse_args()
     markdown = table()
     print(markdown)
-    STORED.write_text(f"{BEGIN}\n{markdown}\n{END}\n")
-    for path in options.write:
-        write(path, markdown)
+    write(PAGE, markdown)
 
 
 if __name__ == "__main__":

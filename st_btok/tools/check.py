@@ -1,4 +1,4 @@
-"""What holds for a backbone, measured: `python -m st_btok.tools.check NAME_OR_PATH`, or `check(backbone)`.
+"""What holds for a backbone, measured: `st-btok check NAME_OR_PATH`, or `check(backbone)`.
 
 Every invariant that the package promises for its tested families is measured on the given model, on a few short
 inputs, in float32. Each becomes a `Verdict`: the measured number, its bound, and what the number means. Nothing is
@@ -7,11 +7,9 @@ taken from a list of known architectures.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,34 +112,25 @@ def _measure(name: str, measure: Callable[[], Measured]) -> Verdict:
     return Verdict(name, "ok" if holds else "failed", value, bound, note, at_least)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line.
+def main(backbone: str, template: str, max_pixels: int | None, gguf_file: str | None, json: Path | None) -> int:
+    """The command `st-btok check`; its arguments are described in `tools/command.py`.
 
     Args:
-        arguments: Default: those of the process.
+        backbone: Hub name or path.
+        template: `"chat"` or `"plain"`.
+        max_pixels: Largest image area.
+        gguf_file: Name of a .gguf file inside `backbone`.
+        json: File for the verdicts.
 
     Returns:
         1 if a verdict is `"failed"`, else 0.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m st_btok.tools.check", description="Measure what holds for a backbone."
-    )
-    parser.add_argument("backbone", help="hub name or path of a language model, or of a finished BTok model")
-    parser.add_argument("--template", choices=("chat", "plain"), default="chat")
-    parser.add_argument("--max-pixels", type=int, help="largest image area; fewer pixels are faster")
-    parser.add_argument("--gguf-file", help="name of the .gguf file inside the path")
-    parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
-    options = parser.parse_args(arguments)
-    extra: dict[str, Any] = {"template": options.template, "max_pixels": options.max_pixels, "device": "cpu"}
-    if options.gguf_file:
-        extra["model_kwargs"] = {"gguf_file": options.gguf_file}
-    verdicts = check(options.backbone, progress=lambda verdict: print(verdict, flush=True), **extra)
-    if options.json:
-        options.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
+    options: dict[str, Any] = {"template": template, "max_pixels": max_pixels, "device": "cpu"}
+    if gguf_file:
+        options["model_kwargs"] = {"gguf_file": gguf_file}
+    verdicts = check(backbone, progress=lambda verdict: print(verdict, flush=True), **options)
+    if json:
+        json.write_text(dumps([asdict(verdict) for verdict in verdicts], indent=1) + "\n")
     failed = sum(verdict.status == "failed" for verdict in verdicts)
     print(f"{failed} of {len(verdicts)} failed" if failed else "nothing failed")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

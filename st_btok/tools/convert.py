@@ -1,6 +1,6 @@
 """Convert a checkpoint of the authors' release into a plain sentence-transformers checkpoint.
 
-    python -m st_btok.tools.convert SRC DST [--base BASE]
+    st-btok convert SRC DST [--base BASE]
 
 SRC is a directory that the release (siyryuson/BottleneckTokens) wrote: a full checkpoint, or a PEFT adapter (LoRA or
 DoRA with trained token rows) whose base model is a reference-mode directory. DST gets stock modules, so it loads with
@@ -24,9 +24,9 @@ by design, in nats per token of the golden pairs (random weights, `tests/st_btok
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -343,15 +343,17 @@ def _assemble(
     return SentenceTransformer(modules=[model[0], head, Normalize()], device="cpu", similarity_fn_name="cosine")
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m st_btok.tools.convert", description=__doc__.splitlines()[0])
-    parser.add_argument("src", help="directory of a full checkpoint or an adapter")
-    parser.add_argument("dst", help="directory to write; must not exist")
-    parser.add_argument("--base", help="base model directory or backbone, where the paths in SRC are no longer valid")
-    arguments = parser.parse_args()
-    convert(arguments.src, arguments.dst, arguments.base)
+def main(src: str, dst: str, base: str | None) -> int:
+    """The command `st-btok convert`; its arguments are described in `tools/command.py`.
 
+    Args:
+        src: Directory of the release's checkpoint.
+        dst: Directory to write.
+        base: Where the base model of an adapter is.
 
-if __name__ == "__main__":
-    main()
+    Returns:
+        0.
+    """
+    written = convert(src, dst, base)
+    sys.stdout.write(f"written: {written}; load it with SentenceTransformer({str(written)!r})\n")
+    return 0

@@ -1,6 +1,6 @@
 """Draw the attention of bottleneck tokens as heat maps, and say what they can generate.
 
-    python -m st_btok.tools.explain_figure MODEL --image page.png --text "what city?" --out heat.png
+    st-btok explain MODEL --image page.png --text "what city?" --out heat.png
 
 Each row of panels is an image or a step in time of a video, each column a bottleneck token; below, one strip for the
 text. Colours are linear and share one scale within an image or video and within the text.
@@ -8,7 +8,6 @@ text. Colours are linear and share one scale within an image or video and within
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,30 +112,40 @@ def _draw_strip(axis: Any, attention: BTokAttention, positions: list[int], highe
         side.set_visible(False)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m st_btok.tools.explain_figure", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("model", help="path or hub name of a BTok model")
-    parser.add_argument("--image", help="path of an image")
-    parser.add_argument("--text", help="text, alone or beside the image")
-    parser.add_argument("--prompt", help="instruction of the input")
-    parser.add_argument("--out", default="explain.png", help="PNG to write (default explain.png)")
-    parser.add_argument("--layers", type=int, nargs="+", help="layers to average over, -1 is the last (default: all)")
-    parser.add_argument("--beams", type=int, default=1, help="hypotheses of the generated text (default 1, greedy)")
-    arguments = parser.parse_args()
-    if not arguments.image and not arguments.text:
-        parser.error("give an --image, a --text or both")
-    image = Image.open(arguments.image).convert("RGB") if arguments.image else None
-    sample: Any = {key: value for key, value in (("image", image), ("text", arguments.text)) if value}
-    model = SentenceTransformer(arguments.model)
-    decoded = decode_btoks(model, [sample], num_beams=arguments.beams, prompt=arguments.prompt)[0]
-    attention = btok_attention(model, sample, arguments.layers, prompt=arguments.prompt)
-    pictures = [image] if image and len(attention.media) == 1 else []
-    draw_attention(attention, arguments.out, pictures, f"generated from the bottleneck tokens: “{decoded.text}”")
-    sys.stdout.write(f"generated from the bottleneck tokens: {decoded.text!r}\nheat maps: {arguments.out}\n")
+def main(
+    model: str,
+    image: str | None,
+    text: str | None,
+    prompt: str | None,
+    out: str,
+    layers: list[int] | None,
+    beams: int,
+) -> int:
+    """The command `st-btok explain`; its arguments are described in `tools/command.py`.
 
+    Args:
+        model: Path or hub name.
+        image: Path of an image.
+        text: Text, alone or beside the image.
+        prompt: Instruction of the input.
+        out: PNG to write.
+        layers: Layers to average over; None for all.
+        beams: Hypotheses of the generated text.
 
-if __name__ == "__main__":
-    main()
+    Returns:
+        0.
+
+    Raises:
+        ValueError: If there is neither an image nor a text.
+    """
+    if not image and not text:
+        raise ValueError("there must be something to look at. Give an --image, a --text or both.")
+    picture = Image.open(image).convert("RGB") if image else None
+    sample: Any = {key: value for key, value in (("image", picture), ("text", text)) if value}
+    loaded = SentenceTransformer(model)
+    decoded = decode_btoks(loaded, [sample], num_beams=beams, prompt=prompt)[0]
+    attention = btok_attention(loaded, sample, layers, prompt=prompt)
+    pictures = [picture] if picture and len(attention.media) == 1 else []
+    draw_attention(attention, out, pictures, f"generated from the bottleneck tokens: “{decoded.text}”")
+    sys.stdout.write(f"generated from the bottleneck tokens: {decoded.text!r}\nheat maps: {out}\n")
+    return 0

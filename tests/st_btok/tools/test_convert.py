@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,8 @@ from sentence_transformers import SentenceTransformer
 
 from st_btok import btok_ids, condensation_attention, condensation_nll
 from st_btok.tools import convert as convert_module
-from st_btok.tools.convert import convert, main
+from st_btok.tools.command import main
+from st_btok.tools.convert import convert
 from st_btok.training.targets import join_targets
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -402,10 +402,9 @@ def test_a_filled_target_is_not_touched(authors, tmp_path):
         convert(tmp_path / "nowhere", tmp_path / "dst")
 
 
-def test_command_line(authors, tmp_path, monkeypatch):
+def test_command_line(authors, tmp_path):
     empty = tmp_path / "dst"
     empty.mkdir()
     command = ["convert", str(authors / "btoks_peft_adapter"), str(empty), "--base", str(authors / "btoks_reference")]
-    monkeypatch.setattr(sys, "argv", command)
-    main()
+    assert main(command) == 0
     assert (empty / "modules.json").exists() and oct(empty.stat().st_mode)[-3:] != "700"

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from st_btok import btok_ids, build_model, condensation_attention, condensation_nll
 from st_btok.anatomy import find_btoks
+from st_btok.tools.command import main
 from st_btok.tools.explain import BTokAttention, Medium, _search, btok_attention, decode_btoks, find_media
-from st_btok.tools.explain_figure import draw_attention, main
+from st_btok.tools.explain_figure import draw_attention
 from st_btok.training.targets import ContentReader, join_targets
 from tests.backbones import build, clip, picture
 
@@ -278,12 +279,11 @@ def test_figures_of_every_kind_of_input(qwen, tmp_path):
         draw_attention(btok_attention(qwen, samples["bare"][0]), tmp_path / "no.png", [picture()])
 
 
-def test_command_line(qwen, tmp_path, monkeypatch, capsys):
+def test_command_line(qwen, tmp_path, capsys):
     qwen.save_pretrained(str(tmp_path / "model"))
     picture(56, 56).save(tmp_path / "in.png")
     command = ["explain", str(tmp_path / "model"), "--image", str(tmp_path / "in.png"), "--text", "what?"]
-    monkeypatch.setattr(sys, "argv", [*command, "--out", str(tmp_path / "out.png"), "--layers", "-1", "--beams", "2"])
-    main()
+    assert main([*command, "--out", str(tmp_path / "out.png"), "--layers", "-1", "--beams", "2"]) == 0
     assert "generated from the bottleneck tokens: " in capsys.readouterr().out
     assert Image.open(tmp_path / "out.png").size[0] > 100
     assert btok_ids(qwen.tokenizer)

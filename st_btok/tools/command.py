@@ -1,0 +1,101 @@
+"""The console script `st-btok`: one light file that knows every command's arguments, and nothing heavy.
+
+Each command is a function here that describes its arguments (the docstring is its help), and a `main` with the same
+names as keyword arguments in the module that does the work. That module is imported after parsing: torch and
+transformers take ten seconds to load, and `--help` or a mistyped option should not wait for them. A new command is a
+function and a line in `COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from st_btok.version import __version__
+
+
+def check(parser: argparse.ArgumentParser) -> None:
+    """Measure what holds for a backbone: one verdict a line, exit status 1 if one fails."""
+    parser.add_argument("backbone", help="hub name or path of a language model, or of a finished BTok model")
+    parser.add_argument("--template", choices=("chat", "plain"), default="chat", help="layout (default: chat)")
+    parser.add_argument("--max-pixels", type=int, help="largest image area in pixels; fewer are faster")
+    parser.add_argument("--gguf-file", help="name of the .gguf file inside the path")
+    parser.add_argument("--json", type=Path, help="also write the verdicts to this file")
+
+
+def convert(parser: argparse.ArgumentParser) -> None:
+    """Turn a checkpoint of the authors' release into a plain sentence-transformers checkpoint."""
+    parser.add_argument("src", help="directory of a full checkpoint, or of a LoRA or DoRA adapter")
+    parser.add_argument("dst", help="directory to write; must not exist, or be empty")
+    parser.add_argument("--base", help="base model directory or backbone, where the paths in SRC are no longer valid")
+
+
+def explain(parser: argparse.ArgumentParser) -> None:
+    """Draw where the bottleneck tokens look, and write what they alone can generate."""
+    parser.add_argument("model", help="path or hub name of a BTok model")
+    parser.add_argument("--image", help="path of an image")
+    parser.add_argument("--text", help="text, alone or beside the image")
+    parser.add_argument("--prompt", help="instruction of the input")
+    parser.add_argument("--out", default="explain.png", help="PNG to write (default: explain.png)")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to average over, -1 is the last (default: all)")
+    parser.add_argument("--beams", type=int, default=1, help="hypotheses of the generated text (default: 1, greedy)")
+
+
+# Name of a command: its arguments, and the module whose `main` takes them.
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "check": (check, "st_btok.tools.check"),
+    "convert": (convert, "st_btok.tools.convert"),
+    "explain": (explain, "st_btok.tools.explain_figure"),
+}
+
+
+def parser_of_all() -> argparse.ArgumentParser:
+    """The parser of `st-btok` with a sub-parser for each of `COMMANDS`.
+
+    Returns:
+        A parser whose result holds the command's name as `command`, beside the command's own arguments.
+    """
+    parser = argparse.ArgumentParser(prog="st-btok", description="Bottleneck-token embeddings: tools around a model.")
+    parser.add_argument("--version", action="version", version=f"st_btok {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (describe, _) in COMMANDS.items():
+        summary = (describe.__doc__ or "").strip()
+        describe(commands.add_parser(name, help=summary, description=summary))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    An error that this package raises on purpose becomes one line; any other keeps its traceback, which a report of a
+    bug needs.
+
+    Args:
+        arguments: Default: those of the process.
+
+    Returns:
+        The exit status: what the command returns (0: fine), or 2 for an error in what it was given.
+    """
+    options = vars(parser_of_all().parse_args(arguments))
+    name = options.pop("command")
+    try:
+        return import_module(COMMANDS[name][1]).main(**options)
+    except (OSError, ValueError, ImportError) as error:
+        if not _raised_by_us(error):
+            raise
+        sys.stderr.write(f"st-btok {name}: {error}\n")
+        return 2
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether the line that raised is one of this package, so that the message was written for the user."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").startswith("st_btok.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
