@@ -27,8 +27,11 @@ def chance_level(data: RetrievalSplitData, metric: str) -> float:
         raise ValueError(f"chance is known for hit@1 and ndcg_linear@5, got {metric!r}")
     total = 0.0
     for query_id, grades in data["relevant_docs"].items():
-        size = len(data["top_ranked"][query_id] if data["top_ranked"] else data["corpus"])
-        gains = sorted(grades.values(), reverse=True)
+        listed = data["top_ranked"][query_id] if data["top_ranked"] else None
+        size = len(data["corpus"] if listed is None else listed)
+        # a right candidate outside the query's own list (MVBench has some) can't be hit
+        found = grades if listed is None else {document: grades[document] for document in grades if document in listed}
+        gains = sorted(found.values(), reverse=True)
         if metric == "hit@1":
             total += len(gains) / size
             continue

@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Modality = Literal["image", "video", "visdoc"]
+Protocol = Literal["vlm2vec", "btoks"]
+PROTOCOLS: tuple[Protocol, ...] = ("vlm2vec", "btoks")
+"""Whose rules decide pools and texts: the benchmark's harness (the default everywhere), or the paper's release."""
+IMAGE_TOKEN = "<|image_1|>"
+"""Stands for an image in the hub's texts, whatever the model; `MediaFirstEncoder` puts the model's own in its place."""
 
 GROUPS: dict[str, Modality] = {
     "I-CLS": "image",
@@ -48,6 +53,7 @@ class MMEBDataset:
         subsets: Configurations read one after another and concatenated (MVBench).
         num_candidates: Size of the corpus (global) or of every list (local); `None` where unknown or varying.
         graded: Relevance has more than one positive grade.
+        protocol: Whose rules decide pools and texts; see `mmeb_v2.protocols.with_protocol`.
     """
 
     name: str
@@ -71,3 +77,4 @@ class MMEBDataset:
     subsets: tuple[str, ...] = ()
     num_candidates: int | None = None
     graded: bool = False
+    protocol: Protocol = "vlm2vec"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -38,10 +39,13 @@ class Item:
     image: str | bytes | None = None
     video: tuple[str | bytes, ...] = ()
 
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing to see and nothing to read."""
+        return not self.text.strip() and self.image is None and not self.video
+
     def check(self) -> None:
-        """Raise `BrokenMediaError` when there is nothing to encode or a file can't be decoded."""
-        if not self.text.strip() and self.image is None and not self.video:
-            raise BrokenMediaError("empty text and no media")
+        """Raise `BrokenMediaError` when a file can't be decoded."""
         for path in (*self.video, *((self.image,) if self.image else ())):
             check_image(path)
 
@@ -59,13 +63,15 @@ class BrokenRow:
 class LoadedDataset:
     """What a loader returns: mteb's data, what had to be left out of it, and which version of the data it is.
 
-    `versions` maps hub ids to commits, or to hashes of local files; empty for generated data.
+    `versions` maps hub ids to commits, or to hashes of local files; empty for generated data. `oddities` counts rows
+    that are kept although they are odd, because the benchmark's harness keeps them: what -> number.
     """
 
     data: RetrievalSplitData
     broken: tuple[BrokenRow, ...]
     skipped_queries: int
     versions: Mapping[str, str] = field(default_factory=dict)
+    oddities: Mapping[str, int] = field(default_factory=dict)
 
 
 def document_id(key: str) -> str:
@@ -111,6 +117,11 @@ class SplitBuilder:
         self._lists: dict[str, list[str]] = {}
         self._broken: list[BrokenRow] = []
         self._skipped = 0
+        self._odd: Counter[str] = Counter()
+
+    def remark(self, what: str) -> None:
+        """Count something odd that stays in, because the benchmark's harness keeps it too."""
+        self._odd[what] += 1
 
     def report(self, index: int, reason: str) -> None:
         """Record and log something that is left out of row `index`."""
@@ -138,6 +149,8 @@ class SplitBuilder:
             return False
         try:
             item.check()
+            if item.blank:  # the harness ranks an empty text like any other
+                self.remark("blank candidates")
         except BrokenMediaError as error:
             self._refused.add(item.key)
             self.report(index, f"candidate {item.key!r} left out: {error}")
@@ -145,7 +158,15 @@ class SplitBuilder:
         self._pool[item.key] = item
         return True
 
-    def ask(self, index: int, item: Item, gold: Mapping[str, int], own: Iterable[Item] | None = None) -> None:
+    def ask(
+        self,
+        index: int,
+        item: Item,
+        gold: Mapping[str, int],
+        own: Iterable[Item] | None = None,
+        *,
+        answerable: bool = True,
+    ) -> None:
         """Add the query of row `index`.
 
         Args:
@@ -153,15 +174,19 @@ class SplitBuilder:
             item: The query.
             gold: Identity keys of the right candidates -> grade (>= 1).
             own: The query's own candidates; `None` where it ranks the whole pool.
+            answerable: Whether a right candidate must be among those it ranks. If not, the query counts as missed.
         """
         try:
+            if item.blank:
+                raise BrokenMediaError("empty text and no media")
             item.check()
         except BrokenMediaError as error:
             self.skip(index, str(error))
             return
         listed = None if own is None else {c.key for c in own if self.offer(index, c)}
         reachable = self._pool.keys() if listed is None else listed
-        relevant = {document_id(key): grade for key, grade in gold.items() if key in reachable}
+        usable = gold if not answerable else {key: grade for key, grade in gold.items() if key in reachable}
+        relevant = {document_id(key): grade for key, grade in usable.items()}
         if not relevant:
             self.skip(index, f"none of its {len(gold)} right candidates can be used")
             return
@@ -192,7 +217,7 @@ class SplitBuilder:
             relevant_docs=self._relevant,
             top_ranked=self._lists or None,
         )
-        return LoadedDataset(data, tuple(self._broken), self._skipped)
+        return LoadedDataset(data, tuple(self._broken), self._skipped, oddities=dict(self._odd))
 
 
 def to_dataset(items: list[tuple[str, Item]]) -> Dataset:
@@ -203,10 +228,17 @@ def to_dataset(items: list[tuple[str, Item]]) -> Dataset:
     columns: dict[str, list] = {"id": [item_id for item_id, _ in items]}
     features = {"id": Value("string"), "text": Value("string")}
     if any(item.image for _, item in items):
-        columns["image"], features["image"] = [item.image for _, item in items], Image()
+        columns["image"], features["image"] = [_stored(item.image) for _, item in items], Image()
     if any(item.video for _, item in items):
         columns["video"] = [list(item.video) or None for _, item in items]
         in_memory = any(isinstance(frame, bytes) for _, item in items for frame in item.video)
         features["video"] = List(Value("binary" if in_memory else "string"))
     columns["text"] = [item.text for _, item in items]
     return with_videos(Dataset.from_dict(columns, features=Features({name: features[name] for name in columns})))
+
+
+def _stored(image: str | bytes | None) -> dict[str, str | bytes | None] | None:
+    """An image as its column stores it; a column may mix paths and bytes (crops that had to be enlarged)."""
+    if not image:
+        return None
+    return {"bytes": image, "path": None} if isinstance(image, bytes) else {"bytes": None, "path": image}

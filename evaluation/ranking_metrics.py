@@ -31,8 +31,7 @@ def leaderboard_metrics(
     """
     values: dict[str, list[float]] = {}
     for query, grades in relevant.items():
-        scores = results.get(query, {})
-        ranked = sorted(scores, key=lambda document: (scores[document], document), reverse=True)
+        ranked = _ranked(results.get(query, {}))
         gains = [grades.get(document, 0) for document in ranked]
         for k in CUTOFFS:
             found = {
@@ -43,6 +42,49 @@ def leaderboard_metrics(
             for name, value in found.items():
                 values.setdefault(name, []).append(value)
     return {name: fmean(found) for name, found in values.items()}
+
+
+def official_ndcg(
+    relevant: Mapping[str, Mapping[str, int]], results: Mapping[str, Mapping[str, float]], k: int = 5
+) -> float | None:
+    """The linear nDCG@k that the benchmark's harness prints, which differs from nDCG where grades are mixed.
+
+    The harness de-duplicates the right documents through a set, which reorders them, and pairs them with the grades
+    in the old order (`metrics.py:214` and `:183`), so a grade can land on another document: a perfect ranking of
+    grades 1 and 2 scores 0.860. Whole numbers leave a set in an order that only depends on them, so the slip can be
+    repeated; strings leave it in another order in every process, and then there is no number to repeat.
+
+    Args:
+        relevant: Query -> document -> grade, at least 1; documents as `p` and the corpus' own id.
+        results: Query -> document -> score.
+        k: Cutoff.
+
+    Returns:
+        Mean over the queries; `None` where every query has one grade only (the harness' number is then the nDCG), or
+        where a document's id is no whole number.
+    """
+    if all(len(set(grades.values())) == 1 for grades in relevant.values()):
+        return None
+    values = []
+    for query, grades in relevant.items():
+        if not all(document[1:].isdigit() for document in grades):
+            return None
+        shuffled = list({int(document[1:]) for document in grades})
+        misplaced = dict(zip(shuffled, grades.values(), strict=True))
+        ranked = _ranked(results.get(query, {}))[:k]
+        gains = [misplaced.get(int(document[1:]), 0) if document[1:].isdigit() else 0 for document in ranked]
+        ideal = sorted(grades.values(), reverse=True)[:k]
+        values.append(_linear(gains) / _linear(ideal))
+    return fmean(values)
+
+
+def _ranked(scores: Mapping[str, float]) -> list[str]:
+    """Documents from the best to the worst; equal scores by id, from behind, as mteb ranks them."""
+    return sorted(scores, key=lambda document: (scores[document], document), reverse=True)
+
+
+def _linear(grades: Sequence[int]) -> float:
+    return sum(grade / math.log2(place + 2) for place, grade in enumerate(grades))
 
 
 def _gain(grades: Sequence[int]) -> float:

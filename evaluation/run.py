@@ -37,6 +37,7 @@ from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
 from evaluation.baselines import POOLINGS, load_model, wrap
+from evaluation.dataset import PROTOCOLS
 from evaluation.embedding.store import EmbeddingStore
 from evaluation.mini import mini_benchmark
 from evaluation.mmeb_v2.sources import DataRoot
@@ -74,6 +75,7 @@ def build_suite(options: argparse.Namespace) -> Benchmark:
         return mmeb_v2_benchmark(
             root,
             subset=options.subset,
+            protocol=options.protocol,
             fraction=options.fraction,
             seed=options.seed,
             page_split=options.page_split,
@@ -128,6 +130,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--pooling", choices=POOLINGS, help="read --model as a backbone and pool it this way")
     add("--suite", default="mini", help="mini, mmeb-v2 or mteb:<benchmark> (default: mini)")
     add("--data", help="folder with MMEB-V2's media and annotations")
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="vlm2vec",
+        help="whose rules score mmeb-v2: the benchmark's harness, or the paper's release (default: vlm2vec)",
+    )
     add("--offline", action="store_true", help="never read an annotation table from the hub")
     add("--subset", nargs="+", help="data sets, groups or modalities (default: all)")
     add("--fraction", type=float, default=1.0, help="part of the queries, in (0, 1] (mmeb-v2; default: 1)")
@@ -251,11 +259,15 @@ def describe(result: TaskResult) -> str:
     entry = next(iter(result.scores.values()))[0]
     if "mmeb_name" not in entry:
         return f"{line}  {result.task_name}"
+    protocol = f"protocol {entry['protocol']}, " if entry.get("protocol") else ""
     broken = f", {entry['broken_rows']} broken rows left out" if entry["broken_rows"] else ""
+    odd = "".join(f", {count} {what}" for what, count in entry.get("oddities", {}).items())
+    if "ndcg_official" in entry:
+        odd += f", nDCG@5 as the harness misaligns it {100 * entry['ndcg_official']:.1f}"
     data = "".join(f", {hub_id} at {version[:14]}" for hub_id, version in entry["data_versions"].items())
     return (
-        f"{line} (standard error {100 * entry['standard_error']:.1f})  {result.task_name}: split "
-        f"{entry['split_label']}, {entry['num_queries']} queries{broken}, chance {100 * entry['chance']:.1f}{data}"
+        f"{line} (standard error {100 * entry['standard_error']:.1f})  {result.task_name}: {protocol}split "
+        f"{entry['split_label']}, {entry['num_queries']} queries{broken}{odd}, chance {100 * entry['chance']:.1f}{data}"
     )
 
 

@@ -29,14 +29,16 @@ from evaluation.chance import chance_level
 from evaluation.embedding.encoding import MediaFirstEncoder
 from evaluation.embedding.fingerprint import checkpoint
 from evaluation.embedding.store import EmbeddingStore
+from evaluation.dataset import Protocol
 from evaluation.mmeb_v2 import GROUPS, MMEB_V2, MMEBDataset
 from evaluation.mmeb_v2.image import load_image
+from evaluation.mmeb_v2.protocols import with_protocol
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.mmeb_v2.video import load_video
 from evaluation.mmeb_v2.visdoc import PageSplit, load_visdoc, with_page_split
 from evaluation.mmeb_v2.visdoc_rows import BROKEN_PAGE_HUB_IDS
 from evaluation.pool import BrokenRow, LoadedDataset
-from evaluation.ranking_metrics import leaderboard_metrics
+from evaluation.ranking_metrics import leaderboard_metrics, official_ndcg
 
 _LOADERS = {"image": load_image, "video": load_video, "visdoc": load_visdoc}
 _METRICS = {"hit@1": ("hit_rate_at_1", "success_1"), "ndcg_linear@5": ("ndcg_at_5", "ndcg_cut_5")}
@@ -66,10 +68,11 @@ def category_of(row: MMEBDataset) -> str:
 
 def task_name(row: MMEBDataset, page_split: PageSplit, fraction: float, seed: int) -> str:
     """The name results are stored under; two different measurements never share one."""
+    # the protocol stands in every name, also the default's: a name without one would say nothing about whose rules
     page = "-fixed" if row.name in BROKEN_PAGE_HUB_IDS and page_split == "page-fixed" else ""
     part = "" if fraction == 1 else f".fraction{fraction:g}-seed{seed}"
     pin = f".revision-{row.revision[:8]}" if row.revision else ""
-    return f"MMEB-V2.{row.name}{page}{part}{pin}"
+    return f"MMEB-V2.{row.protocol}.{row.name}{page}{part}{pin}"
 
 
 class MMEBRetrieval(AbsTaskRetrieval):
@@ -81,6 +84,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
         name: Name results are stored under.
         eval_split: `test`, or `validation` or `train` where the suite has them.
         split_label: Version of the data, printed with every score.
+        protocol: Whose rules the score follows, printed with every score; empty for a suite that has one set of rules.
         fraction: Part of the queries that `load` returns, in (0, 1].
         sample_seed: Seed of that part.
         store: Where embeddings are kept; tasks that share one encode shared candidates once.
@@ -98,17 +102,19 @@ class MMEBRetrieval(AbsTaskRetrieval):
         name: str,
         eval_split: str = "test",
         split_label: str = "page-fixed",
+        protocol: str = "",
         fraction: float = 1.0,
         sample_seed: int = 0,
         store: EmbeddingStore | None = None,
         **kwargs: Any,
     ) -> None:
         self.row, self.eval_split, self.split_label = row, eval_split, split_label
-        self.fraction, self.sample_seed = fraction, sample_seed
+        self.protocol, self.fraction, self.sample_seed = protocol, fraction, sample_seed
         self.store = EmbeddingStore() if store is None else store  # an empty store is falsy
         self.broken: tuple[BrokenRow, ...] = ()
         self.skipped_queries = 0
         self.versions: Mapping[str, str] = {}
+        self.oddities: Mapping[str, int] = {}
         self._load = load
         self._own_metadata = _metadata(row, name, eval_split)
         super().__init__(**kwargs)
@@ -124,7 +130,8 @@ class MMEBRetrieval(AbsTaskRetrieval):
             return
         loaded = self._load()
         self.dataset = {"default": {self.eval_split: loaded.data}}
-        self.broken, self.skipped_queries, self.versions = loaded.broken, loaded.skipped_queries, loaded.versions
+        self.broken, self.skipped_queries = loaded.broken, loaded.skipped_queries
+        self.versions, self.oddities = loaded.versions, loaded.oddities
         self.data_loaded = True
 
     def evaluate(self, model: Any, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
@@ -147,12 +154,15 @@ class MMEBRetrieval(AbsTaskRetrieval):
         """What a report needs beside mteb's means: every query's score, its uncertainty, and what was measured."""
         values = {query_id: entry[_METRICS[self.row.metric][1]] for query_id, entry in scores.items()}
         asked = len(values) + self.skipped_queries
+        official = official_ndcg(qrels, results)
         return {
             "mmeb_name": self.row.name,
             "metric": self.row.metric,
             "group": self.row.group,
             "modality": self.row.modality,
             "split_label": self.split_label,
+            "protocol": self.protocol,
+            "oddities": dict(self.oddities),
             "data_versions": dict(self.versions),
             "fraction": self.fraction,
             "sample_seed": self.sample_seed,
@@ -164,6 +174,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
             "standard_error": standard_error(list(values.values()), len(values) / self.fraction),
             "per_query": {query_id: round(value, 6) for query_id, value in values.items()},
             **leaderboard_metrics(qrels, results),
+            **({} if official is None else {"ndcg_official": official}),
         }
 
 
@@ -208,6 +219,7 @@ def mmeb_task(
     row: MMEBDataset,
     root: str | Path | DataRoot,
     *,
+    protocol: Protocol = "vlm2vec",
     page_split: PageSplit = "page-fixed",
     fraction: float = 1.0,
     seed: int = 0,
@@ -218,6 +230,7 @@ def mmeb_task(
     Args:
         row: Which one.
         root: Folder with the data (see `sources`), or a `DataRoot`.
+        protocol: `vlm2vec` (the benchmark's harness, default) or `btoks` (the paper's release); see `protocols`.
         page_split: `page-fixed` (the leaderboard's) or `page`; see `visdoc.with_page_split`.
         fraction: Part of the queries to ask, in (0, 1]; default all.
         seed: Seed of that choice, default 0.
@@ -227,17 +240,18 @@ def mmeb_task(
         The task; it reads nothing yet.
 
     Raises:
-        ValueError: `fraction` outside (0, 1] or unknown `page_split`.
+        ValueError: `fraction` outside (0, 1], unknown `page_split` or `protocol`.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}: pass 1 for the complete data set")
-    chosen = with_page_split(row, page_split)
+    chosen = with_protocol(with_page_split(row, page_split), protocol)
     place = root if isinstance(root, DataRoot) else DataRoot(Path(root))
     return MMEBRetrieval(
         chosen,
         partial(_load, chosen, place, fraction, seed),
-        name=task_name(row, page_split, fraction, seed),
+        name=task_name(chosen, page_split, fraction, seed),
         split_label=page_split,
+        protocol=protocol,
         fraction=fraction,
         sample_seed=seed,
         store=store,
@@ -277,6 +291,7 @@ def mmeb_v2_benchmark(
     root: str | Path | DataRoot,
     *,
     subset: Sequence[str] | None = None,
+    protocol: Protocol = "vlm2vec",
     fraction: float = 1.0,
     seed: int = 0,
     page_split: PageSplit = "page-fixed",
@@ -288,6 +303,7 @@ def mmeb_v2_benchmark(
     Args:
         root: Folder with the data, or a `DataRoot`.
         subset: See `select_rows`; default all 78 data sets.
+        protocol: `vlm2vec`, the benchmark's own harness (default), or `btoks`, the paper's release.
         fraction: Part of the queries of each data set, in (0, 1].
         seed: Seed of that choice.
         page_split: Which version of the two `-page` data sets.
@@ -296,7 +312,7 @@ def mmeb_v2_benchmark(
         store: Where embeddings are kept; with a folder, a killed run continues within a data set. Default: memory.
 
     Returns:
-        The benchmark; its name holds the split, and the part if it is one.
+        The benchmark; its name holds the protocol and the split, and the part if it is one.
 
     Raises:
         ValueError: A revision for a data set that is not asked for.
@@ -306,12 +322,13 @@ def mmeb_v2_benchmark(
     rows = [replace(row, revision=pinned.pop(row.name, row.revision)) for row in select_rows(subset)]
     if pinned:
         raise ValueError(f"revisions name {sorted(pinned)}, which are not among the {len(rows)} data sets asked for")
-    tasks = [mmeb_task(row, root, page_split=page_split, fraction=fraction, seed=seed, store=store) for row in rows]
+    options: dict[str, Any] = {"page_split": page_split, "fraction": fraction, "seed": seed, "store": store}
+    tasks = [mmeb_task(row, root, protocol=protocol, **options) for row in rows]
     if fraction != 1:
         warnings.warn(f"fraction={fraction:g} of the queries (seed {seed}): an estimate, not a score", stacklevel=2)
     part = "" if len(rows) == len(MMEB_V2) and fraction == 1 else f", {len(rows)} of 78, fraction {fraction:g}"
     return Benchmark(
-        name=f"MMEB-V2({page_split}{part})",
+        name=f"MMEB-V2({protocol}, {page_split}{part})",
         tasks=tasks,
         description="Image, video and visual-document retrieval; plain mean over data sets.",
         reference=_REFERENCE,

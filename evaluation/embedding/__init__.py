@@ -1,4 +1,4 @@
 """Encoding for evaluation: every input once, stored under the model's and the corpus' fingerprints.
 
-Rule: imports nothing of `evaluation` but its own files.
+Rule: imports the top of `evaluation` (rows and media), never a suite.
 """

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation.dataset import MMEBDataset
+from evaluation.media import enlarged
+from evaluation.mmeb_v2.image_texts import candidate_texts, query_text
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.pool import Item, LoadedDataset, SplitBuilder, sampled_rows
-
-_IMAGE_TOKEN = "<|image_1|>"  # stands for the image in the hub's texts; chat templates place it themselves
 
 
 def load_image(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: int = 0) -> LoadedDataset:
@@ -23,52 +23,60 @@ def load_image(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: in
         seed: Seed of that choice.
 
     Returns:
-        mteb's data with local candidate lists, and the broken rows.
+        mteb's data with local candidate lists (global for labels under `btoks`), and the broken rows.
     """
     table = read_table(row, root)
     builder = SplitBuilder(row)
+    images = _Images(row, root, builder)
+    if row.candidates == "global":  # the labels of every row are the pool, also of rows that are not asked
+        for index, record in enumerate(table):
+            for item in _ranked(row, _candidates(row, record, images)):
+                builder.offer(index, item)
     for index in sampled_rows(len(table), fraction, seed):
         record = table[index]
-        query = _query(row, root, record)
-        if row.family != "image" and query.image is None:
+        path = record["qry_img_path"] if row.family != "image" else ""
+        if row.family != "image" and not path:
             builder.skip(index, "column qry_img_path is empty, but this data set's queries have an image")
             continue
-        candidates = _candidates(row, root, record)
+        candidates = _candidates(row, record, images)
         if not candidates:
             builder.skip(index, "its candidate list is empty")
             continue
-        builder.ask(index, query, {candidates[0].key: 1}, candidates)
+        query = Item("query", query_text(row, record), image=images.shown(path) if path else None)
+        own = None if row.candidates == "global" else _ranked(row, candidates)
+        builder.ask(index, query, {candidates[0].key: 1}, own)
     return builder.build()
 
 
-def _query(row: MMEBDataset, root: DataRoot, record: Mapping[str, Any]) -> Item:
-    path = record["qry_img_path"] if row.family != "image" else ""
-    text = _fill(row.query_text, record, "qry_text", "qry_inst")
-    return Item("query", text, image=str(root.media(row, path)) if path else None)
+class _Images:
+    """The images of one data set by the path in its rows, looked up once each: a thousand lists share most of theirs."""
+
+    def __init__(self, row: MMEBDataset, root: DataRoot, builder: SplitBuilder) -> None:
+        self._row, self._root, self._builder = row, root, builder
+        self._known: dict[str, str | bytes] = {}
+
+    def shown(self, path: str) -> str | bytes:
+        """The image's own path, or the image enlarged where the harness enlarges it; empty for no path."""
+        if path not in self._known:
+            self._known[path] = enlarged(str(self._root.media(self._row, path))) if path else ""
+            if isinstance(self._known[path], bytes):
+                self._builder.remark("images enlarged to 56 x 56")
+        return self._known[path]
 
 
-def _candidates(row: MMEBDataset, root: DataRoot, record: Mapping[str, Any]) -> list[Item]:
-    texts = list(record["tgt_text"])
+def _candidates(row: MMEBDataset, record: Mapping[str, Any], images: _Images) -> list[Item]:
     if row.family == "text":
-        return [Item(text, text) for text in texts]
+        return [Item(text or "", text or "") for text in record["tgt_text"]]
     paths = list(record["tgt_img_path"])
-    captions = texts if len(texts) == len(paths) else [""] * len(paths)
+    captions = [caption or "" for caption in record["tgt_text"]]
+    captions = captions if len(captions) == len(paths) else [""] * len(paths)
     items = []
-    for path, caption in zip(paths, captions, strict=True):
-        text = _fill(row.candidate_text, {**record, "tgt_text": caption}, "tgt_text", "tgt_inst")
+    for path, caption, text in zip(paths, captions, candidate_texts(row, record, len(paths)), strict=True):
         key = path if row.family == "image" else f"{path}:{caption.strip(chr(34))}"
-        items.append(Item(key, text, image=str(root.media(row, path)) if path else ""))
+        items.append(Item(key, text, image=images.shown(path)))
     return items
 
 
-def _fill(template: str, record: Mapping[str, Any], column: str, instruction_column: str) -> str:
-    """The official text of a query or candidate from either repository.
-
-    TIGER-Lab/MMEB-eval has no instruction columns: there the text column already holds instruction and body.
-    """
-    body = (record[column] or "").replace(_IMAGE_TOKEN, "")
-    if instruction_column in record or "qry_inst" in record:
-        text = template.format_map({**record, column: body.strip()})
-    else:
-        text = body.strip() + template[len(template.rstrip()) :]
-    return text.replace(" \n", "\n")
+def _ranked(row: MMEBDataset, candidates: list[Item]) -> list[Item]:
+    """The candidates that are ranked: the harness keeps blank ones (OK-VQA has some), the release drops them."""
+    return [item for item in candidates if not item.blank] if row.protocol == "btoks" else candidates

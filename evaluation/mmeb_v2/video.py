@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evaluation.dataset import MMEBDataset
-from evaluation.media import BrokenMediaError, natural_key, stored_frames
+from evaluation.media import BrokenMediaError, enlarged, natural_key, stored_frames
+from evaluation.mmeb_v2.protocols import finished
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.mmeb_v2.video_rows import MOMENT_INSTRUCTIONS
 from evaluation.pool import Item, LoadedDataset, SplitBuilder, sampled_rows
 
 NUM_FRAMES = 8
-_LETTERS = "ABCDEFGH"
+_NO_DOT = 'rows with an option without ". "'
+_NO_ANSWER = "rows whose answer is not among their candidates"
 Record = Mapping[str, Any]
 
 
@@ -58,6 +61,10 @@ def load_video(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: in
     if row.family == "captions":  # every row's video is a candidate, also of the rows that are not asked
         for index, record in enumerate(table):
             _offer_video(builder, row, root, index, record)
+    if row.family == "mvbench" and row.candidates == "global":
+        for index, record in enumerate(table):
+            for item in _question(row, record).candidates:
+                builder.offer(index, item)
     ask = _FAMILIES[row.family]
     for index in kept:
         try:
@@ -77,14 +84,20 @@ def _records(row: MMEBDataset, root: DataRoot) -> Sequence[Record]:
 
 
 def _labels(row: MMEBDataset, root: DataRoot, table: Sequence[Record]) -> list[str]:
-    """The label set: `labels/<name>.txt` below the data root, else ours, else the labels that occur in the table."""
+    """The label set: `labels/<name>.txt` below the data root, else ours, else the labels that occur in the table.
+
+    Under `btoks` it is those that occur.
+    """
+    occurring = sorted({record["pos_text"] for record in table if record["pos_text"]})
+    if row.protocol == "btoks":
+        return occurring
     given = root.path / "labels" / f"{row.name}.txt"
     ours = Path(__file__).with_name(f"{row.name.lower()}_labels.txt")
     file = ours if ours.is_file() and not given.is_file() else given
     if file.is_file():
         labels = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
     else:
-        labels = sorted({record["pos_text"] for record in table if record["pos_text"]})
+        labels = occurring
     if len(set(labels)) != row.num_candidates:
         source = file if file.is_file() else "the annotation table"
         raise ValueError(
@@ -101,8 +114,12 @@ def _video(row: MMEBDataset, root: DataRoot, record: Record) -> tuple[str, ...]:
     return choose_frames(stored_frames(root.media(row, row.media_path.format_map(fields))))
 
 
+def _query(row: MMEBDataset, text: str, image: str | bytes | None = None, video: tuple[str, ...] = ()) -> Item:
+    return Item("query", finished(row, text), image=image, video=video)
+
+
 def _ask_label(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
-    query = Item("query", row.query_text, video=_video(row, root, record))
+    query = _query(row, row.query_text, video=_video(row, root, record))
     own = None if row.family == "labels" else [Item(label, label) for label in record["neg_text"]]
     builder.ask(index, query, {record["pos_text"]: 1}, own)
 
@@ -110,42 +127,85 @@ def _ask_label(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: i
 def _ask_question(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
     if not (record["question"] or "").strip():
         raise ValueError("column question is empty")
+    question = _question(row, record)
+    query = _query(row, question.text, video=_video(row, root, record))
+    if row.protocol == "vlm2vec" and any(option.text != option.key and ". " not in option.key for option in question.candidates):
+        builder.remark(_NO_DOT)
+    answerable = question.right in {option.key for option in question.candidates}
+    if not answerable:
+        if row.protocol == "btoks":
+            raise ValueError("column answer is not among the candidates")
+        builder.remark(_NO_ANSWER)
+    own = None if row.candidates == "global" else question.candidates
+    builder.ask(index, query, {question.right: 1}, own, answerable=answerable)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question with its options: the query's text, the candidates, and the key of the right one."""
+
+    text: str
+    candidates: list[Item]
+    right: str
+
+
+def _question(row: MMEBDataset, record: Record) -> _Question:
     shown, candidates, right = _OPTIONS[row.family](record)
     text = row.query_text.format_map({**record, "options": shown})
-    builder.ask(index, Item("query", text, video=_video(row, root, record)), {candidates[right].key: 1}, candidates)
+    if row.family in ("mvbench", "nextqa"):
+        text = text.rstrip()  # the harness does so after it has written the options
+    if row.protocol == "btoks":  # options keep their letters; MVBench's lose the blanks at their ends
+        candidates = [Item(key, key) for key in (_released(row, item.key) for item in candidates)]
+        right = _released(row, right)
+    return _Question(text, candidates, right)
+
+
+def _released(row: MMEBDataset, option: str) -> str:
+    return option.rstrip() if row.family == "mvbench" else option
 
 
 def _lettered(options: Sequence[str]) -> list[str]:
-    return [f"({letter}) {option}" for letter, option in zip(_LETTERS, options, strict=False)]
+    return [f"({chr(ord('A') + number)}) {option}" for number, option in enumerate(options)]
 
 
 def _after_letter(option: str) -> str:
-    """The option without its letter: the text after the first ". ", without dots and spaces around it."""
-    return option.split(". ", 1)[-1].strip(". ")
+    """The option after its first ". ", without dots and blanks around it; without one its last character.
+
+    The latter looks like a slip (`find` answers -1), but it is what the benchmark's harness shows and scores.
+    """
+    return option[option.find(". ") :].strip(". ")
 
 
-def _mvbench(record: Record) -> tuple[str, list[Item], int]:
+def _mvbench(record: Record) -> tuple[str, list[Item], str]:
+    """The right one is the last option that equals the answer; a missing answer is `(@)`, which no option is."""
     lettered = _lettered(record["candidates"])
-    return "\n".join(lettered), [Item(o, o) for o in lettered], list(record["candidates"]).index(record["answer"])
+    places = [place for place, option in enumerate(record["candidates"]) if option == record["answer"]]
+    right = lettered[places[-1]] if places else f"(@) {record['answer']}"
+    return "\n".join(lettered), [Item(option, option) for option in lettered], right
 
 
-def _nextqa(record: Record) -> tuple[str, list[Item], int]:
+def _nextqa(record: Record) -> tuple[str, list[Item], str]:
     options = [str(record[f"a{i}"]) for i in range(5)]
-    return "\n".join(_lettered(options)), [Item(o, o) for o in options], _position(record["answer"], 5)
+    candidates = [Item(option, option) for option in options]
+    return "\n".join(_lettered(options)), candidates, options[_position(record["answer"], 5)]
 
 
-def _videomme(record: Record) -> tuple[str, list[Item], int]:
+def _videomme(record: Record) -> tuple[str, list[Item], str]:
     options = list(record["options"])
-    return "\n".join(options), [Item(o, _after_letter(o)) for o in options], _LETTERS.index(record["answer"])
+    candidates = [Item(option, _after_letter(option)) for option in options]
+    return "\n".join(options), candidates, options["ABCD".index(record["answer"])]
 
 
-def _egoschema(record: Record) -> tuple[str, list[Item], int]:
+def _egoschema(record: Record) -> tuple[str, list[Item], str]:
     options = list(record["option"])
-    return " ".join(options), [Item(o, _after_letter(o)) for o in options], _position(record["answer"], len(options))
+    candidates = [Item(option, _after_letter(option)) for option in options]
+    return " ".join(options), candidates, options[_position(record["answer"], len(options))]
 
 
-def _activitynetqa(record: Record) -> tuple[str, list[Item], int]:
-    return "", [Item("yes", "yes"), Item("no", "no")], ("yes", "no").index(record["answer"])
+def _activitynetqa(record: Record) -> tuple[str, list[Item], str]:
+    if record["answer"] not in ("yes", "no"):
+        raise ValueError(f"column answer is {record['answer']!r}, expected yes or no")
+    return "", [Item("yes", "yes"), Item("no", "no")], record["answer"]
 
 
 def _position(answer: str | int, count: int) -> int:
@@ -171,7 +231,7 @@ def _ask_caption(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index:
     text = row.query_text.format_map(record)
     if text.strip() == row.query_text.split("{")[0].strip():
         raise ValueError("the caption is empty")
-    builder.ask(index, Item("query", text), {_caption_key(row, record): 1})
+    builder.ask(index, _query(row, text), {_caption_key(row, record): 1})
 
 
 def _ask_clip(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
@@ -182,7 +242,7 @@ def _ask_clip(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: in
     clips = [clip for clip in folder.iterdir() if clip.is_dir() and clip.name != "query"]
     clips.sort(key=lambda clip: natural_key(clip.name))
     gold = {f"{folder.name}/{clip.name}": 1 for clip in clips if clip.name.startswith("positive")}
-    query = Item("query", row.query_text.format_map(record), video=choose_frames(stored_frames(folder / "query")))
+    query = _query(row, row.query_text.format_map(record), video=choose_frames(stored_frames(folder / "query")))
     own = [item for clip in clips for item in _clip(builder, row, index, f"{folder.name}/{clip.name}", clip)]
     builder.ask(index, query, gold, own)
 
@@ -194,17 +254,19 @@ def _ask_moment(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: 
     if not (record["query"] or "").strip():
         raise ValueError("column query is empty")
     text = row.query_text.format(instruction=MOMENT_INSTRUCTIONS[kind], query=record["query"])
-    image: str | None = None
+    image: str | bytes | None = None
     video: tuple[str, ...] = ()
     if kind == "image":
         places = [root.media(row, f"query_{shown}"), root.media(row, "query_images", Path(shown).name)]
-        image = str(next((place for place in places if place.is_file()), places[0]))
+        image = enlarged(str(next((place for place in places if place.is_file()), places[0])))
+        if isinstance(image, bytes):
+            builder.remark("images enlarged to 56 x 56")
     if kind == "video":
         video = tuple(map(str, stored_frames(_moment_folder(row, root, shown))))
     right, wrong = ([entry["output_path"] for entry in record[f"{side}_frames"]] for side in ("positive", "negative"))
     folders = [(path, _moment_folder(row, root, path)) for path in (*right, *wrong)]
     own = [item for path, folder in folders for item in _clip(builder, row, index, path, folder, all_frames=True)]
-    builder.ask(index, Item("query", text, image=image, video=video), dict.fromkeys(right, 1), own)
+    builder.ask(index, _query(row, text, image, video), dict.fromkeys(right, 1), own)
 
 
 def _moment_folder(row: MMEBDataset, root: DataRoot, path: str) -> Path:
@@ -223,7 +285,7 @@ def _clip(
     yield Item(key, row.candidate_text, video=tuple(map(str, frames)) if all_frames else choose_frames(frames))
 
 
-_OPTIONS: dict[str, Callable[[Record], tuple[str, list[Item], int]]] = {
+_OPTIONS: dict[str, Callable[[Record], tuple[str, list[Item], str]]] = {
     "mvbench": _mvbench,
     "nextqa": _nextqa,
     "videomme": _videomme,

@@ -1,7 +1,7 @@
 """The 18 video rows of MMEB-V2. Videos are folders of at most 64 stored frames, of which eight are shown.
 
 The official archive and the paper authors' unpacked copy have different frame folders; a row names both.
-`mmeb_v2_k700_labels.txt` is the official label set of K700 (the 700 class names of Kinetics-700, CC BY 4.0): its 1,000
+`k700_labels.txt` is the official label set of K700 (the 700 class names of Kinetics-700, CC BY 4.0): its 1,000
 annotation rows need not show every class. The other label sets do occur in full, which is checked when they are read.
 """
 
@@ -127,6 +127,8 @@ VIDEO_DATASETS: tuple[MMEBDataset, ...] = (
             candidate_text=_WATCH, candidates="global", num_queries=queries,
             media_roots=(
                 f"video-tasks/frames/video_ret/{name}",
+                # the official script unpacks video_ret.tar.gz into video_ret, and the archive holds data/ziyan/...
+                f"video-tasks/frames/video_ret/data/ziyan/video_retrieval/{name}/frames",
                 f"video-tasks/frames/data/ziyan/video_retrieval/{name}/frames",
             ),
             media_path=path,

@@ -12,6 +12,7 @@ from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 from evaluation.dataset import MMEBDataset
 from evaluation.media import BrokenMediaError, check_image
+from evaluation.mmeb_v2.protocols import finished
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.mmeb_v2.visdoc_rows import BROKEN_PAGE_HUB_IDS
 from evaluation.pool import BrokenRow, LoadedDataset, sampled_rows
@@ -73,7 +74,7 @@ def load_visdoc(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: i
             broken.append(BrokenRow(row.name, index, f"query {query_id} skipped: {reason}"))
             continue
         ids.append(query_id)
-        texts.append(row.query_text.format(query=text))
+        texts.append(finished(row, row.query_text.format(query=text)))
     for entry in broken:
         logger.warning("%s, row %d: %s", entry.dataset, entry.index, entry.reason)
     if not ids:

@@ -26,8 +26,9 @@ def offline_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def picture(seed: int, form: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), np.uint8)
+def picture(seed: int, form: str = "PNG", size: tuple[int, int] = (30, 28)) -> bytes:
+    """Noise of `size` (height, width); at least 28 pixels a side, unless small ones are meant."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
     buffer = io.BytesIO()
     PILImage.fromarray(pixels).save(buffer, form)
     return buffer.getvalue()
@@ -62,9 +63,28 @@ def rows_to_columns(rows: list[dict]) -> dict:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def instruction(template: str, column: str) -> str:
+    """The instruction column's wording: the recorded text without the body, as the hub's rows have it."""
+    return template.replace(f" {{{column}}}", "").rstrip("\n")
+
+
+def image_record(row: MMEBDataset, index: int, listed: list[int]) -> dict:
+    """A row as on the hub: instructions with the image's token (also WebQA's and EDIS' text-only queries)."""
+    shows_image = row.family != "image" or row.name in ("WebQA", "EDIS")
+    has_caption = "{tgt_text}" in row.candidate_text
+    return {
+        "qry_inst": ("<|image_1|>\n" if shows_image else "") + instruction(row.query_text, "qry_text"),
+        "qry_text": f"body {index}" if "{qry_text}" in row.query_text else "",
+        "qry_img_path": f"q/{index}.jpg" if row.family != "image" else "",
+        "tgt_inst": "<|image_1|>\n" + instruction(row.candidate_text, "tgt_text"),
+        "tgt_text": [f"caption {c}" if has_caption else "" for c in listed],
+        "tgt_img_path": [f"c/{c}.png" if row.family != "text" else "" for c in listed],
+    }
+
+
 def write_image(row: MMEBDataset, root: Path, layout: int) -> Written:
-    """Four good rows; then: query image missing, positive broken (or blank), one blank or missing negative."""
-    media = root / row.media_roots[layout]
+    """Four good rows; then: query image missing, query image or positive cut off, a blank or missing negative."""
+    media = root / row.media_roots[layout % len(row.media_roots)]
     for i in range(7):
         put(media / f"q/{i}.jpg", picture(i, "JPEG"))
         put(media / f"c/{i}.png", picture(100 + i))
@@ -73,19 +93,9 @@ def write_image(row: MMEBDataset, root: Path, layout: int) -> Written:
     rows = []
     for i in range(7):
         others = [(i + step) % 4 for step in (1, 2)]
-        listed = [i, *others, others[0]]  # the last one is a duplicate
-        rows.append(
-            {
-                "qry_inst": "<|image_1|> inst",
-                "qry_text": f"body {i}",
-                "qry_img_path": f"q/{i}.jpg" if row.family != "image" else "",
-                "tgt_inst": "<|image_1|> tinst",
-                "tgt_text": [f'"caption {c}"' for c in listed],
-                "tgt_img_path": [f"c/{c}.png" for c in listed] if row.family != "text" else [""] * 4,
-            }
-        )
+        rows.append(image_record(row, i, [i, *others, others[0]]))  # the last one is a duplicate
     if row.family == "text":
-        rows[5]["tgt_text"][0] = " "
+        put(media / "q/5.jpg", picture(5, "JPEG")[:60])
         rows[6]["tgt_text"][1] = ""
     else:
         rows[6]["tgt_img_path"][1] = "c/none.png"
@@ -102,7 +112,7 @@ def write_labels(row: MMEBDataset, root: Path, layout: int) -> Written:
         rows = [{**r, "neg_text": ["label_0", "label_1", "label_2", "label_1"]} for r in rows]
     rows.append({**rows[0], "video_id": "none"})
     rows.append({**rows[0], "video_id": "cut"})
-    media = root / row.media_roots[layout]
+    media = root / row.media_roots[layout % len(row.media_roots)]
     if row.name == "K700":  # instead of the 700 official labels
         put(root / "labels/K700.txt", b"label_0\nlabel_1\nlabel_2\n")
     for i in range(6):
@@ -136,9 +146,11 @@ def write_questions(row: MMEBDataset, root: Path, layout: int) -> Written:
             }[row.family]
             | {"question": f"what is {i}?"}
         )
-    rows[5]["answer"] = {"mvbench": "none", "videomme": "E", "nextqa": 7, "egoschema": "7", "activitynetqa": "maybe"}[
-        row.family
-    ]
+    rows[5]["answer"] = {"videomme": "E", "nextqa": 7, "egoschema": "7", "activitynetqa": "maybe"}.get(
+        row.family, rows[5]["answer"]
+    )
+    if row.family == "mvbench":  # a missing answer is no broken row there
+        rows[5]["question"] = None
     rows[4]["question"] = "  "
     media = root / row.media_roots[layout % len(row.media_roots)]
     for i in range(6):
@@ -175,7 +187,7 @@ def write_captions(row: MMEBDataset, root: Path, layout: int) -> Written:
         }
         for name, caption in zip(names, captions, strict=True)
     ]
-    media = root / row.media_roots[layout]
+    media = root / row.media_roots[layout % len(row.media_roots)]
     for i, name in enumerate(names):
         if name != "v5":
             put_video(media / name, i)

@@ -256,7 +256,7 @@ def test_mmeb_v2_from_the_command_line_ends_in_a_leaderboard_file_that_says_it_i
     words += ["--data", str(data), "--subset", "CIRR", "MSVD", "ViDoSeek-page", "--device", "cpu", "--report"]
     main([*words, "--output", str(tmp_path / "out")])
     shown = capsys.readouterr().out
-    assert "MMEB-V2.CIRR: split page-fixed, 5 queries, 4 broken rows left out" in shown
+    assert "MMEB-V2.vlm2vec.CIRR: protocol vlm2vec, split page-fixed, 5 queries, 4 broken rows left out" in shown
     text = (tmp_path / "out/report/report.md").read_text()
     assert "(3 of 78)" in text and "| CIRR | I-RET | hit@1 | 5 of 1000 |" in text
     entry = json.loads(next((tmp_path / "out/report").glob("test__clip.json")).read_text())

@@ -113,7 +113,7 @@ def test_categories_are_valid_and_describe_the_rows():
     assert category_of(row_of("QVHighlight")) == "vt2vt"
     assert category_of(row_of("ViDoRe_docvqa")) == "t2it"
     benchmark = mmeb_v2_benchmark("nowhere")
-    assert len(benchmark.tasks) == 78 and benchmark.name == "MMEB-V2(page-fixed)"
+    assert len(benchmark.tasks) == 78 and benchmark.name == "MMEB-V2(vlm2vec, page-fixed)"
     assert len({task.metadata.name for task in benchmark.tasks}) == 78
 
 
@@ -130,13 +130,14 @@ def test_names_and_labels_keep_different_measurements_apart():
         warnings.simplefilter("error")
         names = [
             mmeb_task(row, "x", **options).metadata.name
-            for options in ({}, {"page_split": "page"}, {"fraction": 0.1}, {"fraction": 0.1, "seed": 1})
+            for options in ({}, {"page_split": "page"}, {"protocol": "btoks"}, {"fraction": 0.1}, {"fraction": 0.1, "seed": 1})
         ]
     assert names == [
-        "MMEB-V2.ViDoSeek-page-fixed",
-        "MMEB-V2.ViDoSeek-page",
-        "MMEB-V2.ViDoSeek-page-fixed.fraction0.1-seed0",
-        "MMEB-V2.ViDoSeek-page-fixed.fraction0.1-seed1",
+        "MMEB-V2.vlm2vec.ViDoSeek-page-fixed",
+        "MMEB-V2.vlm2vec.ViDoSeek-page",
+        "MMEB-V2.btoks.ViDoSeek-page-fixed",
+        "MMEB-V2.vlm2vec.ViDoSeek-page-fixed.fraction0.1-seed0",
+        "MMEB-V2.vlm2vec.ViDoSeek-page-fixed.fraction0.1-seed1",
     ]
     with pytest.warns(UserWarning, match="an estimate"):
         assert "78 of 78, fraction 0.5" in mmeb_v2_benchmark("x", fraction=0.5).name
@@ -306,7 +307,7 @@ def test_a_pinned_hub_revision_is_part_of_the_task_and_other_data_are_refused(wr
     written = write(row_of("HMDB51"))
     root = DataRoot(written.root, offline=True)
     task = mmeb_v2_benchmark(root, subset=["HMDB51"], revisions={"HMDB51": "abc"}).tasks[0]
-    assert task.metadata.dataset["revision"] == "abc" and task.metadata.name == "MMEB-V2.HMDB51.revision-abc"
+    assert task.metadata.dataset["revision"] == "abc" and task.metadata.name == "MMEB-V2.vlm2vec.HMDB51.revision-abc"
     with pytest.raises(ValueError, match="pinned to revision abc"):
         task.load_data()
     with pytest.raises(ValueError, match=r"name \['CIRR'\], which are not among the 1"):

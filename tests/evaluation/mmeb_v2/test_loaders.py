@@ -124,10 +124,39 @@ def test_relevance_is_graded_and_the_larger_of_two_judgements_wins(write):
     assert data["relevant_docs"] == {"q0": {"p0": 1, "p1": 3}, "q1": {"p2": 3}, "q2": {"p3": 1}}
 
 
+UNPACKED = {
+    "GQA": "image-tasks/q/0.jpg",
+    "CIRR": "image-tasks/c/0.png",
+    "HMDB51": "video-tasks/frames/video_cls/HMDB51/0/frame_0001.jpg",
+    "SmthSmthV2": "video-tasks/frames/video_cls/SSv2/0/frame_0001.jpg",
+    "MVBench": "video-tasks/frames/video_qa/MVBench/action_count/0.mp4/frame_0001.jpg",
+    "Video-MME": "video-tasks/frames/video_qa/Video-MME/0/frame_0001.jpg",
+    "NExTQA": "video-tasks/frames/video_qa/NExTQA/0/frame_0001.jpg",
+    "EgoSchema": "video-tasks/frames/video_qa/EgoSchema/0/frame_0001.jpg",
+    "ActivityNetQA": "video-tasks/frames/video_qa/ActivityNetQA/v_0/frame_0001.jpg",
+    "QVHighlight": "video-tasks/frames/video_mret/QVHighlight/v0/query/frame_0001.jpg",
+    "Charades-STA": "video-tasks/frames/video_mret/Charades_STA/v0/query/frame_0001.jpg",
+    "MomentSeeker": "video-tasks/frames/video_mret/MomentSeeker/video_frames/movie_0_clip0/frame_0001.jpg",
+    **{
+        name: f"video-tasks/frames/video_ret/data/ziyan/video_retrieval/{name}/frames/v0/frame_0001.jpg"
+        for name in ("DiDeMo", "MSR-VTT", "MSVD", "VATEX", "YouCook2")
+    },
+}
+"""Where the official download script leaves the archives' files, written down by hand."""
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_the_archives_are_found_as_the_official_script_unpacks_them(name, write):
+    written = write(row_of(name), 1 if row_of(name).group == "V-RET" else 0)
+    assert (written.root / UNPACKED[name]).is_file()
+    assert len(load(written).data["queries"]) == written.queries
+
+
 def test_page_splits_read_different_repositories(write):
     fixed = row_of("ViDoSeek-page")
     broken = with_page_split(fixed, "page")
     assert (fixed.hub_id, broken.hub_id) == ("VLM2Vec/ViDoSeek-page-fixed", "VLM2Vec/ViDoSeek-page")
+    assert with_page_split(row_of("MMLongBench-page"), "page").hub_id == "VLM2Vec/MMLongBench", "as its history has it"
     assert with_page_split(row_of("ViDoSeek-doc"), "page") == row_of("ViDoSeek-doc")
     with pytest.raises(ValueError, match="page_split must be one of"):
         with_page_split(fixed, "old")
@@ -270,7 +299,7 @@ def test_videos_decode_only_what_is_asked_for(write):
     video = load(write(row_of("MSVD"))).data["corpus"][0]["video"]
     assert isinstance(video, StoredFrames) and video.metadata.num_frames == 8
     data = video.get_frames_at([0, 7]).data
-    assert data.shape == (2, 3, 12, 10)
+    assert data.shape == (2, 3, 30, 28)
     assert np.array_equal(data[1].permute(1, 2, 0).numpy(), np.asarray(video.images()[7]))
 
 

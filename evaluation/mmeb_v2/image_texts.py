@@ -1,0 +1,76 @@
+"""Texts of the image families, character by character as the benchmark's harness makes them of a row's columns.
+
+The harness (github TIGER-AI-Lab/VLM2Vec 6e1e1d4, `src/data/eval_dataset/image_*.py`) puts an instruction column and a
+body together, each family with its own whitespace. What only the rows on the hub decide stays with them: whether an
+instruction ends in a newline (candidates of CIRR, NIGHTS, FashionIQ and the crops), and whether it names an image that
+a text-only query doesn't have (WebQA, EDIS). Rows of TIGER-Lab/MMEB-eval have no instruction columns: their texts are
+ready and are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from evaluation.dataset import IMAGE_TOKEN, MMEBDataset
+from evaluation.mmeb_v2.protocols import finished
+
+
+def query_text(row: MMEBDataset, record: Mapping[str, Any]) -> str:
+    """Text of a query, without the token of its own image, which the model's template places.
+
+    Args:
+        row: The data set.
+        record: Its row.
+
+    Returns:
+        The text. Under `vlm2vec`, a query without image keeps an image token that its instruction names: the harness
+        shows it to the model, and `MediaFirstEncoder` puts the model's own token in its place. `btoks` takes it out.
+    """
+    body = record["qry_text"] or ""
+    has_columns = "qry_inst" in record
+    instruction = (record["qry_inst"] or "") if has_columns else ""
+    if row.family == "image":
+        text = f"{instruction} {body}\n" if has_columns else body
+        if has_columns and row.name == "VisDial":
+            text += "\n"
+        return finished(row, text if row.protocol == "vlm2vec" else _without_token(text))
+    if not has_columns:
+        return finished(row, _without_token(body))
+    instruction = instruction.replace(IMAGE_TOKEN, "")
+    # questions, composed queries and grounding strip the instruction; labels and captions keep its tail
+    if row.group == "I-QA" or row.family == "captioned":
+        instruction = instruction.strip()
+    text = f"{instruction} {body}" if body else instruction
+    return finished(row, _without_token(text.replace(" \n", "\n") + "\n"))
+
+
+def candidate_texts(row: MMEBDataset, record: Mapping[str, Any], count: int) -> list[str]:
+    """Texts of a row's candidates with images, in order, without the token of the image.
+
+    Args:
+        row: The data set; family `image` or `captioned`.
+        record: Its row.
+        count: Number of candidates, for rows without captions.
+
+    Returns:
+        One text each: instruction and caption, or the instruction alone where the first caption is blank.
+    """
+    captions = [caption or "" for caption in record["tgt_text"]]
+    if len(captions) != count:
+        captions = [""] * count
+    if "qry_inst" not in record:
+        return [finished(row, _without_token(caption)) for caption in captions]
+    instruction = (record["tgt_inst"] or "").replace(IMAGE_TOKEN, "")
+    if captions and captions[0].strip():
+        texts = [f"{instruction} {caption}".replace(" \n", "\n") + "\n" for caption in captions]
+    else:
+        # text-to-image families end in a newline of their own; the others end as their instruction does
+        end = "\n" if row.family == "image" else ""
+        texts = [instruction.replace(" \n", "\n") + end] * count
+    return [finished(row, _without_token(text)) for text in texts]
+
+
+def _without_token(text: str) -> str:
+    """The text after its image token: what stands between the two is the model's template's matter."""
+    return text.replace(IMAGE_TOKEN, "").lstrip(" \n")
