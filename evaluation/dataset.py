@@ -9,8 +9,6 @@ Modality = Literal["image", "video", "visdoc"]
 Protocol = Literal["vlm2vec", "btoks"]
 PROTOCOLS: tuple[Protocol, ...] = ("vlm2vec", "btoks")
 """Whose rules decide pools and texts: the benchmark's harness (the default everywhere), or the paper's release."""
-IMAGE_TOKEN = "<|image_1|>"
-"""Stands for an image in the hub's texts, whatever the model; `MediaFirstEncoder` puts the model's own in its place."""
 
 GROUPS: dict[str, Modality] = {
     "I-CLS": "image",

@@ -1,9 +1,11 @@
 """Result folders into a report people can read: Markdown, leaderboard JSON and figures.
 
     python -m evaluation.report results --output report
+    python -m evaluation.report results --protocol btoks
+    python -m evaluation.report results --suite "mteb:ViDoRe(v3)"
 
-Models stand side by side. Every table names its split; a mean over an incomplete set carries the count of its data
-sets, and a mean with left-out queries a `~`. Differences come with a paired bootstrap over queries.
+Models stand side by side. Every table names its split and protocol; a mean over an incomplete set carries the count of
+its data sets, and a mean with left-out queries a `~`. Differences come with a paired bootstrap over queries.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import mteb
+
+from evaluation.dataset import PROTOCOLS
 from evaluation.mini import MINI
 from evaluation.reporting.figures import group_bars, size_plot
 from evaluation.reporting.leaderboard import leaderboard_entry
 from evaluation.reporting.scores import (
     OVERALL,
+    STOCK,
     Mean,
     ModelScores,
     Score,
@@ -30,6 +36,7 @@ from evaluation.reporting.scores import (
     read_results,
     summarize,
 )
+from evaluation.whole_files import read_json
 
 RUN_FILE = "run.json"
 """Written by `evaluation.run` beside the results: command, seed, hardware and versions of every run."""
@@ -40,6 +47,7 @@ def write_report(
     output: str | Path,
     *,
     expected: Mapping[str, tuple[str, str]] | None = None,
+    protocol: str | None = None,
     seed: int = 0,
 ) -> Path:
     """Write `report.md`, one `<model>.json` each, `groups.png` and `sizes.png`.
@@ -47,20 +55,32 @@ def write_report(
     Args:
         folders: mteb result folders.
         output: Folder to write to, made if needed.
-        expected: The complete suite, name -> (modality, group). Default: MMEB-V2 or the mini benchmark, whichever
-            the results belong to.
+        expected: The complete suite, name -> (modality, group); results of other suites are left out. Default: MMEB-V2
+            or the mini benchmark, whichever the results belong to, or the tasks of mteb that are there.
+        protocol: Use results of this protocol only (`vlm2vec` or `btoks`); needed where the folders hold both.
         seed: Seed of the bootstrap.
 
     Returns:
         Path of `report.md`.
 
     Raises:
-        ValueError: Models of different splits: their averages can't be compared.
+        ValueError: Models of different splits or protocols: their averages can't be compared.
     """
     models = read_results(folders)
+    if expected is not None:
+        models = only(models, expected)
+    models = [model for model in models if protocol in (None, model.protocol)]
+    if not models:
+        raise ValueError(f"no result of protocol {protocol!r}, or none of the suite asked for: leave the choice out")
     labels = sorted({model.split_label for model in models})
     if len(labels) != 1:
         raise ValueError(f"the folders hold results of the splits {labels}: write one report for each")
+    protocols = sorted({model.protocol for model in models})
+    if len(protocols) != 1:
+        raise ValueError(
+            f"the folders hold results of the protocols {protocols}, which are not comparable: write one report for "
+            "each, with --protocol (in code: protocol=)"
+        )
     suite = _suite(models) if expected is None else expected
     models = distinguish(models)
     curves = size_curves(models, suite)
@@ -76,17 +96,48 @@ def write_report(
             file = target / f"{model.name.replace('/', '__')}.json"
             file.write_text(json.dumps(leaderboard_entry(model), indent=1), encoding="utf-8")
     parts = [
-        f"# Results on split `{labels[0]}`",
+        f"# Results on split `{labels[0]}`" + (f", protocol `{protocols[0]}`" if protocols[0] else ""),
         _means_table(models, means),
         "![means per group](groups.png)",
         _sizes_table(curves),
         _datasets_table(models, suite),
+        _remarks(models),
         _differences(models, seed),
         _provenance(models, folders),
     ]
     file = target / "report.md"
     file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     return file
+
+
+def only(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) -> list[ModelScores]:
+    """The models with the scores of one suite alone, without models that have none.
+
+    Args:
+        models: The models.
+        suite: Its data sets, name -> (modality, group).
+
+    Returns:
+        Copies with the scores of the suite.
+    """
+    kept = []
+    for model in models:
+        scores = {name: score for name, score in model.scores.items() if name in suite}
+        if scores:
+            kept.append(replace(model, scores=scores))
+    return kept
+
+
+def stock_suite(benchmark: Any) -> dict[str, tuple[str, str]]:
+    """The tasks of one of mteb's benchmarks, as a report needs them.
+
+    Args:
+        benchmark: The benchmark (`mteb.get_benchmark`).
+
+    Returns:
+        Task -> (`mteb`, its type).
+    """
+    return {task.metadata.name: (STOCK, task.metadata.type) for task in benchmark.tasks}
 
 
 def size_curves(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) -> dict[str, dict[int, Mean]]:
@@ -143,6 +194,9 @@ def _suite(models: Sequence[ModelScores]) -> dict[str, tuple[str, str]]:
     for suite in (expected_datasets(), mini):
         if seen <= suite.keys():
             return suite
+    scores = [score for model in models for score in model.scores.values()]
+    if all(score.modality == STOCK for score in scores):  # which benchmark was meant is not written in its results
+        return {score.dataset: (STOCK, score.group) for score in scores}
     raise ValueError(f"{sorted(seen)} are of no known suite: pass `expected`, name -> (modality, group)")
 
 
@@ -163,7 +217,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(mean: Mean) -> str:
-    return f"{mean.text()} ± {196 * mean.standard_error:.1f}" if mean.present else "-"
+    return f"{mean.text()}{_interval(mean.standard_error)}" if mean.present else "-"
+
+
+def _interval(standard_error: float) -> str:
+    """A 95 % interval in %, nothing where no error is known."""
+    return "" if math.isnan(standard_error) else f" ± {196 * standard_error:.1f}"
 
 
 def _means_table(models: Sequence[ModelScores], means: Sequence[Mapping[str, Mean]]) -> str:
@@ -183,11 +242,30 @@ def _datasets_table(models: Sequence[ModelScores], suite: Mapping[str, tuple[str
             continue
         first = next(score for score in found if score)
         chance = "-" if math.isnan(first.chance) else f"{100 * first.chance:.1f}"
-        counts = sorted({f"{score.num_queries} of {score.expected_queries}" for score in found if score})
-        values = [f"{100 * score.value:.1f} ± {196 * score.standard_error:.1f}" if score else "-" for score in found]
+        asked = {(score.num_queries, score.expected_queries) for score in found if score}
+        counts = [f"{number} of {expected}" if expected else "-" for number, expected in sorted(asked)]
+        values = [f"{100 * score.value:.1f}{_interval(score.standard_error)}" if score else "-" for score in found]
         rows.append([name, group, first.metric, ", ".join(counts), chance, *values])
     head = ["data set", "group", "metric", "queries", "chance", *(model.name for model in models)]
     return f"## Data sets\n\n{_table(head, rows)}"
+
+
+def _remarks(models: Sequence[ModelScores]) -> str:
+    """What was scored although it is odd, and the harness' own number where ours can't equal it."""
+    lines = dict.fromkeys(
+        f"- {score.dataset}: {count} {what}."
+        for model in models
+        for score in model.scores.values()
+        for what, count in score.details.get("oddities", {}).items()
+    )
+    found = [(model, score) for model in models for score in model.scores.values() if "ndcg_official" in score.details]
+    for model, score in found:
+        lines[
+            f"- {score.dataset}, {model.name}: {100 * score.details['ndcg_official']:.1f} as the benchmark's harness "
+            "reckons nDCG@5: it pairs mixed grades with the wrong documents, so that a perfect ranking of grades 1 "
+            "and 2 scores 86.0; the table has the nDCG."
+        ] = None
+    return "\n".join(["### Remarks", "", *lines]) if lines else ""
 
 
 def _differences(models: Sequence[ModelScores], seed: int) -> str:
@@ -213,7 +291,10 @@ def _provenance(models: Sequence[ModelScores], folders: Sequence[str | Path]) ->
         fractions = sorted({score.fraction for score in model.scores.values()})
         part = "" if fractions == [1.0] else f", fraction {fractions}"
         versions = ", ".join(f"{k} {v}" for k, v in sorted(model.versions.items()) if v)
-        lines.append(f"- {model.name}, checkpoint `{model.revision}`, split `{model.split_label}`{part}. {versions}")
+        rules = f", protocol `{model.protocol}`" if model.protocol else ""
+        lines.append(
+            f"- {model.name}, checkpoint `{model.revision}`, split `{model.split_label}`{rules}{part}. {versions}"
+        )
     versions_read = sorted({item for model in models for score in model.scores.values() for item in _data_of(score)})
     lines += [f"- data {hub_id}: {version}" for hub_id, version in versions_read]
     for run in read_runs(folders):
@@ -235,7 +316,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
         Records of `evaluation.run`, oldest first.
     """
     files = [Path(folder) / RUN_FILE for folder in folders]
-    return [run for file in files if file.is_file() for run in json.loads(file.read_text(encoding="utf-8"))]
+    return [run for file in files for run in read_json(file) or ()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,9 +324,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="result folders, of one or more models")
     parser.add_argument("--output", default="report", help="folder to write to (default: report)")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="use results of this protocol (default: what is there)")
+    parser.add_argument("--suite", help="mteb:<benchmark>: its tasks alone, missing ones counted")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     options = parser.parse_args(arguments)
-    write_report(options.folders, options.output, seed=options.seed)
+    expected = None
+    if options.suite:
+        expected = stock_suite(mteb.get_benchmark(options.suite.removeprefix("mteb:")))
+    write_report(options.folders, options.output, expected=expected, protocol=options.protocol, seed=options.seed)
 
 
 if __name__ == "__main__":

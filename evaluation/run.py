@@ -42,9 +42,10 @@ from evaluation.embedding.store import EmbeddingStore
 from evaluation.mini import mini_benchmark
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.mmeb_v2.visdoc import PAGE_SPLITS
-from evaluation.report import RUN_FILE, read_runs, write_report
+from evaluation.report import RUN_FILE, read_runs, stock_suite, write_report
 from evaluation.reporting.retrieval_sheet import retrieval_sheet
 from evaluation.task import MMEBRetrieval, mmeb_v2_benchmark
+from evaluation.whole_files import WholeResultCache, read_json, write_whole
 
 MTEB_PREFIX = "mteb:"
 _PACKAGES = ("mteb", "sentence-transformers", "transformers", "torch", "datasets", "open-clip-torch", "pillow")
@@ -109,7 +110,7 @@ def record_run(output: Path, command: str, options: argparse.Namespace) -> None:
         "versions": {package: version(package) for package in _PACKAGES},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    (output / RUN_FILE).write_text(json.dumps([*read_runs([output]), run], indent=1), encoding="utf-8")
+    write_whole(output / RUN_FILE, json.dumps([*read_runs([output]), run], indent=1))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -227,10 +228,12 @@ def run(options: argparse.Namespace, command: str) -> dict[int | None, list[Task
             wrapper = wrap(model, stored_name(options), experiment=experiment)
             folder = "-".join([str(wrapper.mteb_model_meta.revision), *map(str, experiment.values())])
             predictions = output / "predictions" / folder if options.sheets else None
+            for file in predictions.glob("*.json") if predictions else ():
+                read_json(file)  # a torn one would stop mteb, which adds to what is there
             found = mteb.evaluate(
                 wrapper,
                 benchmark,
-                cache=mteb.ResultCache(output),
+                cache=WholeResultCache(output),
                 encode_kwargs=encode_options,  # type: ignore[arg-type]
                 co2_tracker=False,
                 prediction_folder=predictions,
@@ -242,7 +245,9 @@ def run(options: argparse.Namespace, command: str) -> dict[int | None, list[Task
         if pool is not None:
             model.stop_multi_process_pool(pool)
     if options.report:
-        write_report([output], output / "report", seed=options.seed)
+        suite = stock_suite(benchmark) if options.suite.startswith(MTEB_PREFIX) else None
+        protocol = options.protocol if options.suite == "mmeb-v2" else None
+        write_report([output], output / "report", expected=suite, protocol=protocol, seed=options.seed)
     return results
 
 
@@ -266,8 +271,9 @@ def describe(result: TaskResult) -> str:
         odd += f", nDCG@5 as the harness misaligns it {100 * entry['ndcg_official']:.1f}"
     data = "".join(f", {hub_id} at {version[:14]}" for hub_id, version in entry["data_versions"].items())
     return (
-        f"{line} (standard error {100 * entry['standard_error']:.1f})  {result.task_name}: {protocol}split "
-        f"{entry['split_label']}, {entry['num_queries']} queries{broken}{odd}, chance {100 * entry['chance']:.1f}{data}"
+        f"{line} (standard error {100 * entry['standard_error']:.1f})  {result.task_name}: {protocol}"
+        f"split {entry['split_label']}, {entry['num_queries']} queries{broken}{odd}, "
+        f"chance {100 * entry['chance']:.1f}{data}"
     )
 
 

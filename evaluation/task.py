@@ -26,10 +26,10 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.types import Modalities, PromptType
 
 from evaluation.chance import chance_level
+from evaluation.dataset import Protocol
 from evaluation.embedding.encoding import MediaFirstEncoder
 from evaluation.embedding.fingerprint import checkpoint
 from evaluation.embedding.store import EmbeddingStore
-from evaluation.dataset import Protocol
 from evaluation.mmeb_v2 import GROUPS, MMEB_V2, MMEBDataset
 from evaluation.mmeb_v2.image import load_image
 from evaluation.mmeb_v2.protocols import with_protocol

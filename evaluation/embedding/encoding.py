@@ -20,7 +20,6 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from evaluation.dataset import IMAGE_TOKEN
 from evaluation.embedding.fingerprint import fingerprint
 from evaluation.embedding.store import EmbeddingStore, content_key
 from evaluation.media import StoredFrames
@@ -109,8 +108,7 @@ class MediaFirstEncoder:
             encode = model.encode_query if prompt_type == PromptType.query else model.encode_document
         # a width no model has: the vectors are kept whole, whatever the model's own truncation
         options = {**kwargs, "show_progress_bar": False, "truncate_dim": _FULL_WIDTH}
-        token = getattr(getattr(model, "processor", None), "image_token", None) or ""
-        vectors = encode([_as_input(record, token) for record in rows], prompt=prompt, **options)
+        vectors = encode([_as_input(record) for record in rows], prompt=prompt, **options)
         return np.asarray(vectors, np.float32)
 
 
@@ -139,15 +137,8 @@ def _content(record: dict[str, Any], digests: dict[str, bytes]) -> bytes:
     return content_key(str(len(sources)), _text(record), *media)
 
 
-def _as_input(record: dict[str, Any], image_token: str) -> dict[str, Any] | str:
-    """A row as SentenceTransformer input: `{"image": ..., "text": ...}` in that order, absent parts left out.
-
-    An image token inside a text that has no image (WebQA, EDIS) becomes the model's own, as in the benchmark's
-    harness; a model without one is shown the text alone.
-    """
-    text = _text(record)
-    if IMAGE_TOKEN in text:
-        text = text.replace(IMAGE_TOKEN, image_token) if image_token else text.replace(IMAGE_TOKEN, "").lstrip()
+def _as_input(record: dict[str, Any]) -> dict[str, Any] | str:
+    """A row as SentenceTransformer input: `{"image": ..., "text": ...}` in that order, absent parts left out."""
     inputs: dict[str, Any] = {}
     if record.get("image"):
         picture: PILImage.Image = Image().decode_example(record["image"])
@@ -155,7 +146,7 @@ def _as_input(record: dict[str, Any], image_token: str) -> dict[str, Any] | str:
     if record.get("video"):
         inputs["video"] = StoredFrames(tuple(record["video"])).as_video()
     if not inputs:
-        return text
-    if text.strip():
-        inputs["text"] = text
+        return _text(record)
+    if _text(record).strip():
+        inputs["text"] = _text(record)
     return inputs

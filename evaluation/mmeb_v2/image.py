@@ -7,7 +7,7 @@ from typing import Any
 
 from evaluation.dataset import MMEBDataset
 from evaluation.media import enlarged
-from evaluation.mmeb_v2.image_texts import candidate_texts, query_text
+from evaluation.mmeb_v2.image_texts import IMAGE_TOKEN, candidate_texts, query_text
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.pool import Item, LoadedDataset, SplitBuilder, sampled_rows
 
@@ -43,13 +43,15 @@ def load_image(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: in
             builder.skip(index, "its candidate list is empty")
             continue
         query = Item("query", query_text(row, record), image=images.shown(path) if path else None)
+        if not path and IMAGE_TOKEN in record.get("qry_inst", record["qry_text"]):
+            builder.remark("text-only queries that name an image, which is left out")
         own = None if row.candidates == "global" else _ranked(row, candidates)
         builder.ask(index, query, {candidates[0].key: 1}, own)
     return builder.build()
 
 
 class _Images:
-    """The images of one data set by the path in its rows, looked up once each: a thousand lists share most of theirs."""
+    """The images of one data set by the path in its rows; looked up once each, as a thousand lists share them."""
 
     def __init__(self, row: MMEBDataset, root: DataRoot, builder: SplitBuilder) -> None:
         self._row, self._root, self._builder = row, root, builder

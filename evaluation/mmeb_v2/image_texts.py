@@ -3,7 +3,9 @@
 The harness (github TIGER-AI-Lab/VLM2Vec 6e1e1d4, `src/data/eval_dataset/image_*.py`) puts an instruction column and a
 body together, each family with its own whitespace. What only the rows on the hub decide stays with them: whether an
 instruction ends in a newline (candidates of CIRR, NIGHTS, FashionIQ and the crops), and whether it names an image that
-a text-only query doesn't have (WebQA, EDIS). Rows of TIGER-Lab/MMEB-eval have no instruction columns: their texts are
+a text-only query doesn't have (WebQA, EDIS). Of the latter the harness shows the model's image token; that can't be
+followed: transformers refuses a text with such a token and no image, and bottleneck-token models spell it out. It is
+left out, as in the release, and the number of such rows is reported. Rows of TIGER-Lab/MMEB-eval have no instruction columns: their texts are
 ready and are left as they are.
 """
 
@@ -12,8 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.dataset import IMAGE_TOKEN, MMEBDataset
+from evaluation.dataset import MMEBDataset
 from evaluation.mmeb_v2.protocols import finished
+
+IMAGE_TOKEN = "<|image_1|>"
+"""Stands for an image in the hub's texts, whatever the model."""
 
 
 def query_text(row: MMEBDataset, record: Mapping[str, Any]) -> str:
@@ -24,8 +29,7 @@ def query_text(row: MMEBDataset, record: Mapping[str, Any]) -> str:
         record: Its row.
 
     Returns:
-        The text. Under `vlm2vec`, a query without image keeps an image token that its instruction names: the harness
-        shows it to the model, and `MediaFirstEncoder` puts the model's own token in its place. `btoks` takes it out.
+        The text.
     """
     body = record["qry_text"] or ""
     has_columns = "qry_inst" in record
@@ -34,7 +38,7 @@ def query_text(row: MMEBDataset, record: Mapping[str, Any]) -> str:
         text = f"{instruction} {body}\n" if has_columns else body
         if has_columns and row.name == "VisDial":
             text += "\n"
-        return finished(row, text if row.protocol == "vlm2vec" else _without_token(text))
+        return finished(row, _without_token(text))
     if not has_columns:
         return finished(row, _without_token(body))
     instruction = instruction.replace(IMAGE_TOKEN, "")

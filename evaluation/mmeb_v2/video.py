@@ -129,7 +129,8 @@ def _ask_question(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index
         raise ValueError("column question is empty")
     question = _question(row, record)
     query = _query(row, question.text, video=_video(row, root, record))
-    if row.protocol == "vlm2vec" and any(option.text != option.key and ". " not in option.key for option in question.candidates):
+    cut = [option for option in question.candidates if option.text != option.key]
+    if any(". " not in option.key for option in cut):
         builder.remark(_NO_DOT)
     answerable = question.right in {option.key for option in question.candidates}
     if not answerable:

@@ -53,7 +53,7 @@ _ROWS: dict[str, tuple[tuple[str, str, str, int, int | None], ...]] = {
 }
 
 BROKEN_PAGE_HUB_IDS = {
-    # the names that the harness' history has (VLM2Vec a6a6d6a, src/constant/dataset_hf_path.py); the second has no -page
+    # as the harness' history has them (VLM2Vec a6a6d6a, src/constant/dataset_hf_path.py): the second has no "-page"
     "ViDoSeek-page": "VLM2Vec/ViDoSeek-page",
     "MMLongBench-page": "VLM2Vec/MMLongBench",
 }

@@ -51,6 +51,7 @@ def leaderboard_entry(model: ModelScores) -> dict[str, Any]:
             "url": meta.get("reference"),
             "report_generated_date": datetime.now().astimezone().isoformat(timespec="seconds"),
             "split": model.split_label,
+            "protocol": model.protocol,
         },
         "metrics": metrics,
     }

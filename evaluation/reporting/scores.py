@@ -10,12 +10,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import mteb
 import numpy as np
 
 from evaluation.mmeb_v2 import GROUPS, MMEB_V2
+from evaluation.whole_files import SAVING, read_json
 
 OVERALL = "All"
 MODALITIES = ("image", "video", "visdoc")
+STOCK = "mteb"
+"""Modality and split of mteb's own tasks, which are grouped by task type."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,10 @@ class Score:
         split_label: Version of the data.
         num_queries: Queries scored.
         expected_queries: Queries there should be.
-        standard_error: Of `value`.
+        standard_error: Of `value`, NaN where the result has no score per query (mteb's own tasks).
         fraction: Part of the queries that was asked for.
         chance: Score of a random ranking, NaN where unknown.
+        protocol: Whose rules it follows: `vlm2vec` or `btoks`; empty for a suite with one set of rules.
         per_query: Query id -> score; empty for published results.
         details: mteb's other scores.
     """
@@ -49,6 +54,7 @@ class Score:
     standard_error: float = 0.0
     fraction: float = 1.0
     chance: float = math.nan
+    protocol: str = ""
     per_query: Mapping[str, float] = field(default_factory=dict, repr=False)
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -72,6 +78,11 @@ class ModelScores:
     def size(self) -> int | None:
         """Numbers per embedding, where known."""
         return self.metadata.get("embed_dim")
+
+    @property
+    def protocol(self) -> str:
+        """Whose rules the scores follow; `read_results` keeps two protocols of one checkpoint apart."""
+        return next((score.protocol for score in self.scores.values()), "")
 
     @property
     def split_label(self) -> str:
@@ -130,7 +141,9 @@ def summarize(scores: Mapping[str, Score], expected: Mapping[str, tuple[str, str
     """
     expected = expected_datasets() if expected is None else expected
     means = {OVERALL: _mean(scores, list(expected))}
-    for position, labels in ((0, MODALITIES), (1, tuple(GROUPS))):
+    for position, known in ((0, MODALITIES), (1, tuple(GROUPS))):
+        # the leaderboard's order first; another suite (mteb's) brings modalities and groups of its own
+        labels = dict.fromkeys([*known, *(place[position] for place in expected.values())])
         for label in labels:
             names = [name for name, place in expected.items() if place[position] == label]
             if names:
@@ -201,30 +214,37 @@ def read_results(folders: Iterable[str | Path]) -> list[ModelScores]:
         folders: Folders of `mteb.ResultCache`, or deeper ones down to `<model>/<revision>`.
 
     Returns:
-        One entry per model and revision, sorted by name; only results that our tasks wrote.
+        One entry per model, revision and protocol, sorted by name. Results of mteb's own tasks count as well.
 
     Raises:
         FileNotFoundError: Nothing found.
         ValueError: Two versions of the same data set in one checkpoint's folder.
     """
     paths = sorted({path for folder in folders for path in Path(folder).rglob("*.json")})
-    paths = [path for path in paths if not path.name.endswith("_predictions.json")]  # large, and not results
-    found: dict[Path, dict[str, Score]] = {}
+    # predictions are large and no results; the other folders are those of a save that was cut short
+    paths = [path for path in paths if not path.name.endswith("_predictions.json") and SAVING not in str(path)]
+    found: dict[tuple[Path, str], dict[str, Score]] = {}
     for path in paths:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or "scores" not in content or "task_name" not in content:
-            continue
-        entries = [entry for split in content["scores"].values() for entry in split if "mmeb_name" in entry]
-        for entry in entries:
-            score = _score(entry)
-            if score.dataset in found.setdefault(path.parent, {}):
+        for score in _scores_of(path):
+            place = path.parent, score.protocol
+            if score.dataset in found.setdefault(place, {}):
                 raise ValueError(
                     f"{path.parent} holds {score.dataset} twice (splits or fractions): report one at a time"
                 )
-            found[path.parent][score.dataset] = score
+            found[place][score.dataset] = score
     if not found:
-        raise FileNotFoundError(f"no result of our tasks below {[str(folder) for folder in folders]}")
-    return [_model(folder, scores) for folder, scores in sorted(found.items())]
+        raise FileNotFoundError(f"no result below {[str(folder) for folder in folders]}")
+    return [_model(folder, scores) for (folder, _), scores in sorted(found.items())]
+
+
+def _scores_of(path: Path) -> list[Score]:
+    """The scores in a file; none for a file that is no result, or was torn while it was written."""
+    content = read_json(path)
+    if not isinstance(content, dict) or "scores" not in content or "task_name" not in content:
+        return []
+    entries = [entry for split in content["scores"].values() for entry in split]
+    ours = [_score(entry) for entry in entries if "mmeb_name" in entry]
+    return ours or [stock_score(content["task_name"], entries)] if entries else []
 
 
 def _score(entry: Mapping[str, Any]) -> Score:
@@ -235,6 +255,7 @@ def _score(entry: Mapping[str, Any]) -> Score:
         metric=entry["metric"],
         value=float(entry["main_score"]),
         split_label=entry["split_label"],
+        protocol=entry.get("protocol", ""),
         num_queries=entry["num_queries"],
         expected_queries=entry["expected_queries"],
         standard_error=entry["standard_error"],
@@ -245,9 +266,33 @@ def _score(entry: Mapping[str, Any]) -> Score:
     )
 
 
+def stock_score(task_name: str, entries: Sequence[Mapping[str, Any]]) -> Score:
+    """The score of one of mteb's own tasks.
+
+    Args:
+        task_name: The task.
+        entries: Its entries: one for each split and subset (a language, say).
+
+    Returns:
+        The plain mean of the entries' main scores, as mteb's `get_score`; modality `mteb`, group the task's type.
+    """
+    metadata = mteb.get_task(task_name).metadata
+    value = fmean(entry["main_score"] for entry in entries)
+    return Score(
+        dataset=task_name,
+        modality=STOCK,
+        group=metadata.type,
+        metric=metadata.main_score,
+        value=float(value),
+        split_label=STOCK,
+        standard_error=math.nan,
+        details={"entries": len(entries)},
+    )
+
+
 def _model(folder: Path, scores: Mapping[str, Score]) -> ModelScores:
     meta_file, settings = folder / "model_meta.json", folder / "run_settings.jsonl"
-    metadata = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.is_file() else {}
+    metadata = read_json(meta_file) or {}
     lines = settings.read_text(encoding="utf-8").splitlines() if settings.is_file() else []
     versions = json.loads(lines[-1]).get("version", {}) if lines else {}
     name = metadata.get("name") or folder.parent.name.replace("__", "/")

@@ -313,7 +313,8 @@ def oracle():
         ids = list(data["corpus"]["id"])
         vectors = {doc: unit for doc, unit in zip(ids, np.eye(len(ids), dtype=np.float32), strict=True)}
         for query, grades in data["relevant_docs"].items():
-            vectors[query] = sum(grade * vectors[doc] for doc, grade in grades.items())
+            found = [grade * vectors[doc] for doc, grade in grades.items() if doc in vectors]
+            vectors[query] = sum(found) if found else np.zeros(len(ids), np.float32)
         return TableEncoder(vectors)
 
     return build

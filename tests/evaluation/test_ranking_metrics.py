@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from evaluation.ranking_metrics import leaderboard_metrics
+from evaluation.ranking_metrics import leaderboard_metrics, official_ndcg
 
 
 def test_one_query_by_hand():
@@ -35,3 +35,17 @@ def test_queries_are_averaged_and_a_missing_one_counts_zero():
 def test_equal_grades_make_both_forms_of_ndcg_equal_and_ties_go_by_id():
     found = leaderboard_metrics({"q": {"b": 1}}, {"q": {"a": 0.5, "b": 0.5}})
     assert found["ndcg_exponential_at_1"] == 1, "b is ranked before a"
+
+
+def test_the_harness_puts_mixed_grades_on_the_wrong_documents():
+    """Labels 5, 3 leave a set as 3, 5 and meet the grades 1, 2 in the old order: a perfect ranking scores 0.860."""
+    relevant = {"q": {"p5": 1, "p3": 2}}
+    perfect = {"q": {"p3": 0.9, "p5": 0.8, "p1": 0.1}}
+    assert official_ndcg(relevant, perfect) == pytest.approx((1 + 2 / math.log2(3)) / (2 + 1 / math.log2(3)))
+    assert round(official_ndcg(relevant, perfect), 3) == 0.860
+    assert official_ndcg({"q": {"p3": 2, "p5": 1}}, perfect) == 1, "an order that the set keeps does no harm"
+
+
+def test_there_is_no_other_number_for_equal_grades_and_none_to_repeat_for_names():
+    assert official_ndcg({"q": {"p5": 2, "p3": 2}, "r": {"p1": 1}}, {}) is None
+    assert official_ndcg({"q": {"page-a": 1, "page-b": 2}}, {}) is None

@@ -10,9 +10,12 @@ import pytest
 from PIL import Image
 
 from evaluation.mini import MINI, mini_benchmark
+from evaluation.mmeb_v2 import MMEB_V2
+from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.report import RUN_FILE, main, write_report
 from evaluation.reporting.retrieval_sheet import retrieval_sheet
 from evaluation.reporting.scores import read_results
+from evaluation.task import mmeb_task
 
 
 @pytest.fixture
@@ -110,3 +113,27 @@ def _renamed(predictions, folder):
     content["default"]["test"] = {f"other-{k}": v for k, v in content["default"]["test"].items()}
     (folder / "renamed.json").write_text(json.dumps(content))
     return folder / "renamed.json"
+
+
+def test_two_protocols_are_not_compared_and_each_has_a_report(tmp_path, write, oracle):
+    row = next(row for row in MMEB_V2 if row.name == "ViDoRe_esg_reports_human_labeled_v2")
+    written = write(row)
+    for protocol in ("vlm2vec", "btoks"):
+        task = mmeb_task(written.row, DataRoot(written.root, offline=True), protocol=protocol)
+        task.load_data()
+        encoder = oracle(task.dataset["default"]["test"])
+        options = {"cache": mteb.ResultCache(tmp_path / "results"), "co2_tracker": False, "show_progress_bar": False}
+        mteb.evaluate(encoder, task, **options)
+    assert [model.protocol for model in read_results([tmp_path / "results"])] == ["btoks", "vlm2vec"]
+    with pytest.raises(ValueError, match="protocols .*not comparable.*--protocol"):
+        write_report([tmp_path / "results"], tmp_path / "report")
+    main([str(tmp_path / "results"), "--output", str(tmp_path / "report"), "--protocol", "btoks"])
+    text = (tmp_path / "report/report.md").read_text()
+    assert (
+        "# Results on split `page-fixed`, protocol `btoks`" in text and "split `page-fixed`, protocol `btoks`" in text
+    )
+    assert "100.0 as the benchmark's harness reckons nDCG@5" in text
+    entry = json.loads((tmp_path / "report/test__table.json").read_text())
+    assert entry["metadata"]["protocol"] == "btoks"
+    with pytest.raises(ValueError, match="no result of protocol 'other'"):
+        write_report([tmp_path / "results"], tmp_path / "report", protocol="other")

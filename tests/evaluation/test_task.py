@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from types import SimpleNamespace
@@ -87,6 +88,29 @@ def test_chance_level_by_hand():
         chance_level(data, "map")
 
 
+def test_an_answer_that_is_missing_from_the_candidates_counts_as_missed(write, oracle):
+    written = write(row_of("MVBench"))
+    file = next(written.root.rglob("json/action_count.json"))
+    rows = json.loads(file.read_text())
+    rows[0]["answer"] = "elsewhere"
+    file.write_text(json.dumps(rows))
+    task = make_task(written)
+    scores = run(task, oracle(task.dataset["default"]["test"]))
+    missed = [query for query, value in scores["per_query"].items() if value == 0]
+    assert len(missed) == 1 and scores["main_score"] == pytest.approx(79 / 80)
+    assert scores["oddities"] == {"rows whose answer is not among their candidates": 1}
+    assert scores["protocol"] == "vlm2vec"
+
+
+def test_mixed_grades_have_the_harness_number_beside_ours(write, oracle):
+    """Page 1 has grade 3 and page 0 grade 1; sets of small whole numbers keep their order, so here both agree."""
+    task = make_task(write(row_of("ViDoRe_esg_reports_human_labeled_v2")))
+    scores = run(task, oracle(task.dataset["default"]["test"]))
+    assert scores["main_score"] == scores["ndcg_official"] == 1
+    flat = make_task(write(row_of("ViDoRe_docvqa"), 1))
+    assert "ndcg_official" not in run(flat, oracle(flat.dataset["default"]["test"]))
+
+
 def test_ndcg_gain_is_linear(write, oracle):
     """One query with grades 3 and 1, ranked the wrong way round: linear 0.7967, exponential would be 0.7098."""
     task = make_task(write(row_of("ViDoRe_esg_reports_human_labeled_v2")))
@@ -130,7 +154,13 @@ def test_names_and_labels_keep_different_measurements_apart():
         warnings.simplefilter("error")
         names = [
             mmeb_task(row, "x", **options).metadata.name
-            for options in ({}, {"page_split": "page"}, {"protocol": "btoks"}, {"fraction": 0.1}, {"fraction": 0.1, "seed": 1})
+            for options in (
+                {},
+                {"page_split": "page"},
+                {"protocol": "btoks"},
+                {"fraction": 0.1},
+                {"fraction": 0.1, "seed": 1},
+            )
         ]
     assert names == [
         "MMEB-V2.vlm2vec.ViDoSeek-page-fixed",

@@ -1,4 +1,4 @@
-"""Texts, pools and right answers of both protocols, against expectations written by hand from the two sources' code."""
+"""Texts, pools and right answers of both protocols, against expectations written by hand from both sources' code."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from datasets import Dataset
 from PIL import Image
+from sentence_transformers.sentence_transformer.modules import Transformer
 
 from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.mmeb_v2.image import load_image
@@ -17,6 +18,7 @@ from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.mmeb_v2.video import load_video
 from evaluation.mmeb_v2.visdoc import load_visdoc
 from evaluation.pool import document_id
+from tests.backbones import build
 from tests.evaluation.conftest import picture, put, rows_to_columns
 
 LOADERS = {"image": load_image, "video": load_video, "visdoc": load_visdoc}
@@ -63,8 +65,8 @@ def first_query(written, protocol):
         ("VOC2007", {"qry_inst": "<|image_1|>\nName it \n", "qry_text": ""}, "Name it\n\n", "Name it\n"),
         ("GQA", {"qry_inst": "<|image_1|>\nAsk: \n", "qry_text": "what \nis"}, "Ask: what\nis\n", "Ask: what\nis\n"),
         ("CIRR", {"qry_inst": "<|image_1|> Change: \n", "qry_text": "it "}, "Change: it \n", "Change: it\n"),
-        # a text-only query keeps a token that its instruction names, and its blanks
-        ("WebQA", {"qry_inst": "<|image_1|>\nFind:", "qry_text": " a  "}, "<|image_1|>\nFind:  a  \n", "Find:  a\n"),
+        # a text-only query keeps its blanks, but not a token that its instruction names
+        ("WebQA", {"qry_inst": "<|image_1|>\nFind:", "qry_text": " a  "}, "Find:  a  \n", "Find:  a\n"),
         ("MSCOCO_t2i", {"qry_inst": "Find:", "qry_text": "a \nb"}, "Find: a \nb\n", "Find: a\nb\n"),
     ],
 )  # fmt: skip
@@ -218,3 +220,19 @@ def test_an_unknown_protocol_is_refused():
     with pytest.raises(ValueError, match="protocol must be one of"):
         with_protocol(row_of("CIRR"), "mmeb")
     assert with_protocol(row_of("CIRR"), "vlm2vec") == row_of("CIRR")
+
+
+@pytest.mark.parametrize("name", ["WebQA", "EDIS"])
+def test_queries_that_name_an_image_they_do_not_have_are_counted(name, write):
+    loaded = load(write(row_of(name)))
+    assert loaded.oddities == {"text-only queries that name an image, which is left out": 6}, "one has no candidates"
+    assert not any("<|" in text for text in loaded.data["queries"]["text"])
+
+
+def test_a_text_with_an_image_token_and_no_image_is_refused_today(tmp_path):
+    """Why the harness can't be followed there: should this ever pass, the token can come back."""
+    backbone, processor = build("qwen2_vl")
+    backbone.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no images"):
+        Transformer(str(tmp_path)).preprocess(["<|image_pad|>\nFind it."])
