@@ -2,11 +2,11 @@
 
 The harness (github TIGER-AI-Lab/VLM2Vec 6e1e1d4, `src/data/eval_dataset/image_*.py`) puts an instruction column and a
 body together, each family with its own whitespace. What only the rows on the hub decide stays with them: whether an
-instruction ends in a newline (candidates of CIRR, NIGHTS, FashionIQ and the crops), and whether it names an image that
-a text-only query doesn't have (WebQA, EDIS). Of the latter the harness shows the model's image token; that can't be
-followed: transformers refuses a text with such a token and no image, and bottleneck-token models spell it out. It is
-left out, as in the release, and the number of such rows is reported. Rows of TIGER-Lab/MMEB-eval have no instruction columns: their texts are
-ready and are left as they are.
+instruction ends in a newline (candidates of CIRR, NIGHTS, FashionIQ and the crops), and whether it names an image
+that a text-only query doesn't have (WebQA, EDIS). Of the latter the harness shows the model's image token; that can't
+be followed: transformers refuses a text with such a token and no image, and bottleneck-token models spell it out. It
+is left out, as in the release, and the number of such rows is reported. Rows of TIGER-Lab/MMEB-eval have no
+instruction columns: their texts are ready and are left as they are.
 """
 
 from __future__ import annotations
