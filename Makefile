@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Releases that work together on the CPU; any matching ones serve. torchcodec is for mteb's own video tasks only.
 TORCH := torch==2.14.1 torchvision==0.29.1 torchcodec==0.14.0
 
-.PHONY: setup quickstart test check pretrain clean
+.PHONY: setup quickstart test check pretrain demo browser clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,18 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2
+
+# A search page over drawn words and pages, with the quickstart's model: http://127.0.0.1:7860
+demo: setup
+	test -f btok-quickstart/modules.json || $(MAKE) quickstart
+	$(BIN)/python -m recipes.search.demo btok-demo/files
+	$(BIN)/python -m recipes.search index btok-demo/files --to btok-demo/index --model btok-quickstart
+	$(BIN)/python -m recipes.search serve btok-demo/index --model btok-quickstart
+
+# The search page in a real browser; needs chromium (apt-get install chromium).
+browser: setup
+	$(BIN)/python -m pip install --quiet playwright
+	$(BIN)/python -m pytest tests/browser
 
 check: setup
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.pooling import BTokPooling
     from st_btok.tokens import add_btoks, btok_ids, btok_tokens
     from st_btok.tools.explain import btok_attention, decode_btoks
+    from st_btok.tools.explain_figure import draw_attention
     from st_btok.training.attention import condensation_attention, condensation_mask, register_condensation_attention
     from st_btok.training.cached_losses import CachedBTokLoss
     from st_btok.training.likelihood import condensation_nll
@@ -51,6 +52,7 @@ __all__ = [
     "condensation_mask",
     "condensation_nll",
     "decode_btoks",
+    "draw_attention",
     "encode_checked",
     "merge_adapters",
     "pdf_pages",
@@ -78,6 +80,7 @@ _MODULES = {
     "st_btok.pooling": ("BTokPooling",),
     "st_btok.tokens": ("add_btoks", "btok_ids", "btok_tokens"),
     "st_btok.tools.explain": ("btok_attention", "decode_btoks"),
+    "st_btok.tools.explain_figure": ("draw_attention",),
     "st_btok.training.attention": ("condensation_attention", "condensation_mask", "register_condensation_attention"),
     "st_btok.training.cached_losses": ("CachedBTokLoss",),
     "st_btok.training.likelihood": ("condensation_nll",),

@@ -1,0 +1,215 @@
+"""The index follows its folder; what is found equals a search by hand over plain `encode`; kills lose nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from qdrant_client import QdrantClient
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from recipes.search import __main__ as command
+from recipes.search import index as module
+from recipes.search.index import one_writer, open_index, update
+from recipes.search.lookup import find, line, query_of
+from recipes.search.qdrant_store import QdrantStore
+from recipes.search.store import LanceStore
+from tests.backbones import build, picture
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(params=["lance", "qdrant"])
+def store(request, tmp_path):
+    if request.param == "lance":
+        return LanceStore(str(tmp_path / "lance"), 32)
+    return QdrantStore(QdrantClient(":memory:"), "items", 32)
+
+
+def indexed(store, qwen, folder, **options):
+    return update(store, qwen, folder, batch_size=2, progress=False, **options)
+
+
+def test_hits_equal_a_search_by_hand(store, qwen, folder):
+    report = indexed(store, qwen, folder)
+    assert report.new == 6 and list(report.left_out) == ["bad.png"] and "is not an image" in report.left_out["bad.png"]
+    pictures = [Image.open(folder / f"p{number}.png").convert("RGB") for number in range(3)]
+    plain = qwen.encode_document([*pictures, "What is the city?"])
+    query = qwen.encode_query(["red kitten"])[0]
+    expected = dict(zip(["p0.png", "p1.png", "p2.png", "sub/note.txt"], plain @ query, strict=True))
+    hits = find(store, qwen, "red kitten", 20)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    found = {hit.row["path"]: hit.score for hit in hits if hit.row["path"] in expected}
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert store.count() == len(hits) == 9 and "long.md line " in "".join(map(line, hits))
+
+
+def test_filters_by_kind_and_path(store, qwen, folder):
+    indexed(store, qwen, folder)
+    assert {hit.row["kind"] for hit in find(store, qwen, "a", 20, ["page", "text"])} == {"page", "text"}
+    assert [hit.row["path"] for hit in find(store, qwen, "a", 20, path="sub/")] == ["sub/note.txt"]
+    assert find(store, qwen, "a", 20, path="it's nowhere") == []
+
+
+def test_a_picture_finds_itself_and_its_stored_vector_too(store, qwen, folder):
+    indexed(store, qwen, folder)
+    hits = find(store, qwen, query_of(None, folder / "p1.png"), 3)
+    assert hits[0].row["path"] == "p1.png" and hits[0].score == pytest.approx(1, abs=1e-5)
+    again = store.search(store.vector(hits[0].row["id"]), 1)
+    assert again[0].row["id"] == hits[0].row["id"]
+    thumbnail = Image.open(io.BytesIO(hits[0].row["thumbnail"]))
+    assert thumbnail.size == (56, 56)
+    with pytest.raises(KeyError, match="no row"):
+        store.vector("0" * 32)
+
+
+def test_only_what_changed_is_embedded_again(store, qwen, folder, monkeypatch):
+    indexed(store, qwen, folder)
+    (folder / "bad.png").unlink()
+    read = []
+    encode = module.encode_checked
+    monkeypatch.setattr(
+        module, "encode_checked", lambda model, values, *a, **k: read.extend(values) or encode(model, values, *a, **k)
+    )
+    report = indexed(store, qwen, folder)
+    assert read == [] and (report.unchanged, report.new, report.changed, report.deleted) == (6, 0, 0, 0)
+    (folder / "sub" / "note.txt").write_text("another text")
+    (folder / "new.txt").write_text("new")
+    (folder / "p0.png").unlink()
+    report = indexed(store, qwen, folder)
+    assert sorted(read) == ["another text", "new"]
+    assert (report.unchanged, report.new, report.changed, report.deleted) == (4, 1, 1, 1)
+    assert {hit.row["path"] for hit in find(store, qwen, "a", 20)} == {
+        "long.md", "new.txt", "p1.png", "p2.png", "report.pdf", "sub/note.txt",
+    }  # fmt: skip
+
+
+def test_a_run_that_was_cut_short_goes_on_with_the_missing_parts(store, qwen, folder, monkeypatch):
+    (folder / "bad.png").unlink()
+    add, added = store.add, []
+
+    def cut(rows, vectors):
+        if added:
+            raise KeyboardInterrupt
+        added.append(len(rows))
+        add(rows, vectors)
+
+    monkeypatch.setattr(store, "add", cut)
+    monkeypatch.setattr(module, "_BATCHES_AT_ONCE", 1)
+    with pytest.raises(KeyboardInterrupt):
+        indexed(store, qwen, folder)
+    assert store.count() == added[0] == 2  # two passages of the three of long.md
+    monkeypatch.setattr(store, "add", add)
+    read = []
+    encode = module.encode_checked
+    monkeypatch.setattr(
+        module, "encode_checked", lambda model, values, *a, **k: read.extend(values) or encode(model, values, *a, **k)
+    )
+    indexed(store, qwen, folder)
+    assert store.count() == 9 and len(read) == 7
+    assert all(entry["whole"] for entry in store.files().values())
+
+
+def test_above_a_number_of_rows_there_is_an_index_and_its_recall(tmp_path, monkeypatch):
+    store = LanceStore(str(tmp_path / "lance"), 16)
+    vectors = np.random.default_rng(0).standard_normal((600, 16)).astype("float32")
+    row = {"path": "a", "kind": "text", "place": "", "text": "", "content": "", "last": 0, "size": 1, "changed": 1}
+    rows = [{**row, "id": f"{i:032x}", "part": i, "thumbnail": b""} for i in range(600)]
+    store.add(rows, vectors)
+    assert store.finish(600) is None and not store.table.list_indices()
+    recall = store.finish(599)
+    assert store.table.list_indices() and 0.9 <= recall <= 1
+    truth = np.argsort(-(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)) @ vectors[3])[:5]
+    assert [int(hit.row["id"], 16) for hit in store.search(vectors[3], 5)] == truth.tolist()
+
+
+def test_half_precision_takes_half_and_stays_close(tmp_path, qwen, folder):
+    whole, half = LanceStore(str(tmp_path / "a"), 32), LanceStore(str(tmp_path / "b"), 32, half=True)
+    indexed(whole, qwen, folder)
+    indexed(half, qwen, folder)
+    scores = [[hit.score for hit in find(store, qwen, "a", 20)] for store in (whole, half)]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-3) and scores[0] != scores[1]
+    with pytest.raises(ValueError, match="holds vectors of type"):
+        LanceStore(str(tmp_path / "a"), 32, half=True)
+
+
+def test_another_model_or_folder_is_refused(tmp_path, qwen, folder):
+    with pytest.raises(ValueError, match="holds no index"):
+        open_index(tmp_path / "index", qwen)
+    open_index(tmp_path / "index", qwen, folder)
+    with pytest.raises(ValueError, match="is of .*, not of"):
+        open_index(tmp_path / "index", qwen, tmp_path)
+    with torch.no_grad():
+        qwen[0].model.get_input_embeddings().weight[5] += 1
+    with pytest.raises(ValueError, match="made with another model"):
+        open_index(tmp_path / "index", qwen)
+
+
+def test_a_model_that_is_no_btok_model(tmp_path, folder):
+    backbone, tokenizer = build("llama")
+    backbone.save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    transformer = Transformer(str(tmp_path / "llama"))
+    plain = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
+    store, root = open_index(tmp_path / "index", plain, folder)
+    report = update(store, plain, root, progress=False)
+    assert find(store, plain, "What is the city?", 1)[0].row["path"] == "sub/note.txt"
+    assert {"p0.png", "report.pdf page 1"} <= report.left_out.keys()  # it takes no pictures, and says so
+
+
+def test_two_writers(tmp_path):
+    with one_writer(tmp_path / "index"), pytest.raises(ValueError, match="another process is writing"):
+        with one_writer(tmp_path / "index"):
+            pass
+    with one_writer(tmp_path / "index"):
+        pass
+
+
+def test_the_command_survives_kills(tmp_path, qwen, folder, capsys):
+    (folder / "bad.png").unlink()
+    for number in range(16):
+        picture(56, 56, number + 20).save(folder / f"q{number:02}.png")
+    qwen.save_pretrained(str(tmp_path / "model"))
+    options = [
+        "index",
+        str(folder),
+        "--to",
+        str(tmp_path / "index"),
+        "--model",
+        str(tmp_path / "model"),
+        "--batch-size",
+        "1",
+    ]
+    arguments = [sys.executable, "-m", "recipes.search", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    versions = tmp_path / "index" / "lance" / "items.lance" / "data"
+    while process.poll() is None and not (versions.exists() and any(versions.iterdir())):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    command.main(options)
+    out = capsys.readouterr().out
+    assert "25 rows" in out
+    store, _ = open_index(tmp_path / "index", qwen)
+    assert all(entry["whole"] for entry in store.files().values()) and len(store.files()) == 22
+    ids = [row["id"] for row in store.table.search().select(["id"]).to_list()]
+    assert len(set(ids)) == len(ids) == 25
+    command.main(
+        ["query", str(tmp_path / "index"), "What is the city?", "--model", str(tmp_path / "model"), "--limit", "3"]
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(SystemExit, match="give a text"):
+        command.main(["query", str(tmp_path / "index"), "--model", str(tmp_path / "model")])
