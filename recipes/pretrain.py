@@ -351,7 +351,10 @@ def finish(
             f"Nothing was written; raise --steps and call again to go on from {partial}"
         )
     output = Path(config.output)
-    model.half().save_pretrained(output)
+    model.half().save_pretrained(output)  # half the size to ship
+    # The config decides what `from_pretrained` makes of the file: training in float16 is NaN at the second step.
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(output)
     processor.save_pretrained(output)
     record = {
         "command": " ".join(["python", "-m", "recipes.pretrain", *sys.argv[1:]]),

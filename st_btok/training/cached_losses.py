@@ -75,6 +75,7 @@ class CachedBTokLoss(nn.Module):
     """
 
     uses_gradient_cache = True  # tells MatryoshkaLoss to wrap `calculate_loss`
+    requires_media_counts = True  # sentence-transformers before 6.2 counts the media of rows only when asked
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from st_btok.training.leak import find_leak, probe_batch
 from st_btok.training.lm_head import output_embeddings
 from st_btok.training.loss_parts import LossParts
 from st_btok.training.negatives import FilteredSimilarity, RowFacts, row_facts
+from st_btok.training.precision import warn_of_half_precision
 from st_btok.training.processes import across_processes, gather_columns, parameters_in_use, token_mean
 from st_btok.training.routes import ALL_LAYERS, NLL_KEY, ROUTES, Route, condensed_forward
 from st_btok.training.schedule import Schedule
@@ -168,6 +169,7 @@ class BTokLoss(nn.Module):
         if target != "none" and condensation_weight != 0:
             self._choose_route(transformer, route)
         self._last_call: float | None = None
+        self._checked_precision = False
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> LossParts:
         """Both parts for one batch.
@@ -210,6 +212,9 @@ class BTokLoss(nn.Module):
 
     def facts(self, columns: list[dict[str, Any]]) -> list[RowFacts]:
         """Check every row for its BToks; if negatives are filtered, facts of the rows of all processes."""
+        if torch.is_grad_enabled() and not self._checked_precision:
+            self._checked_precision = True
+            warn_of_half_precision(self.model)
         for number, features in enumerate(columns):
             check_btoks(features["input_ids"], features["attention_mask"], self.btoks, f"column {number}")
         if self.filter is None:
