@@ -37,6 +37,8 @@ from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
 
 # The authors' training and evaluation limits (release: data/processors/qwen2_vl.py).
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
+# A line of config.json: vLLM refuses the model where no plugin of the name that it gives is installed.
+ENGINE_PLUGIN = "io_processor_plugin"
 
 
 def build_model(
@@ -115,6 +117,9 @@ def build_model(
     _check_causal(transformer)
     pooling = BTokPooling(transformer.get_embedding_dimension(), ids, readout)
     modules = [transformer, *pooling.stock_modules(tokenizer), Normalize()]
+    if readout == "mean":
+        # vLLM reads `Pooling` and skips `WordWeights`: without this it serves the mean over all tokens, in silence.
+        setattr(transformer.model.config, ENGINE_PLUGIN, "st_btok")
     return SentenceTransformer(modules=modules, prompts=prompts, device=device, similarity_fn_name="cosine")
 
 

@@ -45,11 +45,23 @@ def explain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beams", type=int, default=1, help="hypotheses of the generated text (default: 1, greedy)")
 
 
+def serve_check(parser: argparse.ArgumentParser) -> None:
+    """Compare an OpenAI-compatible server with sentence-transformers, in every form of request."""
+    parser.add_argument("url", help="root of the server, such as http://localhost:8000")
+    parser.add_argument("--model", required=True, help="path or hub name of the model that it serves")
+    parser.add_argument("--name", help="the served model's name (default: the first that the server lists)")
+    parser.add_argument(
+        "--bound", type=float, default=1e-4, help="largest difference that counts as equal (default: 1e-4, float32)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the answers to this file")
+
+
 # Name of a command: its arguments, and the module whose `main` takes them.
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "check": (check, "st_btok.tools.check"),
     "convert": (convert, "st_btok.tools.convert"),
     "explain": (explain, "st_btok.tools.explain_figure"),
+    "serve-check": (serve_check, "st_btok.tools.serve_check"),
 }
 
 

@@ -164,3 +164,10 @@ def test_the_guard_comes_before_the_cut():
     messages = [{"role": "user", "content": "<|im_end|>"}]
     for limit in range(1, 13):
         assert render(template, messages, max_chars=limit) == "< |im_end|>"[:limit] + "<|btok_0|>"
+
+
+def test_a_request_to_open_the_next_turn_changes_nothing(qwen):
+    turns = [{"role": "user", "content": [{"type": "text", "text": "a kite"}]}]
+    usual = qwen.tokenizer.apply_chat_template(turns, tokenize=False)
+    assert "assistant" not in usual
+    assert qwen.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == usual

@@ -345,3 +345,13 @@ def test_find_btoks_refuses_a_model_without_them():
     model[0].processor = tokenizer()
     with pytest.raises(ValueError, match="no bottleneck tokens"):
         find_btoks(model)
+
+
+@pytest.mark.parametrize(("readout", "named"), [("mean", True), ("last", False)])
+def test_engines_that_skip_word_weights_refuse_the_saved_model(btok_model, tmp_path, readout, named):
+    # vLLM starts no model whose config.json asks for a plugin that it does not have.
+    btok_model("qwen2_vl", readout=readout).save_pretrained(str(tmp_path / "once"))
+    SentenceTransformer(str(tmp_path / "once"), device="cpu").save_pretrained(str(tmp_path / "twice"))
+    for folder in ("once", "twice"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (config.get("io_processor_plugin") == "st_btok") == named

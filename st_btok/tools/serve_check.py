@@ -1,0 +1,350 @@
+"""Does a server give the vectors of sentence-transformers? `st-btok serve-check URL --model PATH`.
+
+Texts, images, both together, a text over the limit and texts that quote control tokens go to an OpenAI-compatible
+server in every form of request that people send, and each answer is compared, row by row, with
+`SentenceTransformer(PATH).encode`. A form is `equal`, `refused` (an HTTP error, which nobody takes for a vector) or
+`WRONG`: an answer without an error that is another vector.
+
+The right form is `messages` with the saved limits as `chat_template_kwargs`. Where the server returns the states of
+single tokens (`/pooling`), the mean over the last K of them is right as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from json import dumps, load, loads
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.modules import WordWeights
+
+from st_btok.anatomy import find_btoks
+
+BOUND = 1e-4  # float32 on both sides gives 1e-7 to 1e-6; the wrong forms seen so far give 1e-2 and more
+TIMEOUT = 120  # seconds
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input in both languages.
+
+    Attributes:
+        name: What it tries.
+        sample: As `encode` takes it.
+        content: As the `content` of an OpenAI message.
+    """
+
+    name: str
+    sample: Any
+    content: list[dict[str, Any]]
+
+    @property
+    def text(self) -> str | None:
+        """The text of an input that is nothing else."""
+        return self.sample if isinstance(self.sample, str) else None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one form of request gave for one row.
+
+    Attributes:
+        form: Name of the form, a key of `FORMS`.
+        row: Name of the row.
+        verdict: `"equal"`, `"refused"` or `"WRONG"`.
+        difference: Largest difference of an entry; None where there was no vector.
+        cosine: Cosine to the expected vector; None where there was no vector.
+        note: The server's message.
+    """
+
+    form: str
+    row: str
+    verdict: Literal["equal", "refused", "WRONG"]
+    difference: float | None = None
+    cosine: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Served:
+    """The server and the model that it should compute.
+
+    Attributes:
+        url: Without a path, such as `http://localhost:8000`.
+        name: The served model's name.
+        template: The saved keyword arguments of the chat template, which bound an input's length.
+        num_btoks: K.
+    """
+
+    url: str
+    name: str
+    template: dict[str, Any]
+    num_btoks: int
+
+    def post(self, path: str, **body: Any) -> Any:
+        """Send one request and return the first entry of its `data`."""
+        data = dumps({"model": self.name, "encoding_format": "float", **body}).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            return load(response)["data"][0]
+
+    def embed(self, **body: Any) -> np.ndarray:
+        """The vector of one request."""
+        return np.asarray(self.post("/v1/embeddings", **body)["embedding"], np.float32)
+
+
+def _messages(row: Row) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": row.content}]
+
+
+def _right(served: Served, row: Row) -> np.ndarray:
+    return served.embed(messages=_messages(row), chat_template_kwargs=served.template)
+
+
+def _without_limits(served: Served, row: Row) -> np.ndarray:
+    return served.embed(messages=_messages(row))
+
+
+def _generation_prompt(served: Served, row: Row) -> np.ndarray:
+    return served.embed(messages=_messages(row), chat_template_kwargs=served.template, add_generation_prompt=True)
+
+
+def _cut_tokens(served: Served, row: Row) -> np.ndarray:
+    return served.embed(messages=_messages(row), truncate_prompt_tokens=-1)
+
+
+def _bare(served: Served, row: Row) -> np.ndarray:
+    return served.embed(input=row.text)
+
+
+def _token_states(served: Served, row: Row) -> np.ndarray:
+    answer = served.post("/pooling", messages=_messages(row), chat_template_kwargs=served.template)["data"]
+    states = np.asarray(answer, np.float32)  # (T, D)
+    if states.ndim != 2:
+        raise ValueError("the server pools by itself, it gives no states of single tokens")
+    mean = states[-served.num_btoks :].mean(0)
+    return mean / np.linalg.norm(mean)
+
+
+RIGHT, TOKEN_STATES = "messages", "token states"
+# Form of request: how it is sent, and what to do instead where it is wrong.
+FORMS: dict[str, tuple[Callable[[Served, Row], np.ndarray], str]] = {
+    RIGHT: (_right, "the engine does not compute this model; docs/serve.md has the engines that do"),
+    "messages, no limits": (_without_limits, "send the saved limits as chat_template_kwargs"),
+    "messages, add_generation_prompt": (_generation_prompt, "leave it out: the model was saved by an older release"),
+    "messages, truncate_prompt_tokens": (_cut_tokens, "it cuts bottleneck tokens off: send chat_template_kwargs"),
+    "input": (_bare, "it skips the chat template, which appends the bottleneck tokens: send messages"),
+    TOKEN_STATES: (_token_states, "average the last K rows of a model with readout='mean', and normalise"),
+}
+
+
+def serve_check(
+    url: str,
+    model: str | Path | SentenceTransformer,
+    name: str | None = None,
+    bound: float = BOUND,
+    progress: Callable[[Answer], None] | None = None,
+) -> list[Answer]:
+    """Compare a server with sentence-transformers in every form of request.
+
+    Args:
+        url: Root of an OpenAI-compatible server, such as `http://localhost:8000`.
+        model: The saved model that it serves, or the model itself.
+        name: The served model's name. Default: the first one that `/v1/models` lists.
+        bound: Largest difference of an entry that counts as equal. Default 1e-4, for float32 on both sides.
+        progress: Called with each answer.
+
+    Returns:
+        One answer for each form and row; rows with media have no answer for `"input"`, and models with
+        `readout="last"` none for the token states.
+
+    Raises:
+        ConnectionError: If nothing answers at `url`.
+        ValueError: If the model is not a BTok model, or the server lists no model.
+    """
+    encoder = model if isinstance(model, SentenceTransformer) else SentenceTransformer(str(model))
+    transformer, ids = find_btoks(encoder)
+    rows = rows_of(transformer, ids)
+    url = url.rstrip("/").removesuffix("/v1")
+    served = Served(url, name or _served_name(url), _template_arguments(transformer), len(ids))
+    # Without the model's default prompt, which a request has no place for but a system message of its own.
+    expected = encoder.encode([row.sample for row in rows], prompt="", batch_size=1, normalize_embeddings=True)
+    answers = []
+    averages = any(isinstance(module, WordWeights) for module in encoder)
+    for form, (send, _) in FORMS.items():
+        if form == TOKEN_STATES and not averages:
+            continue
+        for row, vector in zip(rows, expected, strict=True):
+            if form == "input" and row.text is None:
+                continue
+            answers.append(_answer(form, send, served, row, np.asarray(vector), bound))
+            if progress is not None:
+                progress(answers[-1])
+    return answers
+
+
+def rows_of(transformer: Transformer, btok_ids: list[int]) -> list[Row]:
+    """The inputs: what people send, what is over the limit, and what tries to forge control tokens.
+
+    Args:
+        transformer: First module of the model.
+        btok_ids: Its K ids.
+
+    Returns:
+        Rows of every kind that the model takes.
+    """
+    tokenizer: Any = transformer.tokenizer
+    btok, end = tokenizer.convert_ids_to_tokens(btok_ids[0]), tokenizer.eos_token
+    limit = tokenizer.model_max_length
+    texts = {
+        "text": "Which of the two towns lies by the sea?",
+        "other scripts": "Ein Drachen über Zürich, 東京の夜, ночь",
+        "forged BTok": f"a text that quotes {btok} and goes on",
+        "forged end of turn": f"a text that quotes {end} and goes on",
+        "long text": "A red kite stands over the field. " * (limit // 4 + 1),
+    }
+    rows = [Row(name, text, [{"type": "text", "text": text}]) for name, text in texts.items()]
+    if "image" in transformer.modality_config:
+        blocks = np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8).repeat(14, 0).repeat(14, 1)
+        image = Image.fromarray(blocks)
+        part, text = _image_part(image), {"type": "text", "text": "What is it?"}
+        rows.append(Row("image", {"image": image}, [part]))
+        rows.append(Row("image and text", {"image": image, "text": "What is it?"}, [part, text]))
+    return rows
+
+
+def _image_part(image: Image.Image) -> dict[str, Any]:
+    """An image as part of a message, lossless."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"},
+    }
+
+
+def _template_arguments(transformer: Transformer) -> dict[str, Any]:
+    """What sentence-transformers passes to the chat template; the template itself the engine has by itself."""
+    saved = dict(transformer.processing_kwargs.get("chat_template", {}))
+    return {name: value for name, value in saved.items() if name not in ("chat_template", "restore_suffix")}
+
+
+def _served_name(url: str) -> str:
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=TIMEOUT) as response:
+            listed = load(response)["data"]
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{url}/v1/models answers {error.code}. Name the served model (--name).") from error
+    except OSError as error:
+        raise ConnectionError(f"no server answers at {url} ({error}). Start it first, or correct the URL.") from error
+    if not listed:
+        raise ValueError(f"{url}/v1/models lists no model. Name the served model (--name).")
+    return listed[0]["id"]
+
+
+def _answer(
+    form: str, send: Callable[[Served, Row], np.ndarray], served: Served, row: Row, expected: np.ndarray, bound: float
+) -> Answer:
+    """Send one row in one form."""
+    try:
+        vector = send(served, row)
+    except urllib.error.HTTPError as error:
+        return Answer(form, row.name, "refused", note=f"{error.code}: {_message(error)}")
+    except (OSError, KeyError, ValueError) as error:  # no JSON, no vector in it, a server that went away
+        return Answer(form, row.name, "refused", note=f"{type(error).__name__}: {error}")
+    if vector.shape != expected.shape:
+        return Answer(form, row.name, "WRONG", note=f"shape {vector.shape} instead of {expected.shape}")
+    difference = float(np.abs(vector - expected).max())
+    cosine = float(vector @ expected / max(np.linalg.norm(vector) * np.linalg.norm(expected), 1e-9))
+    return Answer(form, row.name, "equal" if difference <= bound else "WRONG", difference, cosine)
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """The server's own words, in one line."""
+    text = error.read().decode(errors="replace")
+    try:
+        text = loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    return " ".join(text.split())[:160]
+
+
+def summary(answers: list[Answer]) -> list[str]:
+    """One line for each form of request.
+
+    Args:
+        answers: What `serve_check` returned.
+
+    Returns:
+        Form, worst verdict, the worst row with its numbers, and what to do.
+    """
+    lines = []
+    for form, (_, advice) in FORMS.items():
+        own = [answer for answer in answers if answer.form == form]
+        wrong = [answer for answer in own if answer.verdict == "WRONG"]
+        refused = [answer for answer in own if answer.verdict == "refused"]
+        compared = [answer for answer in own if answer.difference is not None]
+        if wrong:
+            worst = min(wrong, key=lambda answer: -1.0 if answer.cosine is None else answer.cosine)
+            rows = ", ".join(answer.row for answer in wrong)
+            seen = worst.note if worst.cosine is None else f"cosine {worst.cosine:.3f} on {worst.row!r}"
+            text = f"WRONG    {seen}; wrong rows: {rows}. {advice}"
+        elif not own:
+            continue
+        elif compared:
+            text = f"equal    {max(answer.difference or 0.0 for answer in compared):.1e} over {len(compared)} rows"
+            text += f"; refused: {', '.join(answer.row for answer in refused)}" if refused else ""
+        else:
+            text = f"refused  {refused[0].note}"
+        lines.append(f"{form:<34}{text}")
+    return lines
+
+
+def serves(answers: list[Answer]) -> bool:
+    """Whether every row has a right answer in one of the two right forms.
+
+    Args:
+        answers: What `serve_check` returned.
+
+    Returns:
+        True if `messages` or the token states are equal for every row.
+    """
+    verdicts = {form: {answer.verdict for answer in answers if answer.form == form} for form in (RIGHT, TOKEN_STATES)}
+    return {"equal"} in verdicts.values()
+
+
+def main(url: str, model: str, name: str | None, bound: float, json: Path | None) -> int:
+    """The command `st-btok serve-check`; its arguments are described in `tools/command.py`.
+
+    Args:
+        url: Root of the server.
+        model: Path or hub name of the model it serves.
+        name: The served model's name.
+        bound: Largest difference that counts as equal.
+        json: File for the answers.
+
+    Returns:
+        1 if no right form of request is equal in every row, else 0.
+    """
+    encoder = SentenceTransformer(model, model_kwargs={"dtype": "float32"})
+    answers = serve_check(url, encoder, name, bound, progress=_show)
+    print("\n" + "\n".join(summary(answers)))
+    if json:
+        json.write_text(dumps([asdict(answer) for answer in answers], indent=1) + "\n")
+    print("served as sentence-transformers does" if serves(answers) else "NOT served as sentence-transformers does")
+    return 0 if serves(answers) else 1
+
+
+def _show(answer: Answer) -> None:
+    """One line for each answer, as soon as it is there."""
+    number = "" if answer.difference is None else f"{answer.difference:.1e}"
+    print(f"{answer.verdict:<8} {answer.form:<34}{answer.row:<20}{number:<9}{answer.note}".rstrip(), flush=True)

@@ -1,0 +1,141 @@
+"""The plugin that vLLM finds where `st_btok` is installed: equal vectors, or an error.
+
+vLLM reads `Pooling` and `Normalize` of a saved model and skips `WordWeights`, so it averages all tokens where a model
+with `readout="mean"` means its BToks; and a bare `"input"` skips the chat template, so there are no BToks at all. Both
+give vectors of the right size and no error. A saved mean model therefore names this plugin in its `config.json`
+(`io_processor_plugin`), and a vLLM without it refuses to start. With it (entry points of this package):
+
+* `register` (group `vllm.general_plugins`, every process) puts the mean over the last K states in the place of the
+  mean over all, for models whose `WordWeights` weigh nothing but BToks, and lets no prompt into the engine that does
+  not end with its K BToks;
+* `io_processor` (group `vllm.io_processor_plugins`) is what `io_processor_plugin` asks for. It processes nothing.
+
+Both replace one function of vLLM 0.32 (`get_seq_pooling_method`, `PoolingIOProcessor.render`); where a release has
+moved them, loading fails, and a mean model is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.entrypoints.pooling.base.io_processor import PoolingIOProcessor
+from vllm.model_executor.layers.pooler.seqwise import poolers
+from vllm.model_executor.layers.pooler.seqwise.methods import SequencePoolingMethod
+from vllm.plugins.io_processors.interface import IOProcessor
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+from st_btok.tokens import BTOK_PATTERN, btok_ids
+
+
+class BTokMeanPool(SequencePoolingMethod):
+    """Mean over the states of the last K tokens of each prompt, which are its BToks: `render` let no other one in."""
+
+    def __init__(self, num_btoks: int) -> None:
+        super().__init__()
+        self.num_btoks = num_btoks
+
+    def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> Tensor:
+        """Pool the prompts of one step.
+
+        Args:
+            hidden_states: (T, D), the states of all prompts behind each other.
+            pooling_metadata: vLLM's `PoolingMetadata`.
+
+        Returns:
+            (B, D) in float32.
+
+        Raises:
+            RuntimeError: If a prompt is computed in parts, which vLLM switches off for mean pooling.
+        """
+        cursor = pooling_metadata.get_pooling_cursor()
+        if cursor.is_partial_prefill():
+            raise RuntimeError(
+                "the BToks of a prompt must be computed in one step. Start vLLM without chunked prefill."
+            )
+        behind = torch.arange(self.num_btoks, device=hidden_states.device)
+        # The prompts with which vLLM measures its memory can be shorter than K, hence the clamp.
+        rows = (cursor.last_token_indices_gpu[:, None] - behind).clamp(min=0)  # (B, K)
+        return hidden_states[rows].float().mean(1)
+
+
+class RefusingProcessor(IOProcessor):
+    """The processor that a mean model asks for: it is there, and has nothing to do."""
+
+    def pre_process(self, prompt: Any, request_id: str | None = None, **kwargs: Any) -> Any:
+        """Refuse: embeddings are asked for in the usual way."""
+        raise ValueError('st_btok serves the task "embed" only. Send `messages` to /v1/embeddings.')
+
+    def post_process(self, model_output: Sequence[Any], request_id: str | None = None, **kwargs: Any) -> Any:
+        """Nothing comes here: `pre_process` lets nothing in."""
+        return None
+
+
+def io_processor() -> str:
+    """Name the class that a mean model's `io_processor_plugin` asks for."""
+    return f"{__name__}.{RefusingProcessor.__name__}"
+
+
+def register() -> None:
+    """Put the pooling and the check in their places; vLLM may call this more than once."""
+    if getattr(poolers.get_seq_pooling_method, "knows_btoks", False):
+        return
+    stock_pooling, stock_render = poolers.get_seq_pooling_method, PoolingIOProcessor.render
+
+    def get_seq_pooling_method(pooling_type: str) -> SequencePoolingMethod:
+        model = get_current_vllm_config().model_config
+        num_btoks = averaged_btoks(model.model, model.revision)
+        return BTokMeanPool(num_btoks) if num_btoks else stock_pooling(pooling_type)
+
+    def render(self: PoolingIOProcessor, render_params: Any) -> Any:
+        rendered = stock_render(self, render_params)
+        check_prompt(rendered["prompts"].get("prompt_token_ids"), btok_ids(self.renderer.tokenizer))
+        return rendered
+
+    get_seq_pooling_method.knows_btoks = True  # type: ignore[attr-defined]
+    poolers.get_seq_pooling_method = get_seq_pooling_method
+    PoolingIOProcessor.render = render
+
+
+def averaged_btoks(model: str, revision: str | None) -> int:
+    """Number of BToks that a saved model averages.
+
+    Args:
+        model: Path or hub name.
+        revision: Revision on the hub.
+
+    Returns:
+        K; 0 for a model that averages something else, or nothing.
+    """
+    modules = get_hf_file_to_dict("modules.json", model, revision) or []
+    folders = [module["path"] for module in modules if module["type"].endswith(".WordWeights")]
+    if len(folders) != 1:
+        return 0
+    config: Any = get_hf_file_to_dict(f"{folders[0]}/config.json", model, revision)
+    weights = config["word_weights"]
+    only_btoks = all(BTOK_PATTERN.fullmatch(name) and weight == 1 for name, weight in weights.items())
+    return len(weights) if only_btoks and config["unknown_word_weight"] == 0 else 0
+
+
+def check_prompt(token_ids: Sequence[int] | None, btoks: Sequence[int]) -> None:
+    """Let only prompts pass that end with all BToks.
+
+    Args:
+        token_ids: Ids of the prompt.
+        btoks: The K ids; none for a model of another kind, where every prompt passes.
+
+    Raises:
+        ValueError: If the prompt does not end with the BToks, or has one of them elsewhere.
+    """
+    if not btoks:
+        return
+    ids = list(token_ids or [])
+    if ids[-len(btoks) :] != list(btoks) or len([token for token in ids if token in set(btoks)]) != len(btoks):
+        raise ValueError(
+            f"a prompt must end with its {len(btoks)} bottleneck tokens {list(btoks)}, this one ends with "
+            f'{ids[-len(btoks) :]}. The chat template appends them: send `"messages": [{{"role": "user", "content": '
+            '...}]` instead of `"input"`, without `add_generation_prompt` or `truncate_prompt_tokens`.'
+        )
