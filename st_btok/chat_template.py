@@ -148,8 +148,8 @@ def append_btoks(chat_template: str, num_btoks: int, control_tokens: Sequence[st
             f"the chat template already holds the bottleneck tokens {present}, but {num_btoks} were asked for. "
             f"Pass num_btoks={len(set(present))}, or start from the backbone's own template."
         )
-    # A request to an engine may ask for the assistant's turn to be opened. Nothing is generated here, so it stays shut:
-    # opened, it stands between the input and the BToks and changes the embedding (cosine 0.94 in vLLM), without an error.
+    # A request to an engine may ask to open the assistant's turn. Nothing is generated here, so it stays shut:
+    # opened, it stands between the input and the BToks and changes the embedding (cosine 0.94), without an error.
     chat_template = f"{{%- set add_generation_prompt = false -%}}{chat_template}"
     return f"{_UNWRAP}{_guard([*names, *control_tokens])}{_SHORTEN}{chat_template}{{{{- '{''.join(names)}' -}}}}"
 
