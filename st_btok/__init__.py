@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.budgets import read_budget
     from st_btok.chat_template import append_btoks, plain_template
     from st_btok.inputs.encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
+    from st_btok.inputs.images import rgb_image
     from st_btok.inputs.pdf import pdf_pages
+    from st_btok.inputs.vectors import EncodedRow, encode_rows
+    from st_btok.inputs.videos import read_video
     from st_btok.model import build_model
     from st_btok.pooling import BTokPooling
     from st_btok.tokens import add_btoks, btok_ids, btok_tokens
@@ -38,6 +41,7 @@ __all__ = [
     "CachedBTokLoss",
     "CheckedEmbeddings",
     "CheckedInputs",
+    "EncodedRow",
     "SkippedInput",
     "TrainedHead",
     "add_btoks",
@@ -54,11 +58,14 @@ __all__ = [
     "decode_btoks",
     "draw_attention",
     "encode_checked",
+    "encode_rows",
     "merge_adapters",
     "pdf_pages",
     "plain_template",
     "read_budget",
+    "read_video",
     "register_condensation_attention",
+    "rgb_image",
     "save_lm_head",
     "save_trained",
 ]
@@ -75,7 +82,10 @@ _MODULES = {
         "checked_inputs",
         "encode_checked",
     ),
+    "st_btok.inputs.images": ("rgb_image",),
     "st_btok.inputs.pdf": ("pdf_pages",),
+    "st_btok.inputs.vectors": ("EncodedRow", "encode_rows"),
+    "st_btok.inputs.videos": ("read_video",),
     "st_btok.model": ("build_model",),
     "st_btok.pooling": ("BTokPooling",),
     "st_btok.tokens": ("add_btoks", "btok_ids", "btok_tokens"),

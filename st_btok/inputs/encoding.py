@@ -1,36 +1,32 @@
-"""Embedding long lists of untidy inputs: every row is checked before its batch runs, and bad ones can be skipped.
+"""Embedding lists of untidy inputs: every row is checked before its batch runs, and bad ones can be skipped.
 
 `SentenceTransformer.encode` passes rows on as they come: measured with version 6.2, a missing image file is embedded
 as the text of its path, NaN pixels give NaN embeddings, an empty frame list is embedded as nothing, a URL is fetched,
 and one truncated file ends the whole call with an error that names no row. The checked path refuses or repairs these,
-for any SentenceTransformer, with BToks or without. It also encodes apart what one batch can't hold: conversations
-beside other inputs, whose media sentence-transformers loses; videos beside images (SmolVLM) or beside videos of
-another length; sampling rates; and, for models without a chat template, different modalities.
+for any SentenceTransformer, with BToks or without. Batches are those of `batching.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.util import quantize_embeddings
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from st_btok.inputs.reader import InputReader, reader_for
+from st_btok.inputs.vectors import encode_rows
+
+logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 _SHOWN = 10  # bad rows that one error lists
-# What is decoded at a time: so many batches, enough for sentence-transformers to sort by length, or so many pixels
-# (0.8 GB), whatever comes first.
-_CHUNK_BATCHES, _CHUNK_PIXELS = 8, 2**28
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,7 @@ def checked_inputs(
     allow_urls: bool = False,
     num_frames: int | None = None,
     max_pixels: int | None = None,
+    background: str | None = None,
 ) -> CheckedInputs:
     """Check and decode inputs before a model sees them.
 
@@ -91,6 +88,8 @@ def checked_inputs(
         allow_urls: Fetch URLs of media. Default: refuse them. (Plain `encode` fetches.)
         num_frames: At most this many evenly spaced frames of each video. Default: 8 of a file, all of other videos.
         max_pixels: Shrink images and frames to this area in pixels. Default: the model's own processor decides.
+        background: Colour to lay transparent images over, such as `"white"`. Default: drop the transparency, as
+            plain `encode` does, so that hidden colours show.
 
     Returns:
         The inputs that can be encoded, their row numbers, and what was skipped.
@@ -99,7 +98,10 @@ def checked_inputs(
         ImportError: If a video file is given and PyAV is missing.
         ValueError: If a row is bad under `on_error="raise"`, or an argument has an unknown value.
     """
-    reader = reader_for(model, allow_urls=allow_urls, num_frames=num_frames, max_pixels=max_pixels)
+    _check_on_error(on_error)
+    reader = reader_for(
+        model, allow_urls=allow_urls, num_frames=num_frames, max_pixels=max_pixels, background=background
+    )
     return check_rows(as_rows(inputs, model), range(len(inputs)), reader, on_error)
 
 
@@ -134,20 +136,23 @@ def check_rows(inputs: Sequence[Any], rows: Sequence[int], reader: InputReader, 
         What can be encoded, and what was skipped.
 
     Raises:
-        ValueError: If a row is bad under `on_error="raise"`, or `on_error` is unknown.
+        ValueError: If a row is bad under `on_error="raise"`.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}.')
     kept, kept_rows, skipped = [], [], []
     for row, value in zip(rows, inputs, strict=True):
         try:
             kept.append(reader.read(value))
             kept_rows.append(row)
-        except ValueError as error:
-            skipped.append(SkippedInput(row, str(error)))
+        except (ValueError, MemoryError) as error:
+            skipped.append(SkippedInput(row, str(error) or type(error).__name__))
     if skipped and on_error == "raise":
         raise bad_rows(skipped)
     return CheckedInputs(kept, kept_rows, skipped)
+
+
+def _check_on_error(on_error: str) -> None:
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}.')
 
 
 def bad_rows(skipped: Sequence[SkippedInput]) -> ValueError:
@@ -170,32 +175,35 @@ def encode_checked(
     inputs: Sequence[Any],
     on_error: OnError = "raise",
     *,
-    task: Literal["query", "document"] | None = None,
     allow_urls: bool = False,
     num_frames: int | None = None,
     max_pixels: int | None = None,
-    batch_size: int = 32,
+    background: str | None = None,
     precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32",
+    show_progress_bar: bool | None = None,
+    convert_to_numpy: bool = True,
+    convert_to_tensor: bool = False,
     **encode_kwargs: Any,
 ) -> CheckedEmbeddings:
-    """Embed inputs, each checked before its batch runs.
+    """Embed inputs, each checked before its batch runs; rows, order and vectors are those of `encode`.
 
-    All rows are checked first without decoding files, then up to eight batches at a time are decoded,
-    checked and encoded.
     A video is used whole (or as `num_frames` says): processors choose no frames of their own here.
 
     Args:
         model: Any SentenceTransformer.
         inputs: What `checked_inputs` takes.
-        on_error: See `checked_inputs`. Under `"raise"`, a file that opens but can't be decoded is found when its
-            batches are due; under `"skip"` nothing but bad rows is lost.
-        task: `"query"` or `"document"` use `encode_query` or `encode_document`. Default: `encode`.
+        on_error: See `checked_inputs`. Under `"raise"`, all rows are looked at before the first one is decoded; a file
+            that opens but can't be decoded is found when its window is due. Under `"skip"` nothing but bad rows is
+            lost.
         allow_urls: See `checked_inputs`.
         num_frames: See `checked_inputs`.
         max_pixels: See `checked_inputs`.
-        batch_size: Inputs in one forward pass, at least 1.
+        background: See `checked_inputs`.
         precision: See `encode`; the ranges for `int8` and `uint8` are those of all kept rows.
-        **encode_kwargs: Passed to `encode`.
+        show_progress_bar: Rows done so far. Default: where the log level is INFO, as `encode` does.
+        convert_to_numpy: See `encode`.
+        convert_to_tensor: See `encode`.
+        **encode_kwargs: For `encode_rows`: `task`, `prompt`, `truncate_dim`, `batch_tokens`, ...
 
     Returns:
         The embeddings, the row number of each, and the skipped rows with reasons.
@@ -204,123 +212,46 @@ def encode_checked(
         ImportError: If a video file is given and PyAV is missing.
         ValueError: If a row is bad under `on_error="raise"`, or an argument has an unknown value.
     """
-    if task not in (None, "query", "document"):
-        raise ValueError(f'task must be "query", "document" or None, got {task!r}.')
-    encode = partial(getattr(model, "encode" if task is None else f"encode_{task}"), batch_size=batch_size)
-    reader = reader_for(model, allow_urls=allow_urls, num_frames=num_frames, max_pixels=max_pixels)
     everything = as_rows(inputs, model)
-    found = check_rows(everything, range(len(everything)), replace(reader, decode=False), on_error)
-    texts_only = all(isinstance(value, str) for value in found.inputs)
-    size = len(everything) if texts_only else batch_size * _CHUNK_BATCHES
-    done = [CheckedEmbeddings(None, [], found.skipped)]
-    for checked in _chunks(everything, found.rows, reader, on_error, size):
-        done.append(CheckedEmbeddings(None, [], checked.skipped))
-        for group in _groups(checked, "message" in reader.modalities):
-            done.append(_encode(model, encode, group, on_error, encode_kwargs))
-    if not any(part.rows for part in done):
-        done.insert(0, CheckedEmbeddings(encode([], **encode_kwargs), [], []))
-    result = _in_order(done)
-    if precision != "float32" and result.rows:
-        result = replace(result, embeddings=quantize_embeddings(result.embeddings, precision=precision))
-    return result
+    media: dict[str, Any] = {
+        "allow_urls": allow_urls,
+        "num_frames": num_frames,
+        "max_pixels": max_pixels,
+        "background": background,
+    }
+    found = encode_rows(model, everything, **media, **encode_kwargs)
+    _check_on_error(on_error)
+    if on_error == "raise":
+        check_rows(everything, range(len(everything)), reader_for(model, **media, decode=False), on_error)
+    if show_progress_bar is None:
+        show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+    good: dict[int, Any] = {}
+    bad: list[SkippedInput] = []
+    with tqdm(total=len(everything), desc="Rows", unit="row", disable=not show_progress_bar) as bar:
+        for done in found:
+            bar.update()
+            if done.reason:
+                bad.append(SkippedInput(done.row, done.reason))
+            else:
+                good[done.row] = done.embedding
+            if bad and on_error == "raise":
+                raise bad_rows(bad)
+    rows = sorted(good)
+    embeddings: Any = [good.pop(row) for row in rows]
+    if encode_kwargs.get("output_value", "sentence_embedding") == "sentence_embedding":
+        embeddings = _as_asked(embeddings, precision, convert_to_numpy and not convert_to_tensor, convert_to_tensor)
+    return CheckedEmbeddings(embeddings, rows, sorted(bad, key=lambda one: one.row))
 
 
-def _chunks(
-    inputs: list[Any], rows: list[int], reader: InputReader, on_error: OnError, size: int
-) -> Iterator[CheckedInputs]:
-    """Decode rows until there are enough for one go."""
-    chunk, pixels = CheckedInputs([], [], []), 0
-    for row in rows:
-        one = check_rows([inputs[row]], [row], reader, on_error)
-        chunk.inputs.extend(one.inputs)
-        chunk.rows.extend(one.rows)
-        chunk.skipped.extend(one.skipped)
-        pixels += sum(_pixels(item) for value in one.inputs for _, item in _media(value))
-        if len(chunk.rows) >= size or pixels >= _CHUNK_PIXELS:
-            yield chunk
-            chunk, pixels = CheckedInputs([], [], []), 0
-    yield chunk
-
-
-def _pixels(medium: Any) -> int:
-    if isinstance(medium, Image.Image):
-        return medium.width * medium.height
-    frames = medium.get("array") if isinstance(medium, dict) else medium
-    return math.prod(frames.shape[:3]) if isinstance(frames, np.ndarray) and frames.ndim == 4 else 0
-
-
-def _groups(checked: CheckedInputs, has_messages: bool) -> list[CheckedInputs]:
-    """Rows that can share a batch."""
-    groups: dict[Any, CheckedInputs] = {}
-    for row, value in zip(checked.rows, checked.inputs, strict=True):
-        group = groups.setdefault(_batch_key(value, has_messages), CheckedInputs([], [], []))
-        group.inputs.append(value)
-        group.rows.append(row)
-    return list(groups.values())
-
-
-def _batch_key(value: Any, has_messages: bool) -> Any:
-    """Equal for inputs that can share a batch on every family."""
-    if not has_messages:
-        return infer_modality(value)
-    media = _media(value)
-    # Measured: beside a longer video, SmolVLM misreads a shorter one (0.1), LLaVA-OneVision and InternVL raise.
-    frames = {len(item["array"] if isinstance(item, dict) else item) for kind, item in media if kind == "video"}
-    rates = {item["sampling_rate"] for kind, item in media if kind == "audio" and isinstance(item, dict)}
-    return isinstance(value, list), tuple(sorted(frames)), tuple(sorted(rates))
-
-
-def _media(value: Any) -> list[tuple[str, Any]]:
-    """Every medium of a normalised input, with its kind."""
-    if isinstance(value, list):  # a conversation
-        contents = [turn["content"] for turn in value if isinstance(turn["content"], list)]
-        return [(part["type"], part[part["type"]]) for content in contents for part in content]
-    if not isinstance(value, dict) or "array" in value:
-        return [(str(infer_modality(value)), value)]
-    return [(kind, item) for kind, items in value.items() for item in (items if isinstance(items, list) else [items])]
-
-
-def _encode(
-    model: SentenceTransformer, encode: Any, group: CheckedInputs, on_error: OnError, kwargs: dict[str, Any]
-) -> CheckedEmbeddings:
-    """Encode a group; rows that the model's own processor refuses, such as media beyond the limit, are bad rows."""
-    if "video" in model.modalities:
-        own = kwargs.get("processing_kwargs") or {}
-        video = {"do_sample_frames": False, **own.get("video", {})}
-        kwargs = {**kwargs, "processing_kwargs": {**own, "video": video}}
-    try:
-        return CheckedEmbeddings(encode(group.inputs, **kwargs), group.rows, [])
-    except Exception as error:
-        bad = []
-        for row, value in zip(group.rows, group.inputs, strict=True):
-            try:
-                model.preprocess([value], processing_kwargs=kwargs.get("processing_kwargs"))
-            except Exception as reason:
-                bad.append(SkippedInput(row, f"the model's processor refuses it: {reason}"))
-        if not bad:
-            raise
-        if on_error == "raise":
-            raise bad_rows(bad) from error
-    lost = {skipped.row for skipped in bad}
-    kept = [(row, value) for row, value in zip(group.rows, group.inputs, strict=True) if row not in lost]
-    embeddings = encode([value for _, value in kept], **kwargs) if kept else None
-    return CheckedEmbeddings(embeddings, [row for row, _ in kept], bad)
-
-
-def _in_order(done: list[CheckedEmbeddings]) -> CheckedEmbeddings:
-    """Parts of any of the types that `encode` returns, put together in ascending row order."""
-    skipped = sorted((bad for part in done for bad in part.skipped), key=lambda bad: bad.row)
-    parts = [part for part in done if part.rows] or done[:1]
-    rows = [row for part in parts for row in part.rows]
-    order = np.argsort(rows)
-    embeddings: Any
-    if isinstance(parts[0].embeddings, np.ndarray):
-        embeddings = np.concatenate([part.embeddings for part in parts])
-        embeddings = embeddings[order] if rows else embeddings
-    elif isinstance(parts[0].embeddings, Tensor):
-        embeddings = torch.cat([part.embeddings for part in parts])
-        embeddings = embeddings[torch.as_tensor(order)] if rows else embeddings
-    else:
-        flat = [item for part in parts for item in part.embeddings]
-        embeddings = [flat[index] for index in order]
-    return CheckedEmbeddings(embeddings, sorted(rows), skipped)
+def _as_asked(vectors: list[Tensor], precision: Any, as_array: bool, as_tensor: bool) -> Any:
+    """The types that `encode` returns."""
+    if not vectors:
+        return np.array([]) if as_array else torch.tensor([]) if as_tensor else []
+    result: Any = torch.stack(vectors)
+    if precision != "float32":
+        result = quantize_embeddings(result, precision=precision)
+    if as_tensor:
+        return torch.as_tensor(result)
+    if as_array:
+        return result if isinstance(result, np.ndarray) else result.float().cpu().numpy()
+    return list(torch.as_tensor(result))

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from st_btok.inputs.images import LARGEST_IMAGE
+from st_btok.inputs.pixels import LARGEST_IMAGE
 
 _POINTS_PER_INCH = 72
 

@@ -1,6 +1,6 @@
 """One input of any kind, checked and normalised for one model: text, medium, dict of them, or conversation.
 
-Every problem is a ValueError that says what was seen and what to do; `checked_encoding.py` adds the row. Media follow
+Every problem is a ValueError that says what was seen and what to do; `encoding.py` adds the row. Media follow
 the rules of `images.py` and `videos.py`.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import (
     is_audio_url_or_path,
@@ -24,7 +24,8 @@ from sentence_transformers.base.modality import (
     is_video_url_or_path,
 )
 
-from st_btok.inputs.images import is_url, open_image, read_source, rgb_image
+from st_btok.inputs.images import open_image, rgb_image
+from st_btok.inputs.sources import is_url, read_source
 from st_btok.inputs.videos import check_video, read_video
 from st_btok.tokens import btok_ids
 
@@ -42,6 +43,7 @@ class InputReader:
         allow_urls: Fetch URLs.
         num_frames: See `read_video`.
         max_pixels: See `read_video` and `rgb_image`.
+        background: See `rgb_image`.
         decode: Decode media. Otherwise only headers of files are read, URLs are left alone, and None stands for every
             medium in the row that comes back.
 
@@ -55,6 +57,7 @@ class InputReader:
     allow_urls: bool = False
     num_frames: int | None = None
     max_pixels: int | None = None
+    background: str | None = None
     decode: bool = True
 
     def __post_init__(self) -> None:
@@ -62,6 +65,8 @@ class InputReader:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}. Leave it out for no limit.")
+        if self.background is not None:
+            ImageColor.getrgb(self.background)  # a ValueError that names an unknown colour
 
     def read(self, value: Any) -> Any:
         """Check and normalise one input.
@@ -182,8 +187,8 @@ class InputReader:
         if kind == "audio":
             return self._audio(source)
         if kind == "image":
-            return rgb_image(source, self.max_pixels, self.allow_urls)
-        video = read_video(source, self.num_frames, self.max_pixels, self.allow_urls)
+            return rgb_image(source, self.max_pixels, self.allow_urls, self.background)
+        video = read_video(source, self.num_frames, self.max_pixels, self.allow_urls, self.background)
         return video.frames if video.metadata is None else {"array": video.frames, "video_metadata": video.metadata}
 
     def _audio(self, source: Any) -> Any:

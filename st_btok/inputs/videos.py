@@ -19,8 +19,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from st_btok.inputs.images import LARGEST_IMAGE, channels_last, read_source, rgb_image, shrink, source_name, to_bytes
+from st_btok.inputs.images import formats, is_postscript, normalise, rgb_image, shrink
+from st_btok.inputs.pixels import LARGEST_IMAGE, channels_last, to_bytes
+from st_btok.inputs.sources import read_source, source_name
 
+# FFmpeg's names. Not on the list: playlists (hls, concat, dash), numbered images, text drawn as a terminal (tty).
+CONTAINERS = "mov,mp4,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,m4v,h264,hevc,av1,ivf,nut,mxf,dv,rm,wav"
 FILE_FRAMES = 8  # the authors' count, and what `limits.py` reserves room for
 
 
@@ -39,7 +43,11 @@ class Video:
 
 
 def read_video(
-    source: Any, num_frames: int | None = None, max_pixels: int | None = None, allow_urls: bool = False
+    source: Any,
+    num_frames: int | None = None,
+    max_pixels: int | None = None,
+    allow_urls: bool = False,
+    background: str | None = None,
 ) -> Video:
     """Read a video.
 
@@ -47,10 +55,11 @@ def read_video(
         source: Path, URL or bytes of a video or an animated image; an array or tensor (F, H, W, C) or (F, C, H, W);
             a list of frames (anything `rgb_image` takes, all of one size); or `{"array": ..., "video_metadata": ...}`
             around an array or list.
-        num_frames: At most this many frames (at least 1), evenly spaced, first and last included. Default: 8 of a
-            file, every frame of an array or list.
+        num_frames: At most this many frames (at least 1), as `evenly` chooses them. Default: 8 of a file, every frame
+            of an array or list.
         max_pixels: Largest area of one frame; larger ones are shrunk. Default: no shrinking.
         allow_urls: Fetch URLs.
+        background: See `rgb_image`.
 
     Returns:
         The chosen frames.
@@ -73,9 +82,11 @@ def read_video(
         if not source:
             raise ValueError("the video has no frames. Leave it out")
         chosen, metadata = _choose(source, num_frames, metadata)
-        frames = _stack([_frame(frame, index, max_pixels, allow_urls) for index, frame in enumerate(chosen)])
+        frames = _stack(
+            [_frame(frame, index, max_pixels, allow_urls, background) for index, frame in enumerate(chosen)]
+        )
     elif isinstance(source, str | Path | bytes):
-        frames, metadata = _from_file(source, num_frames or FILE_FRAMES, max_pixels, allow_urls)
+        frames, metadata = _from_file(source, num_frames or FILE_FRAMES, max_pixels, allow_urls, background)
     else:
         raise ValueError(f"a {type(source).__name__} is no video. Pass a path, an array or a list of frames")
     if max_pixels is not None and frames.shape[1] * frames.shape[2] > max_pixels:
@@ -98,13 +109,14 @@ def check_video(source: Any) -> None:
     """
     opened = read_source(source)
     try:
-        with Image.open(opened):
+        with Image.open(opened, formats=formats()):
             return
     except Exception:  # no image, or a damaged one: what Pillow raises for damage differs by format
+        _refuse_postscript(opened, source)
         opened = read_source(source)
     av = _pyav()
     try:
-        with av.open(opened) as container:
+        with _container(opened) as container:
             _stream(container, source)
     except av.FFmpegError as error:
         raise _no_video(source, error) from error
@@ -123,18 +135,18 @@ def _choose(frames: Any, num_frames: int | None, metadata: dict[str, Any] | None
 
 
 def evenly(total: int, num_frames: int) -> list[int]:
-    """Numbers of evenly spaced frames, first and last included; of one frame, the middle one.
+    """Numbers of evenly spaced frames, first and last included, rounded down, as MMEB-V2's own harness chooses them.
 
     Args:
         total: Frames there are.
-        num_frames: Frames to take, at least 1.
+        num_frames: Frames to take, at least 1; of one frame it is the middle one.
 
     Returns:
         `min(total, num_frames)` ascending numbers.
     """
     if num_frames == 1:
         return [total // 2]
-    return np.linspace(0, total - 1, min(total, num_frames)).round().astype(int).tolist()
+    return np.linspace(0, total - 1, min(total, num_frames)).astype(int).tolist()
 
 
 def _from_array(source: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -148,9 +160,9 @@ def _from_array(source: np.ndarray | torch.Tensor) -> np.ndarray:
     return _stack([rgb_image(frame) for frame in values])
 
 
-def _frame(frame: Any, index: int, max_pixels: int | None, allow_urls: bool) -> Image.Image:
+def _frame(frame: Any, index: int, max_pixels: int | None, allow_urls: bool, background: str | None) -> Image.Image:
     try:
-        return rgb_image(frame, max_pixels, allow_urls)
+        return rgb_image(frame, max_pixels, allow_urls, background)
     except ValueError as error:
         raise ValueError(f"frame {index}: {error}") from error
 
@@ -163,17 +175,21 @@ def _stack(frames: Sequence[Image.Image]) -> np.ndarray:
 
 
 def _from_file(
-    source: str | Path | bytes, num_frames: int, max_pixels: int | None, allow_urls: bool
+    source: str | Path | bytes, num_frames: int, max_pixels: int | None, allow_urls: bool, background: str | None
 ) -> tuple[np.ndarray, dict[str, Any] | None]:
     opened = read_source(source, allow_urls)
     try:
-        with Image.open(opened) as image:
+        with Image.open(opened, formats=formats()) as image:
+            _check_size(image.width, image.height, source)
             total = getattr(image, "n_frames", 1)
             picks = set(evenly(total, num_frames))
-            chosen = [frame.copy() for i, frame in enumerate(ImageSequence.Iterator(image)) if i in picks]
-            return _stack([rgb_image(frame, max_pixels) for frame in chosen]), None
+            frames = enumerate(ImageSequence.Iterator(image))
+            chosen = [shrink(normalise(frame, background), max_pixels) for i, frame in frames if i in picks]
+            return _stack(chosen), None
     except UnidentifiedImageError:
-        pass
+        _refuse_postscript(opened, source)
+    except (ValueError, MemoryError):
+        raise
     except Exception as error:
         raise _no_video(source, error) from error
     if not isinstance(opened, Path):
@@ -187,7 +203,7 @@ def _decode(
     """Decode the chosen frames of a video file, in one pass up to the last of them."""
     av = _pyav()
     try:
-        with av.open(opened) as container:
+        with _container(opened) as container:
             stream = _stream(container, source)
             rate = float(stream.average_rate or stream.guessed_rate or 0) or None
             total = sum(1 for packet in container.demux(stream) if packet.size)
@@ -219,12 +235,26 @@ def _stream(container: Any, source: Any) -> Any:
     stream = container.streams.video[0] if container.streams.video else None
     if stream is None or stream.codec_context is None:
         raise ValueError(f"{source_name(source)} has no video stream that can be decoded. Leave it out")
-    if not stream.width or stream.width * stream.height > LARGEST_IMAGE:
+    _check_size(stream.width, stream.height, source)
+    return stream
+
+
+def _refuse_postscript(opened: Any, source: Any) -> None:
+    if is_postscript(opened):
+        raise ValueError(f"{source_name(source)} is PostScript. Convert it to PNG")
+
+
+def _check_size(width: int, height: int, source: Any) -> None:
+    if not 1 <= width * height <= LARGEST_IMAGE:
         raise ValueError(
-            f"{source_name(source)} has frames of {stream.width} x {stream.height} pixels; at least 1 and at most "
+            f"{source_name(source)} has frames of {width} x {height} pixels; at least 1 and at most "
             f"{LARGEST_IMAGE} can be read. Shrink it first"
         )
-    return stream
+
+
+def _container(opened: Any) -> Any:
+    """A video file, if it is of a kind that holds its own frames: playlists would open other files and addresses."""
+    return _pyav().open(opened, options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
 
 
 def _no_video(source: Any, error: Exception) -> ValueError:

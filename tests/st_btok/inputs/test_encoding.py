@@ -143,16 +143,13 @@ def test_skipping_loses_nothing_else(tmp_path, qwen):
     assert len(encode_checked(qwen, []).embeddings) == 0
 
 
-def test_few_pixels_are_in_memory_at_a_time(qwen, monkeypatch):
-    values = [picture(56, 28, 1), "a", picture(56, 28, 2), clip(2), picture(28, 28, 3), "b"]
+def test_small_windows_change_nothing(qwen, monkeypatch):
+    values = [picture(56, 28, 1), "a", picture(56, 28, 2), clip(2), picture(28, 28, 3), "b", "a"]
     whole = encode_checked(qwen, values).embeddings
-    sizes = []
-    encode = qwen.encode
-    monkeypatch.setattr(qwen, "encode", lambda inputs, **kwargs: sizes.append(len(inputs)) or encode(inputs, **kwargs))
-    monkeypatch.setattr("st_btok.inputs.encoding._CHUNK_PIXELS", 2 * 56 * 28)
-    cut = encode_checked(qwen, values).embeddings
-    assert sizes == [3, 1, 2], "two pictures and a text; the clip; what is left"
-    assert difference(cut, whole) < 1e-5
+    for rows, size in ((2, 2**26), (1000, 1), (1, 2**26)):
+        monkeypatch.setattr("st_btok.inputs.batching.WINDOW_ROWS", rows)
+        monkeypatch.setattr("st_btok.inputs.batching.WINDOW_BYTES", size)
+        assert difference(encode_checked(qwen, values).embeddings, whole) < 1e-5
 
 
 def test_rows_that_only_the_processor_refuses_are_bad_rows_too(btok_model):
@@ -235,8 +232,7 @@ def test_models_without_a_chat_template_get_one_modality_a_batch(tmp_path):
         model.encode(values)
     result = encode_checked(model, [None, *values], on_error="skip")
     assert result.rows == [1, 2, 3, 4]
-    white = Image.new("RGB", (28, 28), "white")
-    assert difference(result.embeddings, one_by_one(model, [*values[:3], white])) < 1e-5
+    assert difference(result.embeddings, one_by_one(model, [*values[:3], Image.new("RGB", (28, 28))])) < 1e-5
     assert difference(result.embeddings[0], result.embeddings[2]) > 1e-3
 
 
@@ -310,11 +306,15 @@ def test_odd_images_on_every_family(btok_model, name):
     result = encode_checked(model, [*ODD.values(), "", "a"])
     assert np.isfinite(result.embeddings).all() and len(result.rows) == len(ODD) + 2
     rows = list(ODD)
-    reference = model.encode([picture(56, 28, 1), Image.new("RGB", (28, 28), "white")])
+    reference = model.encode(
+        [picture(56, 28, 1), *(Image.new("RGB", (28, 28), colour) for colour in ("red", "white"))]
+    )
     for same in ("cmyk", "floats"):
         assert difference(result.embeddings[rows.index(same)], reference[0]) < 1e-5
-    assert difference(result.embeddings[rows.index("transparent")], reference[1]) < 1e-5
-    assert difference(result.embeddings[rows.index("16 bit")], reference[1]) > 1e-3, "not clipped to white"
+    assert difference(result.embeddings[rows.index("transparent")], reference[1]) < 1e-5, "as plain encode"
+    white = encode_checked(model, [ODD["transparent"]], background="white").embeddings
+    assert difference(white, reference[2:]) < 1e-5
+    assert difference(result.embeddings[rows.index("16 bit")], reference[2]) > 1e-3, "not clipped to white"
     small = encode_checked(model, [ODD["2000 x 2000"]], max_pixels=784).embeddings
     assert difference(small, model.encode([Image.new("RGB", (28, 28))])) < 1e-5
 

@@ -6,8 +6,6 @@ import base64
 import io
 import struct
 import zlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -17,7 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.Image import registered_extensions
 
-from st_btok.inputs.images import LARGEST_IMAGE, open_image, rgb_image, shrink
+from st_btok.inputs.images import open_image, rgb_image, shrink
+from st_btok.inputs.pixels import LARGEST_IMAGE
+from st_btok.inputs.videos import check_video, read_video
 from tests.backbones import picture
 
 
@@ -47,7 +47,18 @@ def test_every_source_of_one_picture_gives_the_same_pixels(png):
     array = np.asarray(picture(56, 28, 1))
     uri = "data:image/png;base64," + base64.b64encode(data).decode()
     planes = np.moveaxis(array, -1, 0)
-    for source in (png, str(png), data, uri, array, planes, torch.tensor(planes), torch.tensor(array), array / 255):
+    for source in (
+        png,
+        str(png),
+        data,
+        uri,
+        base64.b64encode(data).decode(),
+        array,
+        planes,
+        torch.tensor(planes),
+        torch.tensor(array),
+        array / 255,
+    ):
         assert same(rgb_image(source), picture(56, 28, 1))
 
 
@@ -57,15 +68,16 @@ def test_modes_keep_their_colours(mode):
     assert same(rgb_image(converted), converted.convert("RGB"))
 
 
-def test_transparency_lies_over_white(tmp_path):
+def test_transparency_is_dropped_unless_a_background_is_asked_for(tmp_path):
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    half = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
-    assert rgb_image(clear).getpixel((0, 0)) == (255, 255, 255), "the hidden red does not show"
-    assert rgb_image(half).getpixel((0, 0)) == (127, 127, 127)
+    half = Image.new("RGBA", (4, 300), (0, 0, 0, 128))
+    assert rgb_image(clear).getpixel((0, 0)) == (255, 0, 0), "as plain encode: the hidden red shows"
+    assert rgb_image(clear, background="white").getpixel((0, 0)) == (255, 255, 255)
+    over_green = np.asarray(rgb_image(half, background="#00ff00"))
+    assert (over_green == (0, 127, 0)).all(), "in every strip"
     Image.new("P", (4, 4), 0).save(tmp_path / "palette.png", transparency=0)
-    assert rgb_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 255, 255)
-    channels = np.asarray(half)
-    assert same(rgb_image(channels), rgb_image(half))
+    assert rgb_image(tmp_path / "palette.png", background="white").getpixel((0, 0)) == (255, 255, 255)
+    assert same(rgb_image(np.asarray(half), background="white"), rgb_image(half, background="white"))
 
 
 def test_sixteen_bits_become_eight_and_not_white(tmp_path):
@@ -75,6 +87,10 @@ def test_sixteen_bits_become_eight_and_not_white(tmp_path):
     for source in (tmp_path / "grey.png", values, Image.fromarray(values.astype(np.int32))):
         assert same(rgb_image(source), expected)
     assert same(rgb_image(Image.fromarray(np.float32(values >> 8))), expected)
+    dark = np.arange(64, dtype=np.uint16).reshape(8, 8)  # 8-bit values in a 16-bit file: as they are, not black
+    expected = Image.fromarray(dark.astype(np.uint8)).convert("RGB")
+    for source in (dark, Image.fromarray(dark), torch.tensor(dark.astype(np.int32))):
+        assert same(rgb_image(source), expected)
 
 
 def test_exif_orientation_is_applied_to_files_and_to_opened_images(tmp_path):
@@ -101,7 +117,7 @@ def test_the_first_frame_of_an_animation(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((1, 1), (1, 1)), ((1, 50), (1, 50)), ((300, 1), (300, 3)), ((4, 1000), (10, 1000)), ((1000, 10), (1000, 10))],
+    [((1, 1), (1, 1)), ((1, 150), (1, 150)), ((500, 1), (500, 3)), ((4, 1000), (5, 1000)), ((1000, 5), (1000, 5))],
 )
 def test_too_thin_images_are_padded_with_white(size, expected):
     image = rgb_image(Image.new("RGB", size))
@@ -109,6 +125,42 @@ def test_too_thin_images_are_padded_with_white(size, expected):
     black = (np.asarray(image) == 0).all(-1)
     assert black.sum() == size[0] * size[1], "every pixel of the image is kept"
     assert (np.asarray(image)[~black] == 255).all()
+
+
+def test_a_line_is_shrunk_before_it_is_padded(tmp_path):
+    Image.new("1", (1, 200_000)).save(tmp_path / "line.png")
+    assert (tmp_path / "line.png").stat().st_size < 1000
+    width, height = rgb_image(tmp_path / "line.png").size
+    assert width * height <= 2**22 + height and height <= 200 * width, "not 1,000 x 200,000"
+
+
+def stock_pixels(path) -> Image.Image:
+    """What the processors' own loader makes of a file in plain `encode`."""
+    from transformers.image_utils import load_image_as_tensor
+
+    return Image.fromarray(load_image_as_tensor(str(path)).permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "trns", "exif"])
+def test_files_have_the_pixels_of_plain_encode(tmp_path, suffix, mode):
+    if (suffix, mode) == ("webp", "exif"):
+        pytest.skip("plain encode forgets the orientation of WebP files; here it is applied")
+    if (suffix, mode) == ("gif", "trns"):
+        pytest.skip("behind transparent pixels, plain encode shows another colour than the file's own")
+    path = tmp_path / f"picture.{suffix}"
+    image = picture(56, 28, 1).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((56, 28)))
+    options = {"transparency": 3} if mode == "trns" else {}
+    if mode == "exif":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    try:
+        image.convert({"trns": "P", "exif": "RGB"}.get(mode, mode)).save(path, **options)
+    except (OSError, ValueError) as error:
+        pytest.skip(f"there is no such file: {error}")
+    for source in (path, path.read_bytes(), Image.open(path)):
+        assert same(rgb_image(source), stock_pixels(path))
 
 
 def test_bombs_are_refused_by_their_header(tmp_path, monkeypatch):
@@ -140,11 +192,25 @@ def test_broken_files(tmp_path, png):
         rgb_image(tmp_path)
     with pytest.raises(ValueError, match="is not base64"):
         rgb_image("data:image/png;base64,%%%")
+    for name in ("x" * 5000, "a\0b", "QUJD" * 100):
+        with pytest.raises(ValueError, match="does not exist|is not an image"):
+            rgb_image(name)
     with pytest.raises(ValueError, match="no pixels"):
         rgb_image(Image.new("RGB", (0, 5)))
-    (tmp_path / "print.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(ValueError, match="PostScript"):
-        rgb_image(tmp_path / "print.eps")
+
+
+def test_postscript_starts_no_program(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("Ghostscript"))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    for name in ("print.eps", "print.png", "print.gif"):
+        (tmp_path / name).write_bytes(script)
+        for source in (tmp_path / name, str(tmp_path / name), script, base64.b64encode(script * 3).decode()):
+            for read in (rgb_image, open_image, read_video, check_video):
+                with pytest.raises(ValueError, match="PostScript"):
+                    read(source)
+    for read in (rgb_image, open_image):
+        with pytest.raises(ValueError, match="PostScript"):
+            read(Image.open(tmp_path / "print.eps"))
 
 
 def test_an_opened_image_that_is_cut_is_found_too(tmp_path, png):
@@ -189,6 +255,9 @@ def test_damage_is_a_picture_or_a_value_error(name, data):
         (np.zeros((0, 2, 3)), "is no image"),
         (np.zeros(3), "is no image"),
         (np.full((2, 2), "a"), "must hold numbers"),
+        (torch.zeros(3, 2, 2, device="meta"), "one by one, got a tensor that is meta"),
+        (torch.zeros(3, 2, 2).to_sparse(), "a tensor that is torch.sparse_coo"),
+        (torch.quantize_per_tensor(torch.zeros(3, 2, 2), 0.1, 0, torch.quint8), "a tensor that is quantised"),
     ],
 )
 def test_arrays_that_are_no_pictures(values, message):
@@ -208,30 +277,3 @@ def test_shrinking_keeps_the_shape():
     assert rgb_image(Image.new("RGB", (1000, 20)), max_pixels=10).size == (22, 1)
     with pytest.raises(ValueError, match="max_pixels must be at least 1, got 0"):
         shrink(picture(), 0)
-
-
-def test_urls_are_fetched_only_when_asked_for(png):
-    asked = []
-
-    class Server(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200 if self.path == "/a.png" else 404)
-            self.end_headers()
-            if self.path == "/a.png":
-                self.wfile.write(png.read_bytes())
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/a.png"
-    with pytest.raises(ValueError, match="is not fetched. Download it first, or pass allow_urls=True"):
-        open_image(url)
-    assert not asked
-    assert same(rgb_image(url, allow_urls=True), picture(56, 28, 1)) and asked == ["/a.png"]
-    with pytest.raises(ValueError, match="can't be fetched: .*404"):
-        rgb_image(url + "x", allow_urls=True)
-    server.shutdown()
-    server.server_close()

@@ -44,7 +44,15 @@ def brightness(frames: np.ndarray) -> list[float]:
 
 @pytest.mark.parametrize(
     ("total", "count", "expected"),
-    [(10, 1, [5]), (10, 2, [0, 9]), (10, 4, [0, 3, 6, 9]), (3, 8, [0, 1, 2]), (1, 1, [0]), (1, 8, [0])],
+    [
+        (10, 1, [5]),
+        (10, 2, [0, 9]),
+        (10, 4, [0, 3, 6, 9]),
+        (11, 4, [0, 3, 6, 10]),
+        (3, 8, [0, 1, 2]),
+        (1, 1, [0]),
+        (1, 8, [0]),
+    ],
 )
 def test_frames_are_evenly_spaced(total, count, expected):
     assert evenly(total, count) == expected
@@ -59,6 +67,19 @@ def test_files_give_eight_frames_unless_asked_otherwise(movie):
     assert len(read_video(str(movie), num_frames=100).frames) == 12
     assert np.array_equal(read_video(movie.read_bytes()).frames, video.frames)
     assert read_video(movie, num_frames=3, max_pixels=12 * 16).frames.shape == (3, 12, 16, 3)
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "cat.ffconcat", "cat.mp4", "terminal.ans"])
+def test_playlists_open_no_other_file(tmp_path, movie, name):
+    """FFmpeg itself opens the other file for some of these."""
+    inner = str(write_movie(tmp_path / "inner.ts"))
+    head = "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n"
+    text = head if name.startswith("list") else "ffconcat version 1.0\nfile {}\n" if name.startswith("cat") else "{}"
+    (tmp_path / name).write_text(text.format("inner.ts" if name.startswith("cat") else inner))
+    for read in (read_video, check_video):
+        for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+            with pytest.raises(ValueError, match="can't be decoded as a video"):
+                read(source)
 
 
 def test_one_frame_is_doubled(movie):

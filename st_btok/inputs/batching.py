@@ -1,0 +1,318 @@
+"""Batches for long runs: every row preprocessed alone, sorted by its true length, bounded by padded tokens.
+
+    rows -> read by threads, a few ahead -> features of one row -> a window, sorted by length -> batches -> vectors
+
+sentence-transformers sorts by characters against pixels, so a text of 1,000 characters shares a batch with images of
+20 tokens; and short pieces of a corpus repeat that. Here a window (a thousand rows, or 64 MiB of features, whatever
+comes first) is sorted by tokens. While one window is embedded, a thread prepares the next. Identical inputs of a
+window are embedded once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from st_btok.inputs.collate import can_collate, collate, cut_rows, num_bytes, num_tokens, signatures
+
+BATCH_TOKENS = 4096  # padded tokens of a batch
+WINDOW_ROWS, WINDOW_BYTES = 1024, 2**26
+READERS = 4  # threads that decode media
+_TEXTS = 64  # texts that are tokenized together: one call of the processor costs as much as ten short texts
+_WASTE = 0.05  # of a batch's padded tokens, beyond which a shorter row starts the next batch
+_END: Any = object()
+
+
+@dataclass
+class Row:
+    """An input on its way, and every place in the list that it stands at.
+
+    Attributes:
+        numbers: Row numbers; several for identical inputs.
+        key: `identity` of the input.
+        value: The input, as read; dropped once the features hold all of it.
+        features: What the model reads; None until preprocessed, or where only the processor can make a batch.
+        length: Tokens.
+        reason: Why it can't be embedded; empty for good rows.
+    """
+
+    numbers: list[int]
+    key: Any = None
+    value: Any = None
+    features: dict[str, Any] | None = None
+    length: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How rows become features.
+
+    Attributes:
+        model: The model that will embed them.
+        read: Checks and decodes one input; a ValueError says why it is bad.
+        options: Arguments of `model.preprocess`, such as the prompt.
+        batch_key: Equal for inputs that the processor can take in one call.
+    """
+
+    model: SentenceTransformer
+    read: Callable[[Any], Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_key: Callable[[Any], Any] = type
+
+    def read_row(self, value: Any) -> Row:
+        """One input, read; memory that can't be had is the row's fault too, as its medium is too large."""
+        try:
+            return Row([], value=self.read(value))
+        except (ValueError, MemoryError) as error:
+            return Row([], reason=str(error) or type(error).__name__)
+
+    def preprocess(self, rows: Sequence[Row]) -> None:
+        """Give rows their features and lengths; texts come together, everything else alone."""
+        values = [row.value for row in rows]
+        try:
+            features = dict(self.model.preprocess(values, **self.options))
+        except Exception as error:  # what processors raise differs by family
+            if len(rows) > 1:
+                for row in rows:
+                    self.preprocess([row])
+            else:
+                rows[0].reason = f"the model's processor refuses it: {str(error) or type(error).__name__}"
+                rows[0].value = None
+            return
+        if not can_collate(features):
+            if len(rows) > 1:  # without padding one tensor holds them all, which hides the lengths
+                for row in rows:
+                    self.preprocess([row])
+            else:
+                rows[0].length = num_tokens(features)
+            return
+        cut = cut_rows(features) if len(rows) > 1 else [features]
+        for row, own in zip(rows, cut, strict=True):
+            row.features, row.length, row.value = own, num_tokens(own), None
+
+
+def windows(items: Iterable[tuple[int, Any]], prepare: Preparation) -> Iterator[list[Row]]:
+    """Read and preprocess inputs, window by window.
+
+    Args:
+        items: Row numbers and inputs.
+        prepare: How rows become features.
+
+    Yields:
+        Rows of one window, bad ones among them, in the order of their first number.
+    """
+    window: list[Row] = []
+    texts: list[Row] = []
+    known: dict[Any, Row] = {}
+    size = 0
+    for row in _distinct_rows(items, prepare, known):
+        window.append(row)
+        if not row.reason and is_text(row.value):
+            texts.append(row)
+        elif not row.reason:
+            prepare.preprocess([row])
+            size += num_bytes(row.features) if row.features else decoded_bytes(row.value)
+        full = len(window) >= WINDOW_ROWS or size >= WINDOW_BYTES
+        if full or len(texts) >= _TEXTS:
+            _preprocess_texts(texts, prepare)
+            texts = []
+        if full:
+            yield window
+            for done in window:  # a copy that comes later would wait for a vector that was handed out already
+                known.pop(done.key, None)
+            window, size = [], 0
+    _preprocess_texts(texts, prepare)
+    if window:
+        yield window
+
+
+def _distinct_rows(items: Iterable[tuple[int, Any]], prepare: Preparation, known: dict[Any, Row]) -> Iterator[Row]:
+    """Rows in order, decoded by threads; an input that is known already only adds its number to that row."""
+    under_way: deque[tuple[Row, Future[Row] | None]] = deque()
+    num_futures = 0
+    with ThreadPoolExecutor(READERS) as pool:
+        for number, value in items:
+            key = identity(value)
+            if key in known:
+                known[key].numbers.append(number)
+                continue
+            row = known[key] = Row([number], key=key)
+            future = None if _is_quick(value) else pool.submit(prepare.read_row, value)
+            if future is None:
+                _fill(row, prepare.read_row(value))
+            under_way.append((row, future))
+            num_futures += future is not None
+            while num_futures > READERS or len(under_way) > _TEXTS:
+                first, future = under_way.popleft()
+                num_futures -= future is not None
+                yield _fill(first, future.result() if future is not None else first)
+        while under_way:
+            first, future = under_way.popleft()
+            yield _fill(first, future.result() if future is not None else first)
+
+
+def _fill(row: Row, read: Row) -> Row:
+    row.value, row.reason = read.value, read.reason
+    return row
+
+
+def _preprocess_texts(rows: Sequence[Row], prepare: Preparation) -> None:
+    """Texts in as few calls as possible; conversations apart, as sentence-transformers reads them differently."""
+    for chosen in (
+        [row for row in rows if not isinstance(row.value, list)],
+        [r for r in rows if isinstance(r.value, list)],
+    ):
+        if chosen:
+            prepare.preprocess(chosen)
+
+
+def batches(window: Sequence[Row], prepare: Preparation, tokens: int, rows: int | None) -> Iterator[list[Row]]:
+    """Rows of a window that run together, the longest first.
+
+    Args:
+        window: Preprocessed rows; bad ones are left out.
+        prepare: How rows become features.
+        tokens: Padded tokens of a batch, at most; a longer row runs alone.
+        rows: Rows of a batch, at most. Default: no limit.
+
+    Yields:
+        Rows that can share a batch.
+    """
+    groups: dict[Any, list[Row]] = {}
+    ready = [row for row in window if row.features is not None]
+    for row, key in zip(ready, signatures([row.features or {} for row in ready]), strict=True):
+        groups.setdefault(("features", key), []).append(row)
+    for row in window:
+        if row.features is None and not row.reason:
+            groups.setdefault(("inputs", prepare.batch_key(row.value)), []).append(row)
+    for group in groups.values():
+        group.sort(key=lambda row: -row.length)
+        batch: list[Row] = []
+        waste = 0
+        for row in group:
+            longest = batch[0].length if batch else row.length
+            padded = longest * (len(batch) + 1)
+            waste += longest - row.length
+            too_many = padded > tokens or (rows is not None and len(batch) >= rows)
+            # Little batches pay more for their calls than for padding, so some of it is always allowed.
+            too_loose = waste > max(_WASTE * padded, tokens / 32)
+            if batch and (too_many or too_loose):
+                yield batch
+                batch, waste = [], 0
+            batch.append(row)
+        if batch:
+            yield batch
+
+
+def batch_features(batch: Sequence[Row], prepare: Preparation) -> dict[str, Any]:
+    """What the model reads.
+
+    Args:
+        batch: Rows from `batches`.
+        prepare: How rows become features.
+
+    Returns:
+        Features of the batch, on the CPU.
+    """
+    if batch[0].features is None:
+        return dict(prepare.model.preprocess([row.value for row in batch], **prepare.options))
+    tokenizer = prepare.model.tokenizer
+    pad = getattr(tokenizer, "pad_token_id", None)
+    side = getattr(tokenizer, "padding_side", "right")
+    return collate([row.features for row in batch if row.features is not None], pad or 0, side)
+
+
+def ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """The same items, each made by a thread while the one before it is used.
+
+    Args:
+        items: An iterable; it runs in one thread, never in two at once.
+
+    Yields:
+        Its items.
+    """
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, _END)
+        while (item := coming.result()) is not _END:
+            coming = pool.submit(next, iterator, _END)
+            yield item
+
+
+def is_text(value: Any) -> bool:
+    """Whether an input, as read, has no media.
+
+    Args:
+        value: A normalised input.
+
+    Returns:
+        True for a text, a dict of texts, or a conversation of texts.
+    """
+    if isinstance(value, list):
+        contents = [turn["content"] for turn in value]
+        return all(isinstance(c, str) or all(part["type"] == "text" for part in c) for c in contents)
+    return isinstance(value, str) or (isinstance(value, dict) and value.keys() == {"text"})
+
+
+def identity(value: Any) -> Any:
+    """Equal for inputs that are certainly the same: equal texts, paths and bytes, and objects that are one object.
+
+    Args:
+        value: An input as the user gave it.
+
+    Returns:
+        Something hashable.
+    """
+    if isinstance(value, str | bytes | Path):
+        return type(value), value
+    if isinstance(value, dict):  # in the user's order: media before and behind a text are different inputs
+        return dict, tuple((str(key), identity(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value), tuple(identity(item) for item in value)
+    return _Object(value)
+
+
+class _Object:
+    """Equal to itself only; holds the object, so that its place in memory is given to no other."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value
+
+
+def _is_quick(value: Any) -> bool:
+    """Whether reading costs less than handing it to a thread: what can be no path and no address."""
+    if isinstance(value, dict):
+        return value.keys() == {"text"}
+    return isinstance(value, str) and "." not in value[-8:] and not value.startswith(("data:", "http"))
+
+
+def decoded_bytes(value: Any) -> int:
+    """Memory of the media of an input, as read.
+
+    Args:
+        value: A normalised input.
+
+    Returns:
+        Bytes, four for each pixel of an image.
+    """
+    if isinstance(value, dict):
+        return sum(decoded_bytes(item) for item in value.values())
+    if isinstance(value, list):
+        return sum(decoded_bytes(item) for item in value)
+    if isinstance(value, Image.Image):
+        return 4 * value.width * value.height
+    return int(getattr(value, "nbytes", 0))
