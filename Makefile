@@ -1,11 +1,11 @@
-# make quickstart | make test | make check: each sets up its own virtual environment first, once.
+# make quickstart | make test | make check | make docs: each sets up its own virtual environment first, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Releases that work together on the CPU; any matching ones serve. torchcodec is for mteb's own video tasks only.
 TORCH := torch==2.14.1 torchvision==0.29.1 torchcodec==0.14.0
 
-.PHONY: setup quickstart test check pretrain demo browser clean
+.PHONY: setup quickstart test check pretrain docs demo browser clean
 
 setup: $(VENV)/.ready
 
@@ -45,5 +45,15 @@ check: setup
 pretrain: setup
 	$(BIN)/python -m recipes.pretrain
 
+# A small environment of its own: the site is made from the sources' text, without importing them.
+DOCS := .venv-docs
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build  # no --quiet: warnings would be neither shown nor counted
+
+$(DOCS)/.ready: pyproject.toml
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
 clean:
-	rm -rf $(VENV) btok-quickstart *.egg-info
+	rm -rf $(VENV) $(DOCS) site btok-quickstart *.egg-info

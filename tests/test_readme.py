@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
-from datasets import Dataset, Image
+import torch
 
-import evaluation.mini
-from tests.backbones import build, picture
+from st_btok import BTokLoss
+from tests.backbones import picture
+from tests.pages import README, blocks_of, furnish, run
 
-README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+TEXT = README.read_text()
+BLOCKS = blocks_of(README)
 
 
 @pytest.mark.slow
 def test_blocks_run_as_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    backbone, processor = build("qwen2_vl")
-    backbone.save_pretrained("tiny")
-    processor.save_pretrained("tiny")
-    for name in ("page_1.png", "page_2.png"):
-        picture(56, 84).save(name)
-    picture(56, 84).save("report.pdf")
-    rows = {
-        "query": [f"question {i}" for i in range(8)],
-        "image": [picture(56, 56, i) for i in range(8)],
-        "extra": [0] * 8,
-    }
-    data = Dataset.from_dict(rows).cast_column("image", Image())
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: data)
-    whole = evaluation.mini.mini_benchmark
-    monkeypatch.setattr(evaluation.mini, "mini_benchmark", lambda: list(whole())[:1])
+    furnish(tmp_path, monkeypatch)
     assert len(BLOCKS) == 5
     for block in BLOCKS:
         assert len(block.splitlines()) <= 15
-        local = block.replace("Qwen/Qwen2-VL-2B-Instruct", "tiny").replace("bf16=True", "bf16=True, use_cpu=True")
-        exec(compile(local, "README", "exec"), {})
+        run(block, "README", {})
     printed = capsys.readouterr().out
     assert "SkippedInput(row=2" in printed and "(3, 32) [0, 1, 3]" in printed
     assert re.search(r"mini-[\w.-]+ 0\.\d|mini-[\w.-]+ [01]", printed)
@@ -48,7 +31,34 @@ def test_blocks_run_as_written(tmp_path, monkeypatch, capsys):
     assert np.all(np.abs(similarities) <= 1.001) and len(similarities) >= 4
 
 
+def test_the_line_of_a_loop_of_ones_own_trains(qwen):
+    line = re.search(r"`(loss = sum\(.*?)`", TEXT)[1]
+    columns = (["a", "b"], [picture(56, 56, 1), picture(56, 56, 2)])
+    names = {"BTokLoss": BTokLoss, "model": qwen, "features": [qwen.preprocess(column) for column in columns]}
+    exec(line, names)
+    names["loss"].backward()
+    embeddings = qwen[0].model.get_input_embeddings().weight
+    assert torch.isfinite(names["loss"]) and embeddings.grad.abs().max() > 0
+
+
 def test_shell_commands_exist():
     makefile = (README.parent / "Makefile").read_text()
-    for target in re.findall(r"`?make (\w+)", README.read_text()):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for target in re.findall(r"^make (\w+)|`make (\w+)", TEXT, re.MULTILINE):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target
+
+
+def test_it_is_short_and_says_what_is_needed_in_this_order():
+    assert len(TEXT.split()) <= 1300, "what does not fit belongs in docs/"
+    order = [
+        "Install",
+        "Build",
+        "Train",
+        "Encode",
+        "Evaluate",
+        "Options",
+        "What a saved model can do",
+        "Limits",
+        "Where to",
+    ]
+    places = [TEXT.index(f"\n## {title}") for title in order]
+    assert places == sorted(places)

@@ -1,0 +1,66 @@
+"""The pages of docs/: their Python runs, their links lead somewhere, and every public name is on one of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import st_btok
+from st_btok import build_model
+from st_btok.tools.command import COMMANDS
+from tests.pages import PAGES, README, ROOT, blocks_of, furnish, run
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=name_of)
+def test_blocks_run_in_order(page, tmp_path, monkeypatch):
+    furnish(tmp_path, monkeypatch)
+    build_model("tiny").save_pretrained("btok-vdr")  # what the README's training block leaves behind
+    names: dict[str, Any] = {}
+    for block in blocks_of(page):
+        run(block, name_of(page), names)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
+def test_blocks_that_do_not_run_say_why(page):
+    for rest in re.findall(r"^```python(.*)$", page.read_text(), re.MULTILINE):
+        assert not rest or re.search(r'title="[^"]+"', rest), f"a block opens with ```python{rest}"
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        other = (page.parent / file).resolve() if file else page
+        assert other.is_file(), f"{name_of(page)} links to {target}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", other.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+            assert anchor in slugs, f"{name_of(page)} links to {target}"
+
+
+def test_every_public_name_and_command_is_documented():
+    listed = re.findall(r"^::: st_btok\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(name for name in st_btok.__all__ if name != "__version__")
+    text = "\n".join(page.read_text() for page in [README, *PAGES])
+    for command in COMMANDS:
+        assert f"st-btok {command}" in text, command
+
+
+def test_every_page_is_in_the_menu():
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    listed = {entry for item in menu for entry in (item.values() if isinstance(item, dict) else [item])}
+    written = {str(page.relative_to(ROOT / "docs")) for page in PAGES}
+    assert listed == {page for page in written if not page.startswith("results/")}, (
+        "results/ holds what commands wrote"
+    )
