@@ -8,12 +8,14 @@ Ways to train on the same batch of (image or text, text) pairs with a small back
 * `explained`: ranking with the targets read as ordinary tokens behind the BToks, and one plain projection of the
   states that predict them, all logits at once: what the extra tokens cost without mask and chunks;
 * `btok`, `kv` (`route="kv"`), `cached` (`CachedBTokLoss`); `frozen`: `btok` with a frozen vocabulary, as under LoRA;
+* `one width`: `btok` without length buckets, every column in one call;
 * `second pass`: `cached` with the term in the pass with gradients only, where its value comes too late to be logged;
 * `naive`: a second call of the model on `[input][BToks][target]`, with logits for every position, as a causal LM with
   labels does (and without the condensation mask, which costs nothing).
 
-Each round runs every way once, each in a process of its own, so that peak memory is its own; ratios are taken within a
-round. Memory is what a step adds to the process at its peak. A second table follows it over growing batches.
+Each round runs every way once, each in a process of its own, so that peak memory is its own; ratios are taken within
+a round. Time is CPU time of one thread, which other work on the machine hardly changes. Memory is what a step adds to
+the process at its peak. A second table follows it over growing batches.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from recipes.toy import pairs
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 
 BACKBONE = Path(__file__).parent / "backbone"
-WAYS = ("mnrl", "explained", "btok", "frozen", "kv", "cached", "second pass", "naive")
+WAYS = ("mnrl", "explained", "btok", "one width", "frozen", "kv", "cached", "second pass", "naive")
 
 
 @dataclass
@@ -59,7 +61,12 @@ class BenchmarkConfig:
     backbones: str = field(default="qwen2_vl,llama", metadata={"help": "Of qwen2_vl and llama."})
     batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
     mini_batch_size: int = field(default=4, metadata={"help": "Rows per pass of the cached loss."})
-    target_words: int = field(default=4, metadata={"help": "Words of each target; about 7 tokens each."})
+    target_words: int = field(
+        default=4,
+        metadata={
+            "help": "Mean number of words of a target, which has 1 to twice as many less 1; about 7 tokens each."
+        },
+    )
     vocab_size: int = field(default=151_936, metadata={"help": "Rows of the embedding matrix; Qwen2-VL's by default."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the backbone."})
     steps: int = field(default=3, metadata={"help": "Timed steps of a run, after one that is not timed."})
@@ -109,7 +116,8 @@ def batch(config: BenchmarkConfig, model: SentenceTransformer, family: str) -> l
     """The columns: pictures of words (or several words, for a text-only backbone) and targets of some words."""
     images, texts = pairs.captions("train", config.batch_size, seed=0)
     words = [text.split()[-1] for text in texts]
-    long = [" ".join((words * 2)[i : i + config.target_words]) for i in range(len(words))]
+    counts = [1 + i % (2 * config.target_words - 1) for i in range(len(words))]
+    long = [" ".join((words * 2)[i : i + count]) for i, count in enumerate(counts)]
     queries = [f"{text} {text[::-1]} {text}" for text in texts] if family == "llama" else images
     return [model.preprocess(queries), model.preprocess(long)]
 
@@ -117,9 +125,23 @@ def batch(config: BenchmarkConfig, model: SentenceTransformer, family: str) -> l
 class SecondPassOnly(BTokLoss):
     """The term in passes with gradients only: the gradients of the loss, but its value lacks the term."""
 
-    def embed(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, features: dict[str, Any], targets: list[Tensor] | None, likelihood: Any = None
+    ) -> tuple[Tensor, Tensor]:
         """As the parent, without targets in GradCache's first pass."""
         return super().embed(features, targets if torch.is_grad_enabled() else None)
+
+
+class OneWidth(BTokLoss):
+    """Every column in one call, however different its rows are in length."""
+
+    def _embed_in_buckets(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        return self.embed(features, targets)
+
+
+def total(parts: dict[str, Tensor]) -> Tensor:
+    """The loss, from the parts that a loss returns."""
+    return torch.stack(list(parts.values())).sum()
 
 
 def joined(
@@ -191,15 +213,15 @@ def make_step(config: BenchmarkConfig, model: SentenceTransformer, way: str) -> 
         cached = CachedBTokLoss(model, mini_batch_size=config.mini_batch_size)
         if way == "second pass":
             cached.loss = SecondPassOnly(model)
-        return lambda columns: cached(columns).sum()
+        return lambda columns: total(cached(columns))
     options: dict[str, Any] = {"mnrl": {"condensation_weight": 0.0}, "kv": {"route": "kv"}}.get(way, {})
-    plain = BTokLoss(model, **options)
-    return lambda columns: plain(columns).sum()
+    plain = (OneWidth if way == "one width" else BTokLoss)(model, **options)
+    return lambda columns: total(plain(columns))
 
 
 def run_worker(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
-    """Time of each step in seconds, and the peak in MiB above what the process held before."""
-    torch.set_num_threads(2)
+    """CPU time of each step in seconds, and the peak in MiB above what the process held before."""
+    torch.set_num_threads(1)
     model = backbone(config, family)
     columns = batch(config, model, family)
     step = make_step(config, model, way)
@@ -209,10 +231,10 @@ def run_worker(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for number in range(config.steps + 1):
-        started = time.perf_counter()
+        started = time.process_time()
         step([dict(column) for column in columns]).backward()
         if number:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.process_time() - started)
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {
         "seconds": seconds,

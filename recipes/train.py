@@ -48,7 +48,7 @@ from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
 from recipes.presets import PRESETS
 from recipes.restarts import check_identity, identity_of, newest_complete, only_training_in, write_identity
-from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
+from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -292,6 +292,7 @@ def _train(config: TrainConfig) -> Path:
         train_dataset=DatasetDict({source.name: source.dataset() for source in training}),
         loss=losses(config, model, training),
         evaluator=validation(config, held_out),
+        callbacks=[BTokCallback()],
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     scored = any(

@@ -30,12 +30,14 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.tools.explain_figure import draw_attention
     from st_btok.training.attention import condensation_attention, condensation_mask, register_condensation_attention
     from st_btok.training.cached_losses import CachedBTokLoss
+    from st_btok.training.callback import BTokCallback
     from st_btok.training.likelihood import condensation_nll
     from st_btok.training.lm_head import TrainedHead, save_lm_head
     from st_btok.training.losses import BTokLoss
 
 __all__ = [
     "__version__",
+    "BTokCallback",
     "BTokLoss",
     "BTokPooling",
     "CachedBTokLoss",
@@ -93,6 +95,7 @@ _MODULES = {
     "st_btok.tools.explain_figure": ("draw_attention",),
     "st_btok.training.attention": ("condensation_attention", "condensation_mask", "register_condensation_attention"),
     "st_btok.training.cached_losses": ("CachedBTokLoss",),
+    "st_btok.training.callback": ("BTokCallback",),
     "st_btok.training.likelihood": ("condensation_nll",),
     "st_btok.training.lm_head": ("TrainedHead", "save_lm_head"),
     "st_btok.training.losses": ("BTokLoss",),

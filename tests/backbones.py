@@ -17,7 +17,7 @@ from tests.tiny_vision import gemma3, idefics3, internvl, llava_onevision, palig
 
 __all__ = [
     "BUILDERS", "LLAMA_TEMPLATE", "MODALITIES", "QWEN_TEMPLATE", "SPECIAL", "TEXT", "build", "clip", "inputs",
-    "llama", "paligemma", "picture", "qwen2_vl", "qwen3_vl", "sound", "takes", "tokenizer", "videos",
+    "llama", "paligemma", "picture", "qwen2_vl", "qwen3_vl", "sound", "takes", "tokenizer", "total", "videos",
 ]  # fmt: skip
 
 BUILDERS = {
@@ -108,3 +108,8 @@ def inputs(name: str) -> list:
         samples += [{"audio": sound(), "text": "who speaks?"}, {"audio": sound(0.3), "image": picture(28, 28, 6)}]
     turn = [{"type": "text", "text": "chat"}, {"type": "image", "image": picture(28, 28, 5)}]
     return [*samples, [{"role": "user", "content": turn}]]
+
+
+def total(parts: dict[str, torch.Tensor] | torch.Tensor) -> torch.Tensor:
+    """The loss that a loss returned: the sum of its parts, as the Trainer takes it."""
+    return torch.stack(list(parts.values())).sum() if isinstance(parts, dict) else parts

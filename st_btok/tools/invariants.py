@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from st_btok.adapters import btok_lora_config, merge_adapters
 from st_btok.anatomy import embedding_matrix, find_btoks
 from st_btok.training.cached_losses import CachedBTokLoss
-from st_btok.training.loss_parts import LossParts
 from st_btok.training.losses import BTokLoss
 from st_btok.training.routes import ROUTES
 from st_btok.training.targets import ContentReader
@@ -298,7 +297,7 @@ def _lora(subject: Subject) -> Measured:
     before = subject.single["text"]
     model.add_adapter(btok_lora_config(model, r=2, alpha=2, dropout=0.0))
     loss = BTokLoss(model, lm_head=_any_head(model))
-    loss([dict(column) for column in subject.columns()]).sum().backward()
+    torch.stack(list(loss([dict(column) for column in subject.columns()]).values())).sum().backward()
     moved = 0
     with torch.no_grad():
         for parameter in model.parameters():
@@ -356,7 +355,7 @@ def _step(loss: nn.Module, columns: list[dict[str, Any]]) -> tuple[Tensor, Tenso
     with _only_embeddings_train(model) as matrix:
         model.zero_grad(set_to_none=True)
         result = loss([dict(column) for column in columns], None)
-        value = result.sum() if isinstance(result, LossParts) else result
+        value = torch.stack(list(result.values())).sum() if isinstance(result, dict) else result
         value.backward()
         if matrix.grad is None:
             raise ValueError("no gradient reached the embedding matrix")

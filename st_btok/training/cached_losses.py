@@ -2,16 +2,18 @@
 
 The plain loss owns all maths; this one only schedules it in mini-batches, with sentence-transformers' own GradCache.
 A mini-batch's pass returns [embeddings | summed NLL] as one tensor, so that one backward pass per mini-batch carries
-both gradients: for the last column that is weight / tokens, known before any gradient flows. The price is that the
-first pass, the one without gradients, reads the targets too: 1.26 and 1.31 times the time of the term in the second
-pass only (`recipes/benchmark_step.py`, whose vocabulary outweighs its models). In return the logged loss is that of
-this very batch: the Trainer reads it before the second pass begins.
+both gradients: for the last column that is weight / tokens, known before any gradient flows. The pass without
+gradients reads the targets too, because the loss is returned, and logged, before the second pass begins, and what it
+returns has to be true; what that pass learns about the vocabulary is kept (`cached_likelihood.py`), not made anew.
+Mini-batches hold rows of similar length, so that short ones are not read at the width of long ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +21,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
 
-from st_btok.training.loss_parts import LossParts
+from st_btok.training.buckets import row_lengths
+from st_btok.training.cached_likelihood import CachedLikelihood
 from st_btok.training.losses import BTokLoss
 from st_btok.training.negatives import RowFacts
-from st_btok.training.slicing import row_offsets, slice_rows
+from st_btok.training.routes import Likelihood
+from st_btok.training.slicing import row_offsets, take_rows
 
-_TARGETS, _OFFSETS = "btok_targets", "btok_offsets"
+_COLUMN = "btok_column"
 
 
 class CachedBTokLoss(nn.Module):
@@ -92,12 +96,14 @@ class CachedBTokLoss(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         self.model = model
         self.loss = BTokLoss(model, **options)
+        self.schedule = self.loss.schedule
         self.mini_batch_size = mini_batch_size
         self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
         self._facts: list[RowFacts] = []
+        self._orders: list[list[int]] = []
 
-    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> LossParts:
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> dict[str, Tensor]:
         """Both parts for one batch; the backward pass embeds every mini-batch again.
 
         Args:
@@ -105,7 +111,7 @@ class CachedBTokLoss(nn.Module):
             labels: Not used.
 
         Returns:
-            As `BTokLoss`; `values()` holds one tensor, the whole loss.
+            The weighted parts, whose values sum to the loss; `ranking` carries the gradient of both.
 
         Raises:
             ValueError: If a row lacks its bottleneck tokens, or a media tensor can't be split by rows.
@@ -113,16 +119,29 @@ class CachedBTokLoss(nn.Module):
         columns = list(sentence_features)
         self._facts = self.loss.facts(columns)
         weight, targets = self.loss.targets(columns)
+        self._orders = [self._order(features, target) for features, target in zip(columns, targets, strict=True)]
         media = self.loss.reader.media_tokens
-        prepared = [
-            {**features, _TARGETS: target, _OFFSETS: row_offsets(features, media)}
-            for features, target in zip(columns, targets, strict=True)
-        ]
+        prepared = []
+        for number, (features, order) in enumerate(zip(columns, self._orders, strict=True)):
+            # What the mixin cuts into mini-batches: rows by number, in their order. Pixels are taken when read.
+            ids, mask = features["input_ids"][order], features["attention_mask"][order]
+            column = Column(number, features, targets[number], row_offsets(features, media), order)
+            prepared.append({"input_ids": ids, "attention_mask": mask, _COLUMN: column})
         tokens = sum(len(target) for column in targets if column for target in column)
-        schedule = _Schedule(self, weight, tokens)
-        total = schedule.forward_cached(prepared)
-        logged = self.loss.logged(columns, schedule.ranking, schedule.condensation, weight, schedule.tokens)
-        return LossParts(logged, total, None)
+        passes = _GradCache(self, weight, tokens)
+        total = passes.forward_cached(prepared)
+        condensation = (weight * passes.nll).detach()
+        self.loss.report(columns, targets, passes.nll, passes.tokens, weight)
+        # GradCache has one tensor whose gradient starts its second pass; the value of each part stays its own.
+        return {"ranking": passes.ranking.detach() + (total - total.detach()), "condensation": condensation}
+
+    def _order(self, features: dict[str, Any], targets: list[Tensor] | None) -> list[int]:
+        """Row numbers by length, longest first, so that what does not fit into memory fails at once."""
+        rows = list(range(len(features["input_ids"])))
+        if len(rows) <= self.mini_batch_size and self.mini_batch_num_tokens is None:
+            return rows
+        lengths = row_lengths(features, targets)
+        return sorted(rows, key=lambda row: -lengths[row])
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -130,14 +149,18 @@ class CachedBTokLoss(nn.Module):
         """The ranking part, from each column's mini-batches of embeddings.
 
         Args:
-            reps: Per column, mini-batches of (b, D) embeddings.
+            reps: Per column, mini-batches of (b, D) embeddings, in the order of `forward`'s mini-batches.
             labels: Not used.
             with_backward: Whether to back-propagate to `reps` and return a detached value.
 
         Returns:
             A scalar.
         """
-        loss = self.loss.rank([torch.cat(column) for column in reps], self._facts)
+        embeddings = []
+        for column, order in zip(reps, self._orders, strict=True):
+            place = torch.tensor(order, device=column[0].device).argsort()
+            embeddings.append(torch.cat(column)[place])
+        loss = self.loss.rank(embeddings, self._facts)
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -157,7 +180,26 @@ class CachedBTokLoss(nn.Module):
         return self.loss.citation
 
 
-class _Schedule(CachedLossMixin):
+@dataclass(frozen=True)
+class Column:
+    """One column of a batch, with all that its mini-batches are made from.
+
+    Attributes:
+        number: Its place in the batch.
+        features: Its features, B rows.
+        targets: What its rows generate; None for nothing.
+        offsets: From `row_offsets`.
+        order: Row numbers in the order of the mini-batches.
+    """
+
+    number: int
+    features: dict[str, Any]
+    targets: list[Tensor] | None
+    offsets: dict[str, list[int]]
+    order: list[int]
+
+
+class _GradCache(CachedLossMixin):
     """One batch's three steps of GradCache over [embeddings | NLL], as a contract of sentence-transformers' mixin.
 
     Apart from the loss, so that what a loss modifier wraps, `CachedBTokLoss.calculate_loss`, sees embeddings only.
@@ -169,7 +211,8 @@ class _Schedule(CachedLossMixin):
         self.mini_batch_size = owner.mini_batch_size
         self.mini_batch_num_tokens = owner.mini_batch_num_tokens
         self.show_progress_bar = owner.show_progress_bar
-        self.ranking = self.condensation = self.tokens = torch.zeros(())
+        self.likelihood = CachedLikelihood()
+        self.ranking = self.nll = self.tokens = torch.zeros(())
 
     def embed_minibatch(
         self,
@@ -181,15 +224,20 @@ class _Schedule(CachedLossMixin):
         random_state: RandContext | None = None,
     ) -> tuple[Tensor, RandContext | None]:
         """(b, D + 1), at least float32: embeddings, flattened over budgets, and the NLL of each row behind them."""
-        features = slice_rows(sentence_feature, begin, end, sentence_feature[_OFFSETS])
-        del features[_OFFSETS]
-        targets = features.pop(_TARGETS)
-        targets = targets[begin:end] if targets and any(map(len, targets[begin:end])) else None
+        column: Column = sentence_feature[_COLUMN]
+        rows = column.order[begin:end]
+        features = take_rows(column.features, rows, column.offsets)
+        targets = [column.targets[row] for row in rows] if column.targets else []
+        likelihood: Likelihood | None = None
+        if with_grad:
+            likelihood = partial(self.likelihood.replay, (column.number, begin))
+        elif copy_random_state:  # a second pass will follow; not so in evaluation
+            likelihood = partial(self.likelihood.read, (column.number, begin))
         with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
             state = RandContext(*features.values()) if copy_random_state else None
-            embedding, nll = self.owner.loss.embed(features, targets)
+            embedding, nll = self.owner.loss.embed(features, targets if any(map(len, targets)) else None, likelihood)
             if not len(nll):
-                nll = embedding.new_zeros(end - begin, dtype=torch.float32)
+                nll = embedding.new_zeros(len(rows), dtype=torch.float32)
             precise = torch.promote_types(embedding.dtype, torch.float32)
             return torch.cat([embedding.flatten(1).to(precise), nll[:, None].to(precise)], 1), state
 
@@ -206,12 +254,12 @@ class _Schedule(CachedLossMixin):
                 rep.requires_grad_()
         nll = torch.cat(sums).sum().requires_grad_(with_backward)
         self.ranking = self.owner.calculate_loss(embeddings, labels, with_backward=with_backward)
-        self.condensation, self.tokens = loss.condense(nll, self.own_tokens, self.weight)
+        self.nll, self.tokens = loss.condense(nll, self.own_tokens, self.weight)
         if with_backward:
-            slope = torch.autograd.grad(self.weight * self.condensation, nll)[0]
+            slope = torch.autograd.grad(self.weight * self.nll, nll)[0]
             for column, parts in zip(reps, embeddings, strict=True):
                 for rep, part in zip(column, parts, strict=True):
                     grad = torch.zeros_like(part) if part.grad is None else part.grad
                     rep.grad = torch.cat([grad.flatten(1), slope.expand(len(rep), 1)], 1)
-        self.condensation = self.condensation.detach()
-        return self.ranking + self.weight * self.condensation
+        self.nll = self.nll.detach()
+        return self.ranking + self.weight * self.nll

@@ -1,8 +1,13 @@
-"""The proof that nothing leaks past the BToks: a target must depend on the input through them alone."""
+"""The proof that nothing leaks past the BToks, and the route that follows from it.
+
+A target must depend on the input through the BToks alone. Whether a mask can do that is a property of the backbone's
+code, so it is measured, on one row, when the loss is made.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -11,7 +16,10 @@ from torch import Tensor, nn
 
 from st_btok.anatomy import tokenizer_of
 from st_btok.training.attention import BTOK, INPUT, TARGET, condensation_attention
+from st_btok.training.routes import Route, condensed_forward
 from st_btok.training.targets import JointBatch, join_targets
+
+logger = logging.getLogger(__name__)
 
 
 def find_leak(transformer: Transformer, batch: JointBatch) -> float:
@@ -86,3 +94,53 @@ def probe_batch(transformer: Transformer, btoks: list[int], end: int) -> JointBa
     device = transformer.model.device
     features = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
     return join_targets(features, [torch.tensor([*text, end])], btoks)
+
+
+def choose_route(
+    transformer: Transformer, btoks: list[int], end: int, route: Route | Literal["auto"], head: Tensor | None
+) -> tuple[Route, float | None]:
+    """Measure whether the mask cuts the target off, and settle the route; the choice is logged.
+
+    Args:
+        transformer: The model's first module.
+        btoks: The K token ids.
+        end: Id of the end-of-turn token.
+        route: What the user asked for; `"auto"` for the first that is right: attention, `kv` under flash attention,
+            which takes no mask, else prefix.
+        head: The loss' own LM head, if it has one.
+
+    Returns:
+        The route, and the leak; None where nothing was measured.
+
+    Raises:
+        ValueError: If the route that was asked for can't be had on this backbone.
+    """
+    backbone = type(transformer.model).__name__
+    if route in ("kv", "prefix"):  # both read nothing but the BToks by construction
+        probe = probe_batch(transformer, btoks, end)
+        features = dict(probe.original)
+        # Whether the backbone can run it shows here, not after the first batch.
+        with torch.no_grad(), condensed_forward(transformer, features, [probe.labels.cpu()], btoks, route, head):
+            transformer(features)
+        return route, None
+    leak, reason = None, "it has no SDPA attention"
+    if getattr(transformer.model, "_supports_sdpa", True):
+        leak = find_leak(transformer, probe_batch(transformer, btoks, end))
+        reason = f"a gradient of {leak:.2g} passed around the mask, which must be 0"
+    cut_off = leak == 0.0
+    if route == "attention" and not cut_off:
+        raise ValueError(
+            f"the condensation mask must cut the target off from its input, but for {backbone} {reason}: "
+            'recurrent or convolutional layers, or an attention that takes no mask? Use route="auto" or "prefix".'
+        )
+    flash = "flash" in (transformer.model.config.get_text_config(decoder=True)._attn_implementation or "")
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in transformer.model.modules())
+    chosen: Route = "attention"
+    if not cut_off:
+        chosen = "prefix"
+    elif route == "auto" and flash and not checkpointing:  # checkpointing leaves no cache to read
+        chosen, reason = "kv", "flash attention takes no mask"
+    else:
+        reason = "the leak probe is 0"
+    logger.info("BTokLoss uses route=%r on %s: %s.", chosen, backbone, reason)
+    return chosen, leak

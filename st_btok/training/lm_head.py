@@ -124,6 +124,23 @@ def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str 
     return head.to(device=embeddings.device, dtype=embeddings.dtype)
 
 
+def own_head(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None, train: bool) -> nn.Parameter | None:
+    """An untied LM head as a parameter of the loss.
+
+    Args:
+        model: The backbone inside the `Transformer` module.
+        lm_head: As for `output_embeddings`.
+        train: Whether it is trained.
+
+    Returns:
+        The head; None for a tied one, which is looked up whenever it is needed.
+    """
+    head = output_embeddings(model, lm_head)
+    if head is embedding_matrix(model):
+        return None
+    return nn.Parameter(head.detach(), requires_grad=train)
+
+
 def _read_lm_head(source: str) -> Tensor | None:
     """Only the tensor `lm_head.weight` of a (sharded) safetensors checkpoint on disk or on the hub."""
     for name in ("model.safetensors.index.json", "model.safetensors"):

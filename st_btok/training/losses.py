@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -11,26 +9,26 @@ from typing import Any, Literal
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import WordWeights
 from sentence_transformers.util import cos_sim
+from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
-from st_btok.anatomy import embedding_matrix, find_btoks, unwrap
+from st_btok.anatomy import find_btoks, unwrap
 from st_btok.budgets import budget_embeddings, check_budgets
 from st_btok.pooling import check_btoks
-from st_btok.training.leak import find_leak, probe_batch
-from st_btok.training.lm_head import output_embeddings
-from st_btok.training.loss_parts import LossParts
+from st_btok.training.buckets import split_by_length
+from st_btok.training.callback import BTokCallback, Measured, read_tokens
+from st_btok.training.leak import choose_route
+from st_btok.training.lm_head import own_head
+from st_btok.training.modifiers import in_modifier
 from st_btok.training.negatives import FilteredSimilarity, RowFacts, row_facts
 from st_btok.training.precision import warn_of_half_precision
 from st_btok.training.processes import across_processes, gather_columns, parameters_in_use, token_mean
-from st_btok.training.routes import ALL_LAYERS, NLL_KEY, ROUTES, Route, condensed_forward
+from st_btok.training.routes import ALL_LAYERS, NLL_KEY, ROUTES, Likelihood, Route, condensed_forward
 from st_btok.training.schedule import Schedule
 from st_btok.training.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets
-
-logger = logging.getLogger(__name__)
 
 
 class BTokLoss(nn.Module):
@@ -55,11 +53,12 @@ class BTokLoss(nn.Module):
             (mask) where the leak probe is exactly 0, `"prefix"` where it is not (hybrids, state-space models);
             `"kv"` with flash attention, which takes no mask. The choice is logged.
         condensation_steps: The condensation part is on for the first N optimizer steps only. Default None: always.
-            The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000).
+            The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000). A weight that depends
+            on the step needs to be told it: `callbacks=[BTokCallback()]` for the Trainer.
         max_target_tokens: Longest target in tokens, the closing end-of-turn token included; at least 1. Default 64.
         instructions: Prompts to leave out of targets, for `template="plain"`, where a prompt stands directly before
             the text. The model's own `prompts` always count. Under `template="chat"` prompts are a turn of their own.
-        lm_head: Where the output embeddings of an untied backbone come from; see `condensation.output_embeddings`.
+        lm_head: Where the output embeddings of an untied backbone come from; see `lm_head.output_embeddings`.
         train_lm_head: Whether an untied head is trained, as the loss' own parameter; it is never part of the saved
             embedder. Default False. Give the Trainer `callbacks=[TrainedHead(loss.lm_head)]`, which saves, restores
             and averages it over processes.
@@ -92,11 +91,15 @@ class BTokLoss(nn.Module):
     Recommendations:
         - Use ``BatchSamplers.NO_DUPLICATES``, so that no in-batch negative equals the positive.
 
+    Attributes:
+        measured: What the last call found out beside the loss, the term in nats among it; see `callback.Measured`.
+        schedule: The weight over the steps; a loop of one's own sets `schedule.step`, if the weight depends on it.
+
     Relations:
         - With ``condensation_weight=0`` this is :class:`MultipleNegativesRankingLoss`.
         - :class:`CachedBTokLoss` is equal to this loss for any batch size at the memory of a mini-batch.
         - :class:`MatryoshkaLoss`, :class:`Matryoshka2dLoss` and :class:`AdaptiveLayerLoss` around it modify the
-          ranking part; the condensation term counts once.
+          ranking part; the condensation term counts once, in the first call, with that call's weight.
 
     Raises:
         ValueError: If the model has no bottleneck tokens, an argument is out of range, or the LM head is not found.
@@ -115,6 +118,10 @@ class BTokLoss(nn.Module):
             train_dataset = Dataset.from_dict({"query": [image_1, image_2], "positive": ["a red kite", "two dogs"]})
             trainer = SentenceTransformerTrainer(model=model, train_dataset=train_dataset, loss=BTokLoss(model))
             trainer.train()
+
+        In a training loop of one's own the loss is the sum of the parts::
+
+            sum(loss([model.preprocess(queries), model.preprocess(positives)]).values()).backward()
     """
 
     def __init__(
@@ -163,15 +170,17 @@ class BTokLoss(nn.Module):
             if isinstance(module, WordWeights):
                 module.requires_grad_(False)
         self.reader = ContentReader(transformer, [*instructions, *filter(None, model.prompts.values())])
-        self.lm_head = None if target == "none" else _own_head(transformer, lm_head, train_lm_head)
+        self.lm_head = None if target == "none" else own_head(transformer.model, lm_head, train_lm_head)
         self.route: Route | None = None
         self.leak: float | None = None
         if target != "none" and condensation_weight != 0:
-            self._choose_route(transformer, route)
-        self._last_call: float | None = None
+            self.route, self.leak = choose_route(transformer, self.btoks, self.reader.end, route, self.lm_head)
+        self.measured: Measured | None = None
         self._checked_precision = False
 
-    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> LossParts:
+    def forward(
+        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
+    ) -> dict[str, Tensor] | Tensor:
         """Both parts for one batch.
 
         Args:
@@ -179,36 +188,22 @@ class BTokLoss(nn.Module):
             labels: Not used.
 
         Returns:
-            Scalars by name, `ranking` and `condensation` (nats per target token) first; their `values()` sum to the
-            loss.
+            The weighted parts, `ranking` and `condensation`, whose values sum to the loss; inside a loss modifier,
+            which multiplies and adds what it is given, that sum.
 
         Raises:
-            ValueError: If a row lacks its bottleneck tokens.
+            ValueError: If a row lacks its bottleneck tokens, or the weight depends on a step that never arrived.
         """
         columns = list(sentence_features)
         facts = self.facts(columns)
         weight, targets = self.targets(columns)
-        # Every process makes the same calls of the model, also one whose rows have no target.
-        together = self.gather_across_devices and weight != 0 and self.target != "none"
-        if together or any(target is not None for target in targets):
-            embedded = [self.embed(features, target) for features, target in zip(columns, targets, strict=True)]
-            embeddings = [embedding for embedding, _ in embedded]
-            nll = torch.stack([sums.sum() for _, sums in embedded]).sum()
-            # A loss modifier's repeated calls find no new likelihood, so their tokens do not count again.
-            tokens = sum(
-                len(target)
-                for (_, sums), column in zip(embedded, targets, strict=True)
-                if column and len(sums)
-                for target in column
-            )
-        else:
-            with self._passes():
-                embeddings = embed_columns(self.model, columns)
-            nll, tokens = embeddings[0].new_zeros((), dtype=torch.float32), 0
+        embeddings, sums, tokens = self._embed_columns(columns, targets, weight)
         ranking = self.rank(embeddings, facts)
-        condensation, total = self.condense(nll, tokens, weight)
-        logged = self.logged(columns, ranking, condensation, weight, total)
-        return LossParts(logged, ranking, weight * condensation)
+        nll, tokens_seen = self.condense(sums, tokens, weight)
+        if tokens or not any(targets):  # a loss modifier's repeated calls find no new likelihood: nothing to report
+            self.report(columns, targets, nll, tokens_seen, weight)
+        parts = {"ranking": ranking, "condensation": weight * nll}
+        return torch.stack(list(parts.values())).sum() if in_modifier(self.model) else parts
 
     def facts(self, columns: list[dict[str, Any]]) -> list[RowFacts]:
         """Check every row for its BToks; if negatives are filtered, facts of the rows of all processes."""
@@ -224,6 +219,9 @@ class BTokLoss(nn.Module):
 
     def targets(self, columns: list[dict[str, Any]]) -> tuple[float, list[list[Tensor] | None]]:
         """The term's weight now, and each column's targets: B id tensors, None for columns that generate nothing."""
+        callback = BTokCallback.of(self.model)
+        if callback is not None:
+            self.schedule.step = callback.step
         weight = self.schedule()
         if weight == 0 or self.target == "none":
             return weight, [None] * len(columns)
@@ -233,13 +231,61 @@ class BTokLoss(nn.Module):
             chosen[number] if number < 2 and any(map(len, chosen[number])) else None for number in range(len(columns))
         ]
 
-    def embed(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """One pass: (B, D) embeddings, with budgets (B, budgets, D), and the (B,) summed NLL; (0,) without targets."""
+    def _embed_columns(
+        self, columns: list[dict[str, Any]], targets: list[list[Tensor] | None], weight: float
+    ) -> tuple[list[Tensor], Tensor, int]:
+        """Every column's embeddings, the NLL summed over all of them, and the number of tokens it is summed over."""
+        generating = [number for number, target in enumerate(targets) if target is not None]
+        if get_world_size() > 1 and weight != 0 and self.target != "none":
+            # FSDP gathers weights in every call: all processes must make the same calls, whatever their rows hold.
+            alone, together = list(range(len(columns))), []
+        else:
+            alone, together = generating, [number for number in range(len(columns)) if number not in generating]
+        embeddings: dict[int, Tensor] = {}
+        sums, tokens = [torch.zeros((), device=columns[0]["input_ids"].device)], 0
+        for number in alone:
+            embeddings[number], nll = self._embed_in_buckets(columns[number], targets[number])
+            if len(nll):
+                sums.append(nll.sum())
+                tokens += sum(map(len, targets[number] or []))
+        if together:
+            with self._passes():  # as in MNRL: a query column by itself, the candidates merged into one call
+                merged = embed_columns(self.model, [columns[n] for n in together], separate_first=0 in together)
+            embeddings.update(zip(together, merged, strict=True))
+        return [embeddings[number] for number in range(len(columns))], torch.stack(sums).sum(), tokens
+
+    def _embed_in_buckets(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """`embed`, with rows of similar length in calls of their own where that saves padding."""
+        # AdaptiveLayerLoss keeps the states of all layers in the column's own dict, so the column has to stay whole.
+        by_layer = "forward" in vars(find_btoks(unwrap(self.model))[0])
+        if targets is None or by_layer or get_world_size() > 1:
+            return self.embed(features, targets)
+        parts = split_by_length(features, targets, self.reader.media_tokens)
+        found = [self.embed(part.features, part.targets if any(map(len, part.targets)) else None) for part in parts]
+        rows = torch.tensor([row for part in parts for row in part.rows], device=found[0][0].device)
+        embeddings = torch.cat([embedding for embedding, _ in found])[rows.argsort()]
+        return embeddings, torch.cat([nll for _, nll in found])
+
+    def embed(
+        self, features: dict[str, Any], targets: list[Tensor] | None, likelihood: Likelihood | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One pass through the model.
+
+        Args:
+            features: Features of B rows.
+            targets: What they generate; None for nothing.
+            likelihood: As for `condensed_forward`.
+
+        Returns:
+            (B, D) embeddings, with budgets (B, budgets, D), and the (B,) summed NLL; (0,) without one.
+        """
         transformer, _ = find_btoks(unwrap(self.model))
         with self._passes() as stack:
             if targets is not None and ALL_LAYERS not in features:
                 route = self.route or "attention"
-                stack.enter_context(condensed_forward(transformer, features, targets, self.btoks, route, self.lm_head))
+                stack.enter_context(
+                    condensed_forward(transformer, features, targets, self.btoks, route, self.lm_head, likelihood)
+                )
             output = self.model(features)
         # Taken out: MatryoshkaLoss hands the same output to one call per dimension, and the term counts once.
         nll = output.pop(NLL_KEY, None)
@@ -276,53 +322,19 @@ class BTokLoss(nn.Module):
         mean, total = token_mean(nll, tokens)
         return across_processes(mean), total
 
-    def logged(
-        self, columns: list[dict[str, Any]], ranking: Tensor, condensation: Tensor, weight: float, tokens: Tensor
-    ) -> dict[str, Tensor]:
-        """What the Trainer logs: both parts, weight and size of the term, the leak probe, and the pace."""
-        values = {
-            "ranking": ranking,
-            "condensation": condensation,
-            "condensation_weight": ranking.new_tensor(weight),
-            "condensation_tokens": tokens,
-        }
-        if self.leak is not None:
-            values["condensation_leak"] = ranking.new_tensor(self.leak)
-        now, before = time.perf_counter(), self._last_call
-        self._last_call = now
-        if before is not None:  # from call to call, so backward pass and update are part of it
-            seen = sum(int(features["attention_mask"].sum()) for features in columns) + int(tokens)
-            values["tokens_per_second"] = ranking.new_tensor(seen / (now - before))
-        return values
-
-    def _choose_route(self, transformer: Transformer, route: Route | Literal["auto"]) -> None:
-        """Measure whether the mask cuts the target off, and settle the route."""
-        backbone = type(transformer.model).__name__
-        if route in ("kv", "prefix"):  # both read nothing but the BToks by construction
-            self.route = route
-            probe = probe_batch(transformer, self.btoks, self.reader.end)
-            with torch.no_grad():  # whether the backbone can run it shows here, not after the first batch
-                self.embed(dict(probe.original), [probe.labels.cpu()])
-            return
-        reason = "it has no SDPA attention"
-        if getattr(transformer.model, "_supports_sdpa", True):
-            self.leak = find_leak(transformer, probe_batch(transformer, self.btoks, self.reader.end))
-            reason = f"a gradient of {self.leak:.2g} passed around the mask, which must be 0"
-        cut_off = self.leak == 0.0
-        if route == "attention" and not cut_off:
-            raise ValueError(
-                f"the condensation mask must cut the target off from its input, but for {backbone} {reason}: "
-                'recurrent or convolutional layers, or an attention that takes no mask? Use route="auto" or "prefix".'
-            )
-        flash = "flash" in (transformer.model.config.get_text_config(decoder=True)._attn_implementation or "")
-        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in transformer.model.modules())
-        if not cut_off:
-            self.route = "prefix"
-        elif route == "auto" and flash and not checkpointing:
-            self.route, reason = "kv", "flash attention takes no mask"
-        else:
-            self.route, reason = "attention", "the leak probe is 0"
-        logger.info("BTokLoss uses route=%r on %s: %s.", self.route, backbone, reason)
+    def report(
+        self,
+        columns: list[dict[str, Any]],
+        targets: list[list[Tensor] | None],
+        nll: Tensor,
+        tokens: Tensor,
+        weight: float,
+    ) -> None:
+        """Keep what this call measured in `measured`, and give it to the Trainer's `BTokCallback`, if it has one."""
+        self.measured = Measured(nll.detach(), tokens, weight, read_tokens(columns, targets), self.leak)
+        callback = BTokCallback.of(self.model)
+        if callback is not None:
+            callback.record(self.measured, unwrap(self.model).training)
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
@@ -358,11 +370,3 @@ class BTokLoss(nn.Module):
     url={https://arxiv.org/abs/2604.11095},
 }
 """
-
-
-def _own_head(transformer: Transformer, lm_head: nn.Module | Tensor | str | None, train: bool) -> nn.Parameter | None:
-    """An untied LM head as a parameter of the loss; None for a tied one, which is looked up whenever it is needed."""
-    head = output_embeddings(transformer.model, lm_head)
-    if head is embedding_matrix(transformer.model):
-        return None
-    return nn.Parameter(head.detach(), requires_grad=train)

@@ -1,18 +1,9 @@
-"""The weight of the condensation term over the training steps.
-
-A schedule needs the number of optimizer steps taken, which a loss can't see: it is not the number of its calls (under
-gradient accumulation) and it does not start at 0 (after resuming). The Trainer knows, and tells its callbacks.
-"""
+"""The weight of the condensation term over the training steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
-from weakref import WeakSet
-
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import DEFAULT_CALLBACKS
 
 
 class Schedule:
@@ -23,6 +14,9 @@ class Schedule:
         steps: The term is on for the first `steps` updates and off after; None for always. The authors' presets use
             weight 5.0 for 2,000 of 5,000 steps.
 
+    Attributes:
+        step: Updates taken so far. `BTokCallback` sets it from the Trainer; in a loop of your own set it yourself.
+
     Raises:
         ValueError: If the weight is negative, infinite or NaN, or `steps` is negative.
     """
@@ -32,12 +26,26 @@ class Schedule:
             check_weight(weight)
         if steps is not None and steps < 0:
             raise ValueError(f"condensation_steps must be at least 0 (or None for always), got {steps}.")
-        self.weight, self.steps, self.step = weight, steps, 0
-        if callable(weight) or steps is not None:
-            _follow_trainers(self)
+        self.weight, self.steps = weight, steps
+        self.step: int | None = None
 
     def __call__(self) -> float:
-        """The weight at the current step."""
+        """The weight at the current step.
+
+        Returns:
+            At least 0.
+
+        Raises:
+            ValueError: If the weight depends on the step and no step has arrived: going on with the first weight would
+                be another training than the one asked for.
+        """
+        if not callable(self.weight) and self.steps is None:
+            return float(self.weight)
+        if self.step is None:
+            raise ValueError(
+                "the weight of the condensation term depends on the optimizer step, and the loss was told none. Give "
+                "the Trainer callbacks=[BTokCallback()], or set loss.schedule.step in a training loop of your own."
+            )
         if self.steps is not None and self.step >= self.steps:
             return 0.0
         if callable(self.weight):
@@ -62,23 +70,3 @@ def check_weight(weight: float, place: str = "") -> float:
     if not (value >= 0 and math.isfinite(value)):  # NaN compares false with everything
         raise ValueError(f"condensation_weight must be at least 0 and finite, got {value}{place}.")
     return value
-
-
-_FOLLOWING: WeakSet[Schedule] = WeakSet()
-
-
-class _TrainerSteps(TrainerCallback):
-    """Tells every schedule the Trainer's global step, which counts updates and survives resuming."""
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for schedule in _FOLLOWING:
-            schedule.step = state.global_step
-
-
-def _follow_trainers(schedule: Schedule) -> None:
-    """Have every Trainer made from now on report its step; a loss is always made before its Trainer."""
-    _FOLLOWING.add(schedule)
-    if _TrainerSteps not in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.append(_TrainerSteps)  # type: ignore[arg-type]

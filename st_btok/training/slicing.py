@@ -95,20 +95,19 @@ def _media_counts(key: str, value: Tensor, features: dict[str, Any], media_token
     )
 
 
-def slice_rows(features: dict[str, Any], begin: int, end: int, offsets: dict[str, list[int]]) -> dict[str, Any]:
-    """The features of rows `begin` to `end`, without the columns that are padding in all of them.
+def take_rows(features: dict[str, Any], rows: list[int], offsets: dict[str, list[int]]) -> dict[str, Any]:
+    """The features of some rows, without the columns that are padding in all of them.
 
     Args:
         features: Features of B rows.
-        begin: First row.
-        end: Row after the last one.
+        rows: Which rows, in which order; at least one.
         offsets: From `row_offsets`.
 
     Returns:
         New features; media tensors without an entry in these rows are left out.
     """
     shape = features["input_ids"].shape
-    used = features["attention_mask"][begin:end].bool().any(0).nonzero()
+    used = features["attention_mask"][rows].bool().any(0).nonzero()
     first, last = (int(used.min()), int(used.max()) + 1) if len(used) else (0, shape[1])
     result = {}
     # Processors that pad images per sample give rows without any one empty image, which would be taken for real.
@@ -117,11 +116,18 @@ def slice_rows(features: dict[str, Any], begin: int, end: int, offsets: dict[str
         if key not in offsets:
             result[key] = value
             continue
-        if key in idle and not value[begin:end].any():
+        if key in idle and not value[rows].any():
             continue
-        part = value[offsets[key][begin] : offsets[key][end]]
+        part = _entries(value, rows, offsets[key])
         if value.ndim >= 2 and value.shape[:2] == shape:
             part = part[:, first:last]
         if len(part):
             result[key] = part
     return result
+
+
+def _entries(value: Tensor, rows: list[int], offsets: list[int]) -> Tensor:
+    """The entries of some rows along the first axis; a view where the rows stand one after the other."""
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        return value[offsets[rows[0]] : offsets[rows[-1] + 1]]
+    return torch.cat([value[offsets[row] : offsets[row + 1]] for row in rows])

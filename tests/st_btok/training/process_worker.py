@@ -32,7 +32,7 @@ from st_btok.adapters import btok_lora_config
 from st_btok.training.cached_losses import CachedBTokLoss
 from st_btok.training.lm_head import TrainedHead
 from st_btok.training.processes import gather_rows
-from tests.backbones import build, picture
+from tests.backbones import build, picture, total
 
 TEXTS = [("a", "one"), ("what?", "two kittens"), ("bb", "three"), ("c d", "four"), ("e", "five six"), ("f", "seven")]
 IMAGES = [(picture(28, 28, number), word) for number, word in enumerate(("red", "blue", "green", "gold"))]
@@ -66,7 +66,7 @@ def on_one_process(model, micro_batches, loss_class, **options):
     loss = loss_class(model, **options)
     value = 0.0
     for rows in micro_batches:
-        part = loss(columns(model, rows)).sum() / len(micro_batches)
+        part = total(loss(columns(model, rows))) / len(micro_batches)
         part.backward()
         value += part.item()
     return value, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -99,7 +99,7 @@ def compare(model, micro_batches, wrap: Callable = wrapped_ddp, loss_class=BTokL
         last = number == len(micro_batches) - 1
         hold = not last and isinstance(wrapper, DistributedDataParallel)
         with wrapper.no_sync() if hold else nullcontext():
-            part = loss(columns(plain, batch[dist.get_rank()])).sum() / len(micro_batches)
+            part = total(loss(columns(plain, batch[dist.get_rank()]))) / len(micro_batches)
             part.backward()
         value += part.item()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -129,9 +129,9 @@ def trained_head() -> dict[str, float]:
     rows = [TEXTS[:2], [("a", ""), ("b", "")]]  # nothing to generate on rank 1
     options = {"lm_head": head, "train_lm_head": True}
     whole = BTokLoss(copy.deepcopy(model), **options)
-    whole(columns(model, rows[0] + rows[1])).sum().backward()
+    total(whole(columns(model, rows[0] + rows[1]))).backward()
     part = BTokLoss(copy.deepcopy(model), gather_across_devices=True, **options)
-    part(columns(model, rows[dist.get_rank()])).sum().backward()
+    total(part(columns(model, rows[dist.get_rank()]))).backward()
     TrainedHead(part.lm_head).on_pre_optimizer_step(None, None, None)
     error = (part.lm_head.grad - whole.lm_head.grad).abs().max() / whole.lm_head.grad.abs().max()
     return {"value": 0.0, "gradient": error.item(), "unused": 0.0, "compared": whole.lm_head.grad.numel()}

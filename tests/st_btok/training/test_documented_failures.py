@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from st_btok import BTokLoss, CachedBTokLoss
-from tests.backbones import picture
+from tests.backbones import picture, total
 
 LOSSES = {"plain": BTokLoss, "cached": lambda model, **options: CachedBTokLoss(model, mini_batch_size=2, **options)}
 
@@ -42,8 +42,8 @@ def test_vlm2vec_18_padding_side_changes_the_result(qwen, kind):
         qwen.tokenizer.padding_side = side
         qwen.zero_grad()
         parts = LOSSES[kind](qwen)(columns(qwen))
-        parts.sum().backward()
-        found.append((parts.sum().item(), gradients(qwen)))
+        total(parts).backward()
+        found.append((total(parts).item(), gradients(qwen)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     assert_equal(found[0][1], found[1][1])
 
@@ -52,12 +52,12 @@ def test_sentence_transformers_3862_cached_gradients_silently_wrong(qwen):
     """A scaled loss (accumulation, fp16) and a second forward pass before the first backward pass."""
     loss, other = LOSSES["cached"](qwen), [qwen.preprocess(["x", "y"]), qwen.preprocess(["one", "two"])]
     qwen.zero_grad()
-    BTokLoss(qwen)(columns(qwen)).sum().backward()
+    total(BTokLoss(qwen)(columns(qwen))).backward()
     wanted = gradients(qwen)
     qwen.zero_grad()
-    total = loss(columns(qwen)).sum()
+    value = total(loss(columns(qwen)))
     loss(other)
-    (0.25 * total).backward()
+    (0.25 * value).backward()
     assert_equal(gradients(qwen), wanted, factor=0.25)
 
 
@@ -67,7 +67,7 @@ def test_vlm2vec_67_loss_collapses_to_zero_with_small_batches(qwen, kind):
     pair = [qwen.preprocess([picture(28, 28, 1)]), qwen.preprocess(["red"])]
     parts = LOSSES[kind](qwen)(pair)
     assert parts["ranking"] == 0 and parts["condensation"] > 0.1
-    parts.sum().backward()
+    total(parts).backward()
     assert sum(g.abs().sum() for g in gradients(qwen).values()) > 1
 
 
@@ -81,6 +81,6 @@ def test_vlm2vec_66_memory_creeps_up_over_the_steps(qwen, kind):
 
     loss, counts = LOSSES[kind](qwen, route="kv"), []
     for _ in range(5):
-        loss(columns(qwen)).sum().backward()
+        total(loss(columns(qwen))).backward()
         counts.append(alive())
     assert counts[2:] == [counts[2]] * 3, counts

@@ -14,7 +14,7 @@ from st_btok.training.attention import TARGET, condensation_attention
 from st_btok.training.leak import find_leak
 from st_btok.training.lm_head import output_embeddings
 from st_btok.training.targets import join_targets
-from tests.backbones import build, inputs
+from tests.backbones import build, inputs, total
 
 
 def joint(model, family):
@@ -77,7 +77,7 @@ def test_untied_heads(form, tmp_path):
     assert not torch.equal(output_embeddings(backbone, given), backbone.get_input_embeddings().weight[:288])
     loss = BTokLoss(model, lm_head=given)
     features = [model.preprocess(["a", "b"]), model.preprocess(["c", "d"])]
-    loss(features).sum().backward()
+    total(loss(features)).backward()
     assert loss.lm_head is not None and loss.lm_head.grad is None, "frozen"
     assert "lm_head" not in "".join(model.state_dict()), "not part of the embedder"
 

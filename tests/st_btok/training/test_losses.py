@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import numpy as np
@@ -16,10 +15,9 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from st_btok import BTokLoss
+from st_btok import BTokCallback, BTokLoss
 from st_btok.anatomy import find_btoks, unwrap
-from st_btok.training.losses import LossParts
-from tests.backbones import picture, takes
+from tests.backbones import picture, takes, total
 
 TEXTS = (["a", "bb", "what?"], ["one", "two", "three kittens"])
 
@@ -40,10 +38,9 @@ def gradients(model):
 
 def run(loss, features):
     loss.model.zero_grad()
-    parts = loss([dict(column) for column in features], None)
-    total = parts.sum() if isinstance(parts, LossParts) else parts
-    total.backward()
-    return total.detach(), gradients(loss.model)
+    value = total(loss([dict(column) for column in features], None))
+    value.backward()
+    return value.detach(), gradients(loss.model)
 
 
 @pytest.mark.parametrize("options", [{}, {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "joint"}])
@@ -52,8 +49,8 @@ def test_without_the_term_it_is_the_ranking_loss(model, family, options):
     features = [*columns(model, family), model.preprocess(["n"] * (4 if takes(family, "image") else 3))]
     expected, wanted = run(MultipleNegativesRankingLoss(model, scale=50.0, **options), features)
     for loss in (BTokLoss(model, condensation_weight=0, **options), BTokLoss(model, target="none", **options)):
-        total, found = run(loss, features)
-        torch.testing.assert_close(total, expected, atol=1e-6, rtol=1e-6)
+        value, found = run(loss, features)
+        torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-6)
         assert found.keys() >= {name for name in wanted if "emb_layer" not in name} and len(found) > 5
         for name in found:
             torch.testing.assert_close(found[name], wanted[name], atol=1e-6, rtol=1e-5)
@@ -61,15 +58,16 @@ def test_without_the_term_it_is_the_ranking_loss(model, family, options):
 
 def test_the_parts_add_up(model, family):
     features = columns(model, family)
-    one, half = BTokLoss(model, condensation_weight=1.0)(features), BTokLoss(model, condensation_weight=0.5)(features)
+    losses = {weight: BTokLoss(model, condensation_weight=weight) for weight in (1.0, 0.5)}
+    one, half = (loss(features) for loss in losses.values())
+    assert type(one) is dict and list(one) == ["ranking", "condensation"], "the Trainer's own contract"
     torch.testing.assert_close(one["ranking"], half["ranking"])
-    torch.testing.assert_close(one["condensation"], half["condensation"])
-    torch.testing.assert_close(one.sum(), one["ranking"] + one["condensation"])
-    torch.testing.assert_close(half.sum(), half["ranking"] + 0.5 * half["condensation"])
-    assert one["condensation"] > 0 and half["condensation_weight"] == 0.5
-    torch.testing.assert_close(torch.stack(list(half.values())).sum(), half.sum())
+    torch.testing.assert_close(one["condensation"], 2 * half["condensation"])
+    assert one["condensation"] > 0
     expected = len("redbluea text" if takes(family, "image") else "onetwothree kittens") + 3
-    assert one["condensation_tokens"] == expected
+    for weight, loss in losses.items():
+        assert loss.measured.tokens == expected and loss.measured.weight == weight
+        torch.testing.assert_close(loss.measured.nll, one["condensation"].detach())
 
 
 def test_rows_without_target_change_nothing(model, family):
@@ -78,12 +76,14 @@ def test_rows_without_target_change_nothing(model, family):
         queries, positives = ["a", "b"], ["one", ""]
     else:
         queries, positives = ["a", picture()], ["one", picture(28, 28)]
-    with_empty = BTokLoss(model)([model.preprocess(queries), model.preprocess(positives)])
-    alone = BTokLoss(model)([model.preprocess(queries[:1] * 2), model.preprocess(positives[:1] * 2)])
+    loss = BTokLoss(model)
+    with_empty = loss([model.preprocess(queries), model.preprocess(positives)])
+    tokens = loss.measured.tokens
+    alone = loss([model.preprocess(queries[:1] * 2), model.preprocess(positives[:1] * 2)])
     torch.testing.assert_close(with_empty["condensation"], alone["condensation"], atol=1e-6, rtol=1e-6)
-    assert 2 * with_empty["condensation_tokens"] == alone["condensation_tokens"]
-    none = BTokLoss(model)([model.preprocess(["", ""]), model.preprocess(["", ""])])
-    assert none["condensation"] == 0 and none["condensation_tokens"] == 0
+    assert 2 * tokens == loss.measured.tokens
+    none = loss([model.preprocess(["", ""]), model.preprocess(["", ""])])
+    assert none["condensation"] == 0 and loss.measured.tokens == 0
 
 
 def test_the_term_trains_what_is_pooled(model, family):
@@ -101,8 +101,11 @@ def test_the_term_trains_what_is_pooled(model, family):
 
 def test_per_dataset_sides(qwen):
     features = [qwen.preprocess(["query", "b"]), qwen.preprocess(["pos", "c"])]
-    tokens = {side: BTokLoss(qwen, target=side)(features)["condensation_tokens"].item() for side in
-              ("query", "positive", "both", "none")}  # fmt: skip
+    tokens = {}
+    for side in ("query", "positive", "both", "none"):
+        loss = BTokLoss(qwen, target=side)
+        loss(features)
+        tokens[side] = loss.measured.tokens
     assert tokens == {"query": 8, "positive": 6, "both": 14, "none": 0}
 
 
@@ -120,8 +123,8 @@ def test_gradient_checkpointing_changes_nothing(model, family):
     model.train()
     expected, wanted = run(BTokLoss(model), features)
     model[0].model.gradient_checkpointing_enable({"use_reentrant": False})
-    total, found = run(BTokLoss(model), features)
-    torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
+    value, found = run(BTokLoss(model), features)
+    torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=1e-4)
@@ -199,11 +202,12 @@ def test_training_end_to_end(qwen, tmp_path):
     before = {name: p.detach().clone() for name, p in qwen.named_parameters()}
     loss = BTokLoss(qwen, condensation_weight=1.0)
     trainer = SentenceTransformerTrainer(
-        model=qwen, args=arguments(tmp_path, prompts={"query": "Describe: "}), train_dataset=dataset(), loss=loss
-    )
+        model=qwen, args=arguments(tmp_path, prompts={"query": "Describe: "}), train_dataset=dataset(), loss=loss,
+        callbacks=[BTokCallback()],
+    )  # fmt: skip
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "ranking" in entry]
-    assert {"loss", "ranking", "condensation", "condensation_weight", "condensation_tokens"} <= logs[0].keys()
+    assert {"loss", "ranking", "condensation", "condensation_weight", "condensation_nll"} <= logs[0].keys()
     assert logs[-1]["loss"] < 0.8 * logs[0]["loss"] and logs[-1]["condensation"] < logs[0]["condensation"]
     assert logs[0]["loss"] == pytest.approx(logs[0]["ranking"] + logs[0]["condensation"], rel=1e-2)
     assert logs[0]["condensation_tokens"] == pytest.approx(19.5, abs=8)
@@ -243,25 +247,13 @@ def test_several_datasets_with_their_own_losses(qwen, tmp_path):
     assert np.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
-def test_schedule_follows_the_optimizer_steps(qwen, tmp_path):
-    """Two batches per update: the term must be on for 2 updates (4 batches), not for 2 batches."""
-    loss = BTokLoss(qwen, condensation_weight=5.0, condensation_steps=2)
-    options = {"max_steps": 4, "logging_steps": 1, "gradient_accumulation_steps": 2}
-    trainer = SentenceTransformerTrainer(
-        model=qwen, args=arguments(tmp_path, **options), train_dataset=dataset(), loss=loss
-    )
-    trainer.train()
-    weights = [entry["condensation_weight"] for entry in trainer.state.log_history if "ranking" in entry]
-    assert weights == [5.0, 5.0, 0.0, 0.0]
-
-
 def test_gradient_accumulation_equals_the_mean_of_batches(qwen, tmp_path):
     loss = BTokLoss(qwen)
     features = [[qwen.preprocess([f"{i}", "b"]), qwen.preprocess([f"p{i}", "q"])] for i in range(2)]
     expected = [run(loss, batch)[1] for batch in features]
     loss.model.zero_grad()
     for batch in features:
-        (loss(batch).sum() / 2).backward()
+        (total(loss(batch)) / 2).backward()
     for name, grad in gradients(qwen).items():
         torch.testing.assert_close(grad, (expected[0][name] + expected[1][name]) / 2, atol=1e-6, rtol=1e-4)
 
@@ -272,20 +264,3 @@ def test_bf16_autocast_trains(qwen, tmp_path):
     )
     trainer.train()
     assert np.isfinite(trainer.state.log_history[-1]["train_loss"])
-
-
-def test_resuming_continues_the_schedule(qwen, tmp_path):
-    options = {"max_steps": 4, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
-    start = copy.deepcopy(qwen)
-    loss = BTokLoss(qwen, 50.0, 1.0, condensation_steps=2)
-    SentenceTransformerTrainer(
-        model=qwen, args=arguments(tmp_path, **options), train_dataset=dataset(), loss=loss
-    ).train()
-    resumed = BTokLoss(start, 50.0, 1.0, condensation_steps=2)
-    trainer = SentenceTransformerTrainer(
-        model=start, args=arguments(tmp_path, **options), train_dataset=dataset(), loss=resumed
-    )
-    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
-    weights = [entry["condensation_weight"] for entry in trainer.state.log_history if "ranking" in entry]
-    assert weights == [1.0, 1.0, 0.0, 0.0]
-    np.testing.assert_allclose(start.encode(["red"]), qwen.encode(["red"]), atol=1e-6)

@@ -10,6 +10,7 @@ import torch
 
 from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config, build_model
 from st_btok.training.precision import half_precision_warning
+from tests.backbones import total
 
 BACKBONE = Path(__file__).parents[3] / "recipes" / "backbone"
 
@@ -24,7 +25,7 @@ def two_steps(model, lr=1e-3):
     losses = []
     for _ in range(2):
         optimizer.zero_grad()
-        value = loss(features(model)).sum()
+        value = total(loss(features(model)))
         value.backward()
         optimizer.step()
         losses.append(value.item())

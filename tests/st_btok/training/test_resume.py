@@ -15,7 +15,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 
-from st_btok import BTokLoss, build_model
+from st_btok import BTokCallback, BTokLoss, build_model
 from st_btok.adapters import btok_lora_config, merge_adapters
 from tests.backbones import build
 
@@ -58,7 +58,9 @@ def train(model, folder, resume=None, **options):
     # The weight changes at step 3, after the checkpoint: schedules count the Trainer's steps.
     loss = BTokLoss(model, condensation_weight=lambda step: 2.0 if step < 3 else 0.5)
     evaluation = {"eval_dataset": DATA} if "eval_steps" in options else {}
-    trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=DATA, loss=loss, **evaluation)
+    trainer = SentenceTransformerTrainer(
+        model=model, args=args, train_dataset=DATA, loss=loss, callbacks=[BTokCallback()], **evaluation
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -156,15 +156,15 @@ def test_auto_names_its_choice_and_the_reason(qwen, caplog):
         loss = BTokLoss(qwen)
     assert loss.route == "attention" and loss.leak == 0.0
     assert "route='attention'" in caplog.text and "leak probe is 0" in caplog.text
-    features = [qwen.preprocess(["a", "b"]), qwen.preprocess(["c", "d"])]
-    assert loss(features)["condensation_leak"] == 0
+    loss([qwen.preprocess(["a", "b"]), qwen.preprocess(["c", "d"])])
+    assert loss.measured.leak == 0
 
 
 def test_auto_uses_kv_where_attention_takes_no_mask(qwen, monkeypatch):
     """Flash attention itself needs a GPU; its name in the config is what decides."""
     config = qwen[0].model.config.get_text_config(decoder=True)
     probe = BTokLoss(qwen).leak
-    monkeypatch.setattr("st_btok.training.losses.find_leak", lambda *args: probe)
+    monkeypatch.setattr("st_btok.training.leak.find_leak", lambda *args: probe)
     monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
     assert BTokLoss(qwen).route == "kv"
     assert BTokLoss(qwen, route="attention").route == "attention"

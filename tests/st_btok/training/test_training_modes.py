@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_btok import BTokLoss
 from st_btok.adapters import btok_lora_config, merge_adapters
-from tests.backbones import picture, takes
+from tests.backbones import picture, takes, total
 
 
 def columns(model, family):
@@ -27,7 +27,7 @@ def run(model, features, context=None, loss=None):
     model.train()
     torch.manual_seed(3)
     with context or nullcontext():
-        value = loss([dict(column) for column in features]).sum()
+        value = total(loss([dict(column) for column in features]))
     value.backward()
     return value.detach().float(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

@@ -1,0 +1,90 @@
+"""Rows of similar length together: padding is read like text, and behind a target it is often most of what is read.
+
+Attention, and so every row's states, do not depend on the other rows of a batch. A column may therefore be run in
+parts, each as wide as its own longest row: the same loss and gradients from fewer positions. (With dropout the masks
+are drawn in another order, as with any other order of rows.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from st_btok.training.slicing import row_offsets, take_rows
+
+MAX_BUCKETS = 4
+# What one more call of the model costs, in positions: below this much saved padding it does not pay.
+_CALL = 128
+
+
+def row_lengths(features: dict[str, Any], targets: list[Tensor] | None) -> list[int]:
+    """Real tokens of every row, its target included.
+
+    Args:
+        features: Features of B rows.
+        targets: B id tensors, or None where nothing is generated.
+
+    Returns:
+        B lengths.
+    """
+    lengths = features["attention_mask"].sum(1).tolist()
+    return lengths if targets is None else [n + len(target) for n, target in zip(lengths, targets, strict=True)]
+
+
+def length_buckets(lengths: list[int]) -> list[list[int]]:
+    """Split rows into 1, 2 or 4 parts of neighbouring lengths, whichever reads the fewest positions.
+
+    Args:
+        lengths: Length of each row in tokens.
+
+    Returns:
+        Row numbers by part, ascending within each part, so that a single part leaves the batch as it is.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    best, least = [list(range(len(lengths)))], len(lengths) * max(lengths, default=0)
+    for parts in (2, MAX_BUCKETS):
+        size = -(-len(lengths) // parts)
+        split = [sorted(by_length[start : start + size]) for start in range(0, len(lengths), size or 1)]
+        positions = sum(len(rows) * max(lengths[row] for row in rows) + _CALL for rows in split) - _CALL
+        if positions < least:
+            best, least = split, positions
+    return best
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a column, as a column of their own.
+
+    Attributes:
+        rows: Their numbers in the column.
+        features: Their features.
+        targets: What they generate.
+    """
+
+    rows: list[int]
+    features: dict[str, Any]
+    targets: list[Tensor]
+
+
+def split_by_length(features: dict[str, Any], targets: list[Tensor], media_tokens: dict[str, int]) -> list[Part]:
+    """A column in parts of similar length; in one, its own dict of features, where splitting saves nothing.
+
+    Args:
+        features: Features of B rows.
+        targets: B id tensors.
+        media_tokens: Ids of the placeholder tokens by kind, as for `row_offsets`.
+
+    Returns:
+        At most `MAX_BUCKETS` parts that hold every row once.
+    """
+    whole = [Part(list(range(len(targets))), features, targets)]
+    buckets = length_buckets(row_lengths(features, targets))
+    if len(buckets) == 1:
+        return whole
+    try:
+        offsets = row_offsets(features, media_tokens)
+    except ValueError:  # a processor whose media can't be told apart by rows: slower, not wrong
+        return whole
+    return [Part(rows, take_rows(features, rows, offsets), [targets[row] for row in rows]) for rows in buckets]
