@@ -1,7 +1,6 @@
 """The models that are compared: SentenceTransformers by name, poolings on one backbone, and open_clip.
 
-All of them come back as a SentenceTransformer with a name, a fingerprint as revision and its modalities, so the same
-commands score them and the results are stored, and submitted, under the right name.
+All of them come back as a SentenceTransformer, so the same commands score them (see `wrapping`).
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ from typing import Any, Literal
 
 import open_clip
 import torch
-from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch.nn import functional as F
-
-from evaluation.embedding.fingerprint import checkpoint
 
 PoolingName = Literal["lasttoken", "mean", "weightedmean"]
 POOLINGS: tuple[PoolingName, ...] = ("lasttoken", "mean", "weightedmean")
@@ -167,51 +163,3 @@ def load_model(name: str, pooling: PoolingName | None = None, device: str | None
         architecture, _, weights = source.partition("/") if bare else (source, "", "")
         return open_clip_model(architecture, weights or None, device or "cpu")
     return pooled_model(name, pooling, device) if pooling else SentenceTransformer(name, device=device)
-
-
-def model_meta(model: SentenceTransformer, name: str, *, experiment: Mapping[str, int] | None = None) -> ModelMeta:
-    """Describe a model to mteb.
-
-    Args:
-        model: The model.
-        name: Name to store and submit results under; one without an owner gets `local/`.
-        experiment: Settings that make this a variant of the checkpoint, such as `{"truncate_dim": 64}`: results are
-            stored beside the checkpoint's own, as mteb's experiments.
-
-    Returns:
-        Metadata with name, fingerprint as revision, modalities, size, embedding size and prompts' use.
-    """
-    parts = {
-        part for modality in model.modalities for part in ((modality,) if isinstance(modality, str) else modality)
-    }
-    meta = SentenceTransformerEncoderWrapper(model).mteb_model_meta
-    return meta.model_copy(
-        update={
-            "name": name if "/" in name else f"local/{name}",
-            "revision": checkpoint(model, experiment),
-            "modalities": [modality for modality in ("text", "image", "audio", "video") if modality in parts],
-            "n_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "embed_dim": model.get_embedding_dimension(),
-            "use_instructions": any(model.prompts.values()),
-            "open_weights": None,
-            "experiment_kwargs": dict(experiment) if experiment else None,
-        }
-    )
-
-
-def wrap(
-    model: SentenceTransformer, name: str, *, experiment: Mapping[str, int] | None = None
-) -> SentenceTransformerEncoderWrapper:
-    """The model as `mteb.evaluate` takes it, with full metadata.
-
-    Args:
-        model: The model.
-        name: See `model_meta`.
-        experiment: See `model_meta`; the model has to be set accordingly.
-
-    Returns:
-        mteb's wrapper.
-    """
-    wrapper = SentenceTransformerEncoderWrapper(model)
-    wrapper.mteb_model_meta = model_meta(model, name, experiment=experiment)
-    return wrapper

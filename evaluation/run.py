@@ -36,7 +36,7 @@ from mteb import Benchmark
 from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
-from evaluation.baselines import POOLINGS, load_model, wrap
+from evaluation.baselines import POOLINGS, load_model
 from evaluation.dataset import PROTOCOLS
 from evaluation.embedding.store import EmbeddingStore
 from evaluation.mini import mini_benchmark
@@ -46,6 +46,7 @@ from evaluation.report import RUN_FILE, read_runs, stock_suite, write_report
 from evaluation.reporting.retrieval_sheet import retrieval_sheet
 from evaluation.task import MMEBRetrieval, mmeb_v2_benchmark
 from evaluation.whole_files import WholeResultCache, read_json, write_whole
+from evaluation.wrapping import wrap
 
 MTEB_PREFIX = "mteb:"
 _PACKAGES = ("mteb", "sentence-transformers", "transformers", "torch", "datasets", "open-clip-torch", "pillow")

@@ -14,12 +14,14 @@ from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from evaluation.baselines import OpenClip, load_model, model_meta, open_clip_model, pooled_model, wrap
+from evaluation import wrap
+from evaluation.baselines import OpenClip, load_model, open_clip_model, pooled_model
 from evaluation.embedding.fingerprint import fingerprint
 from evaluation.mini import mini_benchmark
 from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.run import build_suite, main, parse, stored_name
 from evaluation.task import MMEBRetrieval
+from evaluation.wrapping import model_meta
 
 CLIP = {
     "embed_dim": 16,
