@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,11 +9,21 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Features, Image, Value
 from mteb.models import ModelMeta
-from PIL import Image as PILImage
 
 from evaluation.mmeb_v2 import MMEBDataset
+from evaluation.mmeb_v2.layouts import (
+    MOMENT_FEATURES,
+    caption_record,
+    image_record,
+    moment_record,
+    picture,
+    put,
+    put_rows,
+    put_table,
+    question_record,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,27 +34,9 @@ def offline_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def picture(seed: int, form: str = "PNG", size: tuple[int, int] = (30, 28)) -> bytes:
-    """Noise of `size` (height, width); at least 28 pixels a side, unless small ones are meant."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-    buffer = io.BytesIO()
-    PILImage.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
-
-
-def put(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
 def put_video(folder: Path, seed: int, frames: int = 10) -> None:
     for i in range(frames):
         put(folder / f"frame_{i + 1:04d}.jpg", picture(1000 * seed + i, "JPEG"))
-
-
-def put_table(path: Path, columns: dict, features: Features | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(columns, features=features).to_parquet(str(path))
 
 
 @dataclass(frozen=True)
@@ -61,25 +51,6 @@ class Written:
 
 def rows_to_columns(rows: list[dict]) -> dict:
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def instruction(template: str, column: str) -> str:
-    """The instruction column's wording: the recorded text without the body, as the hub's rows have it."""
-    return template.replace(f" {{{column}}}", "").rstrip("\n")
-
-
-def image_record(row: MMEBDataset, index: int, listed: list[int]) -> dict:
-    """A row as on the hub: instructions with the image's token (also WebQA's and EDIS' text-only queries)."""
-    shows_image = row.family != "image" or row.name in ("WebQA", "EDIS")
-    has_caption = "{tgt_text}" in row.candidate_text
-    return {
-        "qry_inst": ("<|image_1|>\n" if shows_image else "") + instruction(row.query_text, "qry_text"),
-        "qry_text": f"body {index}" if "{qry_text}" in row.query_text else "",
-        "qry_img_path": f"q/{index}.jpg" if row.family != "image" else "",
-        "tgt_inst": "<|image_1|>\n" + instruction(row.candidate_text, "tgt_text"),
-        "tgt_text": [f"caption {c}" if has_caption else "" for c in listed],
-        "tgt_img_path": [f"c/{c}.png" if row.family != "text" else "" for c in listed],
-    }
 
 
 def write_image(row: MMEBDataset, root: Path, layout: int) -> Written:
@@ -101,8 +72,7 @@ def write_image(row: MMEBDataset, root: Path, layout: int) -> Written:
         rows[6]["tgt_img_path"][1] = "c/none.png"
     if row.family == "image":  # no query image to lose: an empty candidate list instead
         rows[4]["tgt_text"], rows[4]["tgt_img_path"] = [], []
-    folder = root / row.hub_id.split("/")[1] / row.config
-    put_table(folder / "test-00000-of-00001.parquet", rows_to_columns(rows))
+    put_rows(row, root, rows)
     return Written(replace(row, num_queries=7), root, (4, 5), 5)
 
 
@@ -119,33 +89,13 @@ def write_labels(row: MMEBDataset, root: Path, layout: int) -> Written:
         put_video(media / str(i), i, 3 + i)
     put_video(media / "cut", 9)
     (media / "cut/frame_0001.jpg").write_bytes(picture(1, "JPEG")[:100])
-    put(root / row.annotation, "\n".join(json.dumps(r) for r in rows).encode())
+    put_rows(row, root, rows)
     return Written(replace(row, num_queries=8, num_candidates=3), root, (6, 7), 6)
 
 
 def write_questions(row: MMEBDataset, root: Path, layout: int) -> Written:
     options = ["red", "blue", "green", "blue", "grey"][: row.num_candidates or 3]
-    rows = []
-    for i in range(6):
-        right = i % 3 % len(options)
-        rows.append(
-            {
-                "mvbench": {"video": f"{i}.mp4", "candidates": options, "answer": options[right]},
-                "videomme": {
-                    "videoID": str(i),
-                    "options": [f"{'ABCDE'[j]}. {o}." for j, o in enumerate(options)],
-                    "answer": "ABCD"[right],
-                },
-                "nextqa": {"video": i, "answer": right, **{f"a{j}": o for j, o in enumerate(options)}},
-                "egoschema": {
-                    "video_idx": str(i),
-                    "option": [f"{'ABCDE'[j]}. {o}." for j, o in enumerate(options)],
-                    "answer": str(right),
-                },
-                "activitynetqa": {"video_name": str(i), "answer": ("yes", "no")[i % 2]},
-            }[row.family]
-            | {"question": f"what is {i}?"}
-        )
+    rows = [question_record(row, i, options, i % 3 % len(options)) for i in range(6)]
     rows[5]["answer"] = {"videomme": "E", "nextqa": 7, "egoschema": "7", "activitynetqa": "maybe"}.get(
         row.family, rows[5]["answer"]
     )
@@ -157,44 +107,22 @@ def write_questions(row: MMEBDataset, root: Path, layout: int) -> Written:
         for subset in row.subsets or ("",):
             values = {k: str(v) for k, v in rows[i].items()} | {"subset": subset}
             put_video(media / row.media_path.format(**values), i)
-    folder = root / row.hub_id
-    if row.annotation:
-        put(root / row.annotation, "\n".join(json.dumps(r) for r in rows).encode())
-    elif row.subsets:
-        for subset in row.subsets:
-            put(folder / f"json/{subset}.json", json.dumps(rows).encode())
-        parts = len(row.subsets)
-        broken = tuple(6 * part + i for part in range(parts) for i in (4, 5))
-        return Written(replace(row, num_queries=6 * parts), root, broken, 4 * parts)
-    else:
-        put_table(folder / (row.config or "data") / f"{row.split}-00000-of-00001.parquet", rows_to_columns(rows))
-    return Written(replace(row, num_queries=6), root, (4, 5), 4)
+    put_rows(row, root, rows)
+    parts = len(row.subsets) or 1
+    broken = tuple(6 * part + i for part in range(parts) for i in (4, 5))
+    return Written(replace(row, num_queries=6 * parts), root, broken, 4 * parts)
 
 
 def write_captions(row: MMEBDataset, root: Path, layout: int) -> Written:
     """Rows 3 and 4 share a video; row 5 has no frames; row 6 has an empty caption."""
     names = ["v0", "v1", "v2", "v3", "v3", "v5", "v6"]
     captions = [f"caption {i}" for i in range(6)] + [""]
-    rows = [
-        {
-            "video": f"folder/{name}.mp4",
-            "video_id": name,
-            "videoID": name,
-            "id": name,
-            "sentence": caption,
-            "caption": [caption, "other"] if "caption[0]" in row.query_text else caption,
-            "enCap": [caption],
-        }
-        for name, caption in zip(names, captions, strict=True)
-    ]
+    rows = [caption_record(row, name, caption) for name, caption in zip(names, captions, strict=True)]
     media = root / row.media_roots[layout % len(row.media_roots)]
     for i, name in enumerate(names):
         if name != "v5":
             put_video(media / name, i)
-    put_table(
-        root / row.hub_id.split("/")[1] / (row.config or "data") / f"{row.split}-00000-of-00001.parquet",
-        rows_to_columns(rows),
-    )
+    put_rows(row, root, rows)
     return Written(replace(row, num_queries=7), root, (5, 6), 5)
 
 
@@ -207,7 +135,7 @@ def write_clips(row: MMEBDataset, root: Path, layout: int) -> Written:
             put_video(media / f"v{i}" / (f"negative_{j}" if j or i == 2 else "positive"), 10 * i + j, 8)
     (media / "v4/negative_9").mkdir()
     rows = [{"query": f"scene {i}", "video_path": f"x/v{i}.mp4", "clips_dir_path": "x"} for i in range(5)]
-    put(root / row.annotation, "\n".join(json.dumps(r) for r in rows).encode())
+    put_rows(row, root, rows)
     return Written(replace(row, num_queries=5), root, (2, 3), 3)
 
 
@@ -220,21 +148,12 @@ def write_moments(row: MMEBDataset, root: Path, layout: int) -> Written:
     image = "query_images/a.jpg"
     put(media / (f"query_{image[len('query_') :]}" if layout == 0 else image), picture(3, "JPEG"))
     shown = ["", "images/a.jpg", "movie/q.mp4", "", "images/none.jpg", ""]
-    struct = {"output_path": Value("string"), "time": Value("int64")}
-    rows = [
-        {
-            "query": f"what {i}",
-            "input_frames": shown[i],
-            "positive_frames": [{"output_path": f"movie/{i}/clip{j}.mp4", "time": j} for j in range(1 + i % 2)],
-            "negative_frames": [{"output_path": f"movie/{i}/clip{j}.mp4", "time": j} for j in (2, 3)],
-        }
-        for i in range(6)
-    ]
+    rows = []
+    for i in range(6):
+        right = [f"movie/{i}/clip{j}.mp4" for j in range(1 + i % 2)]
+        rows.append(moment_record(i, shown[i], right, [f"movie/{i}/clip{j}.mp4" for j in (2, 3)]))
     rows[5]["positive_frames"] = [{"output_path": "movie/none.mp4", "time": 0}]
-    features = Features(
-        query=Value("string"), input_frames=Value("string"), positive_frames=List(struct), negative_frames=List(struct)
-    )
-    put_table(root / row.hub_id / "data/test-00000-of-00001.parquet", rows_to_columns(rows), features)
+    put_rows(row, root, rows, MOMENT_FEATURES)
     return Written(replace(row, num_queries=6), root, (4, 5), 4)
 
 
