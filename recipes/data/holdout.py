@@ -25,7 +25,9 @@ from recipes.data.training_pairs import Source, content_key
 logger = logging.getLogger(__name__)
 
 
-def hold_out(sources: Sequence[Source], size: int, seed: int = 0) -> tuple[list[Source], list[Source]]:
+def hold_out(
+    sources: Sequence[Source], size: int, seed: int = 0, *, share: float = 0.1
+) -> tuple[list[Source], list[Source]]:
     """Split every source into a training and a validation part without shared content.
 
     Two rows share content if a medium (image, or the frames of a video) or the whole text of a side without media
@@ -34,8 +36,9 @@ def hold_out(sources: Sequence[Source], size: int, seed: int = 0) -> tuple[list[
 
     Args:
         sources: Checked sources.
-        size: Validation rows per source, at most a tenth of it; fewer where its groups are too large to fit.
+        size: Validation rows per source; fewer where its groups are too large to fit.
         seed: Seed of the choice.
+        share: Largest part of a source that is held out, in (0, 1). Default a tenth.
 
     Returns:
         Training parts (all sources) and validation parts (those that have at least two rows held out).
@@ -43,7 +46,7 @@ def hold_out(sources: Sequence[Source], size: int, seed: int = 0) -> tuple[list[
     if not size:
         return list(sources), []
     groups = _groups(sources)
-    room = np.array([min(size, len(group) // 10) for group in groups])
+    room = np.array([min(size, int(len(group) * share)) for group in groups])
     owners = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     labels = np.concatenate(groups)
     order = np.argsort(labels, kind="stable")
@@ -65,9 +68,10 @@ def hold_out(sources: Sequence[Source], size: int, seed: int = 0) -> tuple[list[
         else:
             logger.warning(
                 "%s has no validation part: its %d rows can't be split into groups without shared content of at most "
-                "a tenth of them",
+                "%d rows",
                 source.name,
                 len(group),
+                min(size, int(len(group) * share)),
             )
     return training, validation
 

@@ -1,0 +1,229 @@
+"""Twins: models that differ in how they pool, trained on the same pairs in the same order, scored on the same search.
+
+A twin is named on the command line: `btok`, `lasttoken` or `mean`, with options behind a colon that reach
+`build_model` and the loss by their own names: `btok:condensation_weight=0`, `btok:readout=last,num_btoks=1`.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from peft import LoraConfig
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.modules.transformer import Transformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+
+from recipes.paired import Run, Search
+from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config, build_model
+
+POOLINGS = ("btok", "lasttoken", "mean")
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One of the models that are compared.
+
+    Args:
+        pooling: `btok`, `lasttoken` (the state of the last ordinary token) or `mean` (of all tokens).
+        options: Values for `build_model` and the loss, by their names.
+    """
+
+    pooling: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Twin:
+        """Read `pooling` or `pooling:name=value,name=value`; values are JSON, or text where they are not."""
+        pooling, _, rest = text.partition(":")
+        if pooling not in POOLINGS:
+            raise ValueError(f"a pooling must be one of {POOLINGS}, with options behind a colon, got {text!r}.")
+        options = {}
+        for part in filter(None, rest.split(",")):
+            name, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(f"an option of a pooling must be name=value, got {part!r} in {text!r}.")
+            try:
+                options[name] = json.loads(value)
+            except ValueError:
+                options[name] = value
+        return cls(pooling, options)
+
+
+@dataclass(frozen=True)
+class TwinSettings:
+    """What all twins share.
+
+    Args:
+        backbone: Hub name or path.
+        steps: Optimizer steps.
+        batch_size: Pairs a step, each the others' negative.
+        mini_batch_size: Rows in memory at a time (GradCache); 0: the whole batch.
+        learning_rate: Peak, after a warm-up of a tenth of the steps, at most 100; cosine decay.
+        tuning: `full`, or `lora` with the recipe's r 16, alpha 32, dropout 0.05.
+        build: For `build_model`, as far as the plain poolings know it too: `max_seq_length`, `model_kwargs`.
+        device: Where to train; None: what the Trainer picks.
+        bf16: Autocast to bfloat16.
+    """
+
+    backbone: str
+    steps: int
+    batch_size: int = 64
+    mini_batch_size: int = 0
+    learning_rate: float = 5e-5
+    tuning: str = "lora"
+    build: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    bf16: bool = False
+
+
+def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceTransformer, torch.nn.Module]:
+    """The untrained model and its loss.
+
+    Args:
+        twin: The model.
+        settings: What it shares with the others.
+        seed: Seed of the BTok rows and the adapters.
+
+    Returns:
+        Model and loss.
+    """
+    torch.manual_seed(seed)
+    known = set(inspect.signature(build_model).parameters)
+    own = {name: value for name, value in twin.options.items() if name in known}
+    rest = {name: value for name, value in twin.options.items() if name not in known}
+    cached: dict[str, Any] = {"mini_batch_size": settings.mini_batch_size} if settings.mini_batch_size else {}
+    if twin.pooling == "btok":
+        model = build_model(settings.backbone, seed=seed, device=settings.device, **{**settings.build, **own})
+        if settings.tuning == "lora":
+            model.add_adapter(btok_lora_config(model))
+        return model, (CachedBTokLoss if cached else BTokLoss)(model, **cached, **rest)
+    if own:
+        raise ValueError(f"{twin.pooling} has no bottleneck tokens, so {sorted(own)} mean nothing to it.")
+    # A BTok model says which layers adapters train and how large pictures are, so that all twins agree in both.
+    other = build_model(settings.backbone, device="cpu", **settings.build)
+    model = plain_model(settings.backbone, twin.pooling, settings.device, **settings.build)
+    if "image" in other[0].processing_kwargs:
+        model[0].processing_kwargs = {**model[0].processing_kwargs, "image": other[0].processing_kwargs["image"]}
+    if settings.tuning == "lora":
+        layers = btok_lora_config(other).target_modules
+        model.add_adapter(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers))
+    plain = CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss
+    return model, plain(model, **{"scale": 50.0, **cached, **rest})
+
+
+def plain_model(
+    backbone: str, pooling: str, device: str | None = None, max_seq_length: int | None = None, **kwargs: Any
+) -> SentenceTransformer:
+    """The backbone under one of sentence-transformers' own poolings."""
+    transformer = Transformer(backbone, max_seq_length=max_seq_length, **kwargs)
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling), Normalize()]
+    return SentenceTransformer(modules=modules, device=device)
+
+
+class _Watch(TrainerCallback):
+    """A progress bar with the parts of the loss, and the time of every step."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.times, self.bar = title, [time.perf_counter()], None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times = [time.perf_counter()]
+        self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        parts = {name: f"{logs[name]:.2f}" for name in ("loss", "ranking", "condensation") if name in logs}
+        self.bar.set_postfix(parts)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def train_twin(
+    name: str,
+    twin: Twin,
+    settings: TwinSettings,
+    seed: int,
+    data: DatasetDict,
+    searches: Sequence[Search],
+    title: str = "",
+) -> tuple[SentenceTransformer, Run]:
+    """Score, train, score again.
+
+    Args:
+        name: What the twin is called in tables.
+        twin: The model.
+        settings: What it shares with the others.
+        seed: Of model, order of the pairs, dropout: every twin of a seed sees the same batches.
+        data: Data sets of pairs by name.
+        searches: What it is scored on.
+        title: Label of the progress bar.
+
+    Returns:
+        The trained model and what was measured.
+
+    Raises:
+        ValueError: A data set has fewer pairs than a batch.
+    """
+    for source, table in data.items():
+        if len(table) < settings.batch_size:
+            raise ValueError(
+                f"a batch needs {settings.batch_size} pairs of one data set, but {source} trains on {len(table)}. "
+                "Lower --batch_size."
+            )
+    model, loss = build_twin(twin, settings, seed)
+    model.model_card_data.generate_widget_examples = False  # they would decode a thousand rows
+    before = {search.name: search.ranks(model) for search in searches}
+    folder = tempfile.TemporaryDirectory()
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=folder.name,
+        per_device_train_batch_size=settings.batch_size,
+        dataloader_drop_last=True,  # a short batch has fewer negatives
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, settings.steps // 10),
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        seed=seed,
+        bf16=settings.bf16,
+        use_cpu=settings.device == "cpu",
+        disable_tqdm=True,
+    )
+    watch = _Watch(title or name)
+    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[watch])
+    trainer.remove_callback(PrinterCallback)  # which prints a dictionary for every step
+    trainer.train()
+    folder.cleanup()
+    after = {search.name: search.ranks(model) for search in searches}
+    kept = ("step", "loss", "ranking", "condensation")
+    log = [{key: row[key] for key in kept if key in row} for row in trainer.state.log_history if "loss" in row]
+    seconds = float(np.median(np.diff(watch.times)))
+    run = Run(name, seed, before, after, settings.steps, seconds, watch.times[-1] - watch.times[0], log)
+    del trainer, loss
+    gc.collect()  # the Trainer refers to itself: the next model would stand beside this one
+    return model, run

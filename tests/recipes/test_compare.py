@@ -1,0 +1,122 @@
+"""The comparison end to end: the same batches for every twin, equal steps or time, going on after a kill."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from recipes import compare as recipe
+from recipes import twins
+from recipes.compare import CompareConfig, compare
+from recipes.paired import Run
+from recipes.twins import Twin
+from tests.backbones import build
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare")
+    backbone, processor = build("llama")
+    backbone.save_pretrained(path / "backbone")
+    processor.save_pretrained(path / "backbone")
+    rows = [{"query": f"find number {i}", "positive": f"the {i}th text"} for i in range(30)]
+    (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(folder, output, **options):
+    defaults = {"steps": 3, "seeds": 2, "batch_size": 4, "learning_rate": 1e-2, "tuning": "full", "device": "cpu"}
+    options = {"poolings": ["btok", "lasttoken"], **defaults, **options}
+    return CompareConfig(
+        data=[str(folder / "pairs.jsonl")], backbone=str(folder / "backbone"), output=str(output), **options
+    )
+
+
+def test_twins_see_the_same_batches_and_a_second_call_trains_nothing(folder, tmp_path, monkeypatch, capsys):
+    seen, losses = {}, []
+
+    class Watch(twins.SentenceTransformerTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            rows = [column.tolist() for name, column in inputs.items() if name.endswith("input_ids")]
+            seen.setdefault(self.loss.__class__.__name__, []).append(np.array(rows[0]).shape[0])
+            losses.append(self.loss)
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def get_batch_samples(self, iterator, *args, **kwargs):
+            batches, count = super().get_batch_samples(iterator, *args, **kwargs)
+            texts = [
+                self.processing_class.batch_decode(b["query_input_ids"], skip_special_tokens=True) for b in batches
+            ]
+            seen.setdefault("texts", []).extend(texts)
+            return batches, count
+
+    monkeypatch.setattr(twins, "SentenceTransformerTrainer", Watch)
+    options = config(folder, tmp_path / "out")
+    text = compare(options)
+    wording = [[line.split("number")[-1].split()[0] for line in batch] for batch in seen["texts"]]
+    first, second = wording[:6], wording[6:]  # seed 0: btok, lasttoken; seed 1
+    assert first[:3] == first[3:] and second[:3] == second[3:] and first != second
+    assert "| pairs: query → positive | btok |" in text and "| pairs: positive → query | lasttoken |" in text
+    lines = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").read_text().splitlines()]
+    assert [(line["pooling"], line["seed"]) for line in lines] == [
+        ("btok", 0), ("lasttoken", 0), ("btok", 1), ("lasttoken", 1)
+    ]  # fmt: skip
+    assert any(line["before"] != line["after"] for line in lines) and (tmp_path / "out/comparison.png").exists()
+    printed = capsys.readouterr().out
+    assert "24 pairs train, 6 are held out" in printed and printed.count("3 steps in") == 4 and "{" not in printed
+    steps = len(losses)
+    # A torn run is made again, and a pooling can be added; finished runs are not repeated.
+    (tmp_path / "out/runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
+    assert compare(config(folder, tmp_path / "out", poolings=["btok", "lasttoken", "mean"])).count("mean") >= 2
+    assert len(losses) - steps == 9, "lasttoken of seed 1 and two of mean"
+
+
+def test_equal_time_gives_a_slower_twin_fewer_steps(folder, tmp_path, monkeypatch):
+    pace = {"btok": 0.2, "lasttoken": 0.1}
+    made = []
+
+    def train(name, twin, settings, seed, data, searches, title=""):
+        made.append((name, settings.steps))
+        ranks = {search.name: np.ones(len(search.queries), int) for search in searches}
+        return None, Run(name, seed, ranks, ranks, settings.steps, pace[name], 1.0, [{"step": 1, "loss": 1.0}])
+
+    monkeypatch.setattr(recipe, "train_twin", train)
+    compare(config(folder, tmp_path, equal="time", steps=20, seeds=1))
+    assert made == [("btok", recipe.CALIBRATION), ("lasttoken", recipe.CALIBRATION), ("btok", 10), ("lasttoken", 20)]
+    compare(config(folder, tmp_path, equal="time", steps=20, seeds=1))
+    assert len(made) == 4
+
+
+def test_options_of_a_twin_reach_the_builder_and_the_loss(folder):
+    settings = twins.TwinSettings(str(folder / "backbone"), 1, device="cpu", tuning="lora")
+    model, loss = twins.build_twin(Twin.parse("btok:readout=last,num_btoks=1,condensation_weight=0"), settings, 0)
+    assert loss.get_config_dict()["condensation_weight"] == 0 and len(loss.btoks) == 1 and len(model) == 3
+    plain, loss = twins.build_twin(Twin.parse("lasttoken:scale=20"), settings, 0)
+    assert loss.scale == 20
+    adapted = [
+        {name.split(".lora_A")[0] for name, _ in m.named_parameters() if "lora_A" in name} for m in (model, plain)
+    ]
+    assert adapted[0] == adapted[1] and adapted[0], "the same layers train"
+
+
+def test_what_cannot_run_is_refused_first(folder, tmp_path):
+    with pytest.raises(ValueError, match="pass --data"):
+        CompareConfig()
+    with pytest.raises(ValueError, match="must be one of --poolings"):
+        config(folder, tmp_path, poolings=["btok"])
+    with pytest.raises(ValueError, match="pooling must be one of"):
+        config(folder, tmp_path, poolings=["cls", "lasttoken"])
+    with pytest.raises(ValueError, match="must be name=value"):
+        Twin.parse("btok:readout")
+    with pytest.raises(ValueError, match="a batch needs 64 pairs of one data set, but pairs trains on 24"):
+        compare(config(folder, tmp_path / "a", batch_size=64))
+    with pytest.raises(ValueError, match="mean nothing to it"):
+        compare(config(folder, tmp_path / "b", poolings=["lasttoken:num_btoks=2"], baseline="lasttoken:num_btoks=2"))
