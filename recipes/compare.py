@@ -24,9 +24,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
 from datasets import DatasetDict
 from transformers import HfArgumentParser
 
@@ -35,7 +33,7 @@ from recipes.data.training_pairs import Source, content_key
 from recipes.data.user_data import load_user_data
 from recipes.paired import Run, Search, draw, table
 from recipes.restarts import identity_of, only_training_in
-from recipes.twins import Twin, TwinSettings, train_twin
+from recipes.twins import Twin, TwinSettings, quiet, train_twin
 
 CALIBRATION = 8  # steps; the median of their times decides how many fit the baseline's time
 
@@ -152,17 +150,9 @@ def run_all(config: CompareConfig, training: Sequence[Source], searches: Sequenc
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = [line for line in lines if line["key"] == key]
     data = DatasetDict({source.name: source.dataset() for source in training})
-    settings = TwinSettings(
-        config.backbone,
-        config.steps,
-        config.batch_size,
-        config.mini_batch_size,
-        config.learning_rate,
-        config.tuning,
-        {"max_seq_length": config.max_seq_length, "model_kwargs": {"dtype": getattr(torch, config.dtype)}},
-        config.device,
-        config.bf16,
-    )
+    same = ("backbone", "steps", "batch_size", "mini_batch_size", "learning_rate", "tuning", "device", "bf16")
+    build = {"max_seq_length": config.max_seq_length, "model_kwargs": {"dtype": getattr(torch, config.dtype)}}
+    settings = TwinSettings(**{name: getattr(config, name) for name in same}, build=build)
     steps = _steps(config, settings, data, known, path, key)
     runs = []
     wanted = [(seed, pooling) for seed in range(config.seeds) for pooling in config.poolings]
@@ -210,15 +200,6 @@ def _steps(
 def _append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def quiet() -> None:
-    """Silence what says nothing in a comparison: each is repeated for every model that is built."""
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    for name in ("sentence_transformers", "st_btok.adapters"):  # "N words without a weighting value"; no checkpoints
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:

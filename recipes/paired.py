@@ -64,6 +64,12 @@ class Search:
         return np.concatenate(parts).astype(np.float64)
 
 
+def measures(ranks: np.ndarray) -> dict[str, float]:
+    """hit@1, hit@10 and MRR over the whole corpus, in per cent."""
+    hits = {f"hit@{k}": 100 * float((ranks <= k).mean()) for k in (1, 10)}
+    return {**hits, "MRR": 100 * float((1 / ranks).mean())}
+
+
 @dataclass(frozen=True)
 class Run:
     """One training.

@@ -9,14 +9,17 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
+import transformers
 from datasets import DatasetDict
 from peft import LoraConfig
 from sentence_transformers import (
@@ -34,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from recipes.paired import Run, Search
-from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config, build_model
+from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model
 
 POOLINGS = ("btok", "lasttoken", "mean")
 
@@ -78,7 +81,8 @@ class TwinSettings:
         steps: Optimizer steps.
         batch_size: Pairs a step, each the others' negative.
         mini_batch_size: Rows in memory at a time (GradCache); 0: the whole batch.
-        learning_rate: Peak, after a warm-up of a tenth of the steps, at most 100; cosine decay.
+        learning_rate: Peak; cosine decay.
+        warmup_steps: Steps of linear warm-up; None: a tenth of the steps, at most 100.
         tuning: `full`, or `lora` with the recipe's r 16, alpha 32, dropout 0.05.
         build: For `build_model`, as far as the plain poolings know it too: `max_seq_length`, `model_kwargs`.
         device: Where to train; None: what the Trainer picks.
@@ -90,6 +94,7 @@ class TwinSettings:
     batch_size: int = 64
     mini_batch_size: int = 0
     learning_rate: float = 5e-5
+    warmup_steps: int | None = None
     tuning: str = "lora"
     build: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
@@ -113,7 +118,7 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
     rest = {name: value for name, value in twin.options.items() if name not in known}
     cached: dict[str, Any] = {"mini_batch_size": settings.mini_batch_size} if settings.mini_batch_size else {}
     if twin.pooling == "btok":
-        model = build_model(settings.backbone, seed=seed, device=settings.device, **{**settings.build, **own})
+        model = build_model(settings.backbone, device=settings.device, **{"seed": seed, **settings.build, **own})
         if settings.tuning == "lora":
             model.add_adapter(btok_lora_config(model))
         return model, (CachedBTokLoss if cached else BTokLoss)(model, **cached, **rest)
@@ -155,7 +160,7 @@ class _Watch(TrainerCallback):
         self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        parts = {name: f"{logs[name]:.2f}" for name in ("loss", "ranking", "condensation") if name in logs}
+        parts = {name: f"{logs[name]:.2f}" for name in ("loss", "ranking", "condensation_nll") if name in logs}
         self.bar.set_postfix(parts)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -170,6 +175,7 @@ def train_twin(
     data: DatasetDict,
     searches: Sequence[Search],
     title: str = "",
+    callbacks: Callable[[SentenceTransformer], list[TrainerCallback]] = lambda model: [],
 ) -> tuple[SentenceTransformer, Run]:
     """Score, train, score again.
 
@@ -181,6 +187,7 @@ def train_twin(
         data: Data sets of pairs by name.
         searches: What it is scored on.
         title: Label of the progress bar.
+        callbacks: Further callbacks of the Trainer, for the model that it trains.
 
     Returns:
         The trained model and what was measured.
@@ -205,7 +212,7 @@ def train_twin(
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=min(100, settings.steps // 10),
+        warmup_steps=min(100, settings.steps // 10) if settings.warmup_steps is None else settings.warmup_steps,
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -215,15 +222,28 @@ def train_twin(
         disable_tqdm=True,
     )
     watch = _Watch(title or name)
-    trainer = SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[watch])
+    # In this order: the bar shows what the first one logs.
+    followers = [BTokCallback(), watch, *callbacks(model)]
+    trainer = SentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=data, loss=loss, callbacks=followers
+    )
     trainer.remove_callback(PrinterCallback)  # which prints a dictionary for every step
     trainer.train()
     folder.cleanup()
     after = {search.name: search.ranks(model) for search in searches}
-    kept = ("step", "loss", "ranking", "condensation")
+    kept = ("step", "loss", "ranking", "condensation_nll")
     log = [{key: row[key] for key in kept if key in row} for row in trainer.state.log_history if "loss" in row]
     seconds = float(np.median(np.diff(watch.times)))
     run = Run(name, seed, before, after, settings.steps, seconds, watch.times[-1] - watch.times[0], log)
     del trainer, loss
     gc.collect()  # the Trainer refers to itself: the next model would stand beside this one
     return model, run
+
+
+def quiet() -> None:
+    """Silence what says nothing in a comparison: each is repeated for every model that is built."""
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("sentence_transformers", "st_btok.adapters"):  # "N words without a weighting value"; no checkpoints
+        logging.getLogger(name).setLevel(logging.ERROR)

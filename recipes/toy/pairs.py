@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 from datasets import Dataset, DatasetDict, Image, Value
 from PIL import Image as PILImage
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
+from recipes.paired import Search
 from recipes.toy import scenes
 
 
@@ -54,38 +54,14 @@ def train_dataset(size: int, seed: int) -> DatasetDict:
     return DatasetDict({"captions": picture, "questions": asked})
 
 
-def evaluators(split: str, size: int | None = None, seed: int = 7) -> dict[str, InformationRetrievalEvaluator]:
+def searches(split: str, size: int | None = None, seed: int = 7) -> list[Search]:
     """Search in both directions and question answering over the words of a split (all of them by default)."""
     size = size or len(scenes.words(split))
     images, texts = captions(split, size, seed)
     pages, answers = questions(split, size, seed + 1)
-
-    def search(name: str, queries: list, corpus: list) -> InformationRetrievalEvaluator:
-        return InformationRetrievalEvaluator(
-            queries={f"q{i}": query for i, query in enumerate(queries)},
-            corpus={f"d{i}": document for i, document in enumerate(corpus)},
-            relevant_docs={f"q{i}": {f"d{i}"} for i in range(len(queries))},
-            name=name,
-            accuracy_at_k=[1, 10],
-            precision_recall_at_k=[1],
-            mrr_at_k=[len(corpus)],
-            ndcg_at_k=[10],
-            map_at_k=[10],
-            batch_size=64,
-            write_csv=False,
-        )
-
-    return {
-        "image -> text": search("i2t", images, texts),
-        "text -> image": search("t2i", texts, images),
-        "image + question -> answer": search("qa", pages, answers),
-    }
-
-
-def scores(evaluator: InformationRetrievalEvaluator, model: object) -> dict[str, float]:
-    """hit@1, hit@10 and MRR over the whole corpus, in per cent."""
-    result = evaluator(model)
-    prefix = f"{evaluator.name}_cosine"
-    mrr = next(value for key, value in result.items() if key.startswith(f"{prefix}_mrr@"))
-    hits = {f"hit@{k}": 100 * result[f"{prefix}_accuracy@{k}"] for k in (1, 10)}
-    return {**hits, "MRR": 100 * mrr}
+    right = [{number} for number in range(size)]
+    return [
+        Search("image -> text", images, texts, right, batch_size=64),
+        Search("text -> image", texts, images, right, batch_size=64),
+        Search("image + question -> answer", pages, answers, right, batch_size=64),
+    ]

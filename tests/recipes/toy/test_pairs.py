@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from recipes.paired import measures
 from recipes.toy import pairs, scenes
 
 
@@ -49,20 +50,16 @@ def test_train_dataset_columns():
     assert set(data["questions"][0]["query"]) == {"image", "text"}
 
 
-def test_scores_of_an_oracle_and_of_a_constant(qwen):
+def test_ranks_of_an_oracle_and_of_a_constant(qwen):
     class Oracle:
         """Embeds the i-th query and the i-th document alike."""
 
-        similarity_fn_name = "cosine"
-        model_card_data = qwen.model_card_data
-
-        def encode(self, inputs, **kwargs):
+        def encode_query(self, inputs, **kwargs):
             return np.eye(8)[: len(inputs)]
 
-        encode_query = encode_document = encode
-        similarity = staticmethod(lambda a, b: qwen.similarity(a, b))
+        encode_document = encode_query
 
-    evaluator = pairs.evaluators("test", 8)["image -> text"]
-    assert pairs.scores(evaluator, Oracle()) == {"hit@1": 100.0, "hit@10": 100.0, "MRR": 100.0}
-    untrained = pairs.scores(pairs.evaluators("test", 40)["image -> text"], qwen)
+    for search in pairs.searches("test", 8):
+        assert measures(search.ranks(Oracle())) == {"hit@1": 100.0, "hit@10": 100.0, "MRR": 100.0}
+    untrained = measures(pairs.searches("test", 40)[0].ranks(qwen))
     assert untrained["hit@1"] < 30 and 0 < untrained["MRR"] < 50
