@@ -42,11 +42,14 @@ def length_buckets(lengths: list[int]) -> list[list[int]]:
     Returns:
         Row numbers by part, ascending within each part, so that a single part leaves the batch as it is.
     """
+    best = [list(range(len(lengths)))]
+    if len(lengths) < 2:
+        return best
     by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    best, least = [list(range(len(lengths)))], len(lengths) * max(lengths, default=0)
+    least = len(lengths) * max(lengths)
     for parts in (2, MAX_BUCKETS):
         size = -(-len(lengths) // parts)
-        split = [sorted(by_length[start : start + size]) for start in range(0, len(lengths), size or 1)]
+        split = [sorted(by_length[start : start + size]) for start in range(0, len(lengths), size)]
         positions = sum(len(rows) * max(lengths[row] for row in rows) + _CALL for rows in split) - _CALL
         if positions < least:
             best, least = split, positions

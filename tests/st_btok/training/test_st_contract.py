@@ -1,0 +1,161 @@
+"""What sentence-transformers asks of a loss, and tests of its own: calls of the model, scaling, configurations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from st_btok import BTokLoss, CachedBTokLoss
+from st_btok.training import likelihood
+from st_btok.training.buckets import length_buckets
+from tests.backbones import picture, total
+
+# The forms of in-batch ranking that MultipleNegativesRankingLoss is used in.
+BOTH = ("query_to_doc", "doc_to_query")
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+CONFIGURATIONS = {
+    "one direction": {},
+    "both directions": {"directions": BOTH, "partition_mode": "per_direction"},
+    "both directions, one softmax": {"directions": BOTH, "partition_mode": "joint"},
+    "all directions, one softmax": {"directions": ALL, "partition_mode": "joint"},
+    "hard negatives weigh more": {"hardness_mode": "hard_negatives", "hardness_strength": 3.0},
+}
+
+
+def batch(model, size=6):
+    """Pictures and texts, targets of different lengths, and one negative each."""
+    queries = [picture(28, 28, i) if i % 2 else f"query {i}" for i in range(size)]
+    positives = [f"positive {i} " + "word " * i for i in range(size)]
+    return [model.preprocess(rows) for rows in (queries, positives, [f"negative {i}" for i in range(size)])]
+
+
+def run(loss, features, factor=1.0):
+    """Value and gradients of the scaled loss."""
+    loss.model.zero_grad()
+    value = factor * total(loss([dict(column) for column in features]))
+    value.backward()
+    return value.detach(), {name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found, expected, factor=1.0):
+    torch.testing.assert_close(found[0], factor * expected[0], atol=1e-5 * factor, rtol=1e-5)
+    assert found[1].keys() == expected[1].keys() and len(expected[1]) > 10
+    for name, grad in expected[1].items():
+        size = factor * max(1.0, grad.abs().max().item())
+        torch.testing.assert_close(found[1][name] / size, factor * grad / size, atol=2e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("mini_batch_size", [1, 4])
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_cached_equals_plain_in_every_form_of_ranking(qwen, configuration, mini_batch_size):
+    features, options = batch(qwen), CONFIGURATIONS[configuration]
+    expected = run(BTokLoss(qwen, **options), features)
+    assert_same(run(CachedBTokLoss(qwen, mini_batch_size=mini_batch_size, **options), features), expected)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1000.0])
+@pytest.mark.parametrize("kind", [BTokLoss, CachedBTokLoss])
+def test_a_scaled_loss_is_scaled_in_both_parts(qwen, kind, factor):
+    """As gradient accumulation and a GradScaler scale it."""
+    features = batch(qwen)
+    options = {"mini_batch_size": 2} if kind is CachedBTokLoss else {}
+    expected = run(kind(qwen, **options), features)
+    assert_same(run(kind(qwen, **options), features, factor), expected, factor)
+
+
+@pytest.mark.parametrize("kind", [BTokLoss, CachedBTokLoss])
+def test_backward_may_come_twice(qwen, kind):
+    """A second backward pass through the same loss doubles the gradients, in GradCache's replay too."""
+    features = batch(qwen, 3)
+    expected = run(kind(qwen), features)[1]
+    qwen.zero_grad()
+    value = total(kind(qwen)([dict(column) for column in features]))
+    value.backward(retain_graph=True)
+    value.backward()
+    for name, parameter in qwen.named_parameters():
+        if parameter.grad is not None:
+            size = max(1.0, expected[name].abs().max().item())
+            torch.testing.assert_close(parameter.grad / size, 2 * expected[name] / size, atol=2e-5, rtol=0, msg=name)
+
+
+def calls(model, loss, features):
+    """How many calls of the model one loss takes."""
+    seen = []
+    handle = model[0].register_forward_pre_hook(lambda module, args: seen.append(len(args[0]["input_ids"])))
+    loss([dict(column) for column in features], None)
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("negatives", [0, 1, 5])
+def test_columns_without_targets_share_one_call(qwen, negatives):
+    """1 + 1 + 5 columns are 2 calls in MNRL; here the column with targets, and all others together."""
+    texts = ["one", "two", "three"]
+    features = [qwen.preprocess(texts) for _ in range(2 + negatives)]
+    plain = calls(qwen, MultipleNegativesRankingLoss(qwen), features)
+    assert calls(qwen, BTokLoss(qwen, target="none"), features) == plain
+    assert calls(qwen, BTokLoss(qwen), features) == plain == [3, 3 * (1 + negatives)]
+    both = calls(qwen, BTokLoss(qwen, target="both"), features)
+    assert both == ([3, 3, 3 * negatives] if negatives else [3, 3])
+
+
+def test_merged_columns_change_neither_value_nor_gradients(qwen):
+    features = [qwen.preprocess([f"{word} {i}" * (i + 1) for i in range(3)]) for word in ("q", "p", "n", "m")]
+    loss = BTokLoss(qwen)
+    assert len(calls(qwen, loss, features)) == 2
+    expected = run(CachedBTokLoss(qwen, mini_batch_size=3), features)  # one call a column
+    assert_same(run(loss, features), expected)
+
+
+def test_rows_of_different_length_run_in_buckets(qwen, monkeypatch):
+    """Four calls instead of one, each as wide as its own longest row; the same loss and gradients."""
+    texts = ["word " * (1 + 13 * i) for i in (3, 0, 7, 1, 6, 2, 5, 4)]
+    features = [qwen.preprocess([*texts[:6], picture(28, 28, 1), picture(56, 56, 2)]), qwen.preprocess(texts)]
+    loss = BTokLoss(qwen)
+    assert calls(qwen, loss, features)[:-1] == [2, 2, 2, 2]
+    found = run(loss, features)
+    monkeypatch.setattr("st_btok.training.buckets.length_buckets", lambda lengths: [list(range(len(lengths)))])
+    assert calls(qwen, loss, features) == [8, 8]
+    assert_same(found, run(loss, features))
+
+
+def test_buckets_are_made_where_they_save_padding():
+    assert length_buckets([]) == [[]]
+    assert length_buckets([50] * 8) == [list(range(8))], "nothing to save"
+    assert length_buckets([10, 20, 12, 22]) == [[0, 1, 2, 3]], "less to save than a call costs"
+    assert length_buckets([1000, 10, 1000, 10]) == [[1, 3], [0, 2]]
+    four = length_buckets([100, 5000, 1200, 2500, 100, 5000, 1200, 2500])
+    assert four == [[0, 4], [2, 6], [3, 7], [1, 5]]
+    assert sorted(row for rows in length_buckets([900, 1, 400, 7, 100]) for row in rows) == [0, 1, 2, 3, 4]
+
+
+def test_the_cached_loss_reads_rows_of_similar_length_together(qwen):
+    """The positions of all mini-batches, padding included, are far fewer than in the order of the batch."""
+    lengths = [1, 60, 1, 60, 1, 60, 1, 60]
+    features = [qwen.preprocess([f"{i} " + "w" * n for i, n in enumerate(lengths)]), qwen.preprocess(["a"] * 8)]
+    widths = []
+    qwen[0].register_forward_pre_hook(lambda module, args: widths.append(args[0]["input_ids"].numel()))
+    with torch.no_grad():
+        CachedBTokLoss(qwen, mini_batch_size=2, target="none")([dict(column) for column in features])
+    own = features[0]["attention_mask"].sum(1).tolist()
+    assert sum(widths[:4]) <= sum(own) + 16 < 8 * max(own) - 100
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_the_vocabulary_is_read_once_under_gradcache(qwen, monkeypatch, train_head):
+    """As often as by the plain loss, whether the head trains or not, and with the same gradients."""
+    read = []
+    chunked = likelihood._chunked
+
+    def watched(states, *rest):
+        read.append(len(states))
+        return chunked(states, *rest)
+
+    monkeypatch.setattr(likelihood, "_chunked", watched)
+    qwen[0].model.get_input_embeddings().requires_grad_(train_head)
+    features = batch(qwen)
+    expected, plain = run(BTokLoss(qwen), features), sum(read)
+    read.clear()
+    assert_same(run(CachedBTokLoss(qwen, mini_batch_size=2), features), expected)
+    assert sum(read) == plain > 0
