@@ -19,8 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import mteb
-
 from evaluation.dataset import PROTOCOLS
 from evaluation.mini import MINI
 from evaluation.reporting.figures import group_bars, size_plot
@@ -36,6 +34,7 @@ from evaluation.reporting.scores import (
     read_results,
     summarize,
 )
+from evaluation.stock import stock_benchmark, stock_suite
 from evaluation.whole_files import read_json
 
 RUN_FILE = "run.json"
@@ -126,18 +125,6 @@ def only(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) ->
         if scores:
             kept.append(replace(model, scores=scores))
     return kept
-
-
-def stock_suite(benchmark: Any) -> dict[str, tuple[str, str]]:
-    """The tasks of one of mteb's benchmarks, as a report needs them.
-
-    Args:
-        benchmark: The benchmark (`mteb.get_benchmark`).
-
-    Returns:
-        Task -> (`mteb`, its type).
-    """
-    return {task.metadata.name: (STOCK, task.metadata.type) for task in benchmark.tasks}
 
 
 def size_curves(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) -> dict[str, dict[int, Mean]]:
@@ -330,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     expected = None
     if options.suite:
-        expected = stock_suite(mteb.get_benchmark(options.suite.removeprefix("mteb:")))
+        expected = stock_suite(stock_benchmark(options.suite.removeprefix("mteb:")))
     write_report(options.folders, options.output, expected=expected, protocol=options.protocol, seed=options.seed)
 
 

@@ -5,6 +5,7 @@
     python -m evaluation.run --model open_clip:ViT-B-32/laion2b_s34b_b79k --suite mini
     python -m evaluation.run --model recipes/backbone --pooling lasttoken --suite mini
     python -m evaluation.run --model PATH_OR_NAME --suite "mteb:MIEB(lite)" --device cuda:0 cuda:1
+    python -m evaluation.run --model PATH_OR_NAME --suite "mteb:ViDoRe(v3)" --data snapshots --report
     python -m evaluation.run --model PATH_OR_NAME --suite mini --truncate-dims 16,32,64,128 --report
 
 Results go to `--output`, one file per data set and checkpoint; the same command continues a killed run. Embeddings of
@@ -42,8 +43,9 @@ from evaluation.embedding.store import EmbeddingStore
 from evaluation.mini import mini_benchmark
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.mmeb_v2.visdoc import PAGE_SPLITS
-from evaluation.report import RUN_FILE, read_runs, stock_suite, write_report
+from evaluation.report import RUN_FILE, read_runs, write_report
 from evaluation.reporting.retrieval_sheet import retrieval_sheet
+from evaluation.stock import stock_benchmark, stock_suite
 from evaluation.task import MMEBRetrieval, mmeb_v2_benchmark
 from evaluation.whole_files import WholeResultCache, read_json, write_whole
 from evaluation.wrapping import wrap
@@ -85,7 +87,7 @@ def build_suite(options: argparse.Namespace) -> Benchmark:
             store=store,
         )
     if options.suite.startswith(MTEB_PREFIX):
-        return mteb.get_benchmark(options.suite.removeprefix(MTEB_PREFIX))
+        return stock_benchmark(options.suite.removeprefix(MTEB_PREFIX), options.subset, options.data)
     raise ValueError(f"unknown suite {options.suite!r}: use mini, mmeb-v2 or mteb:<benchmark>")
 
 
@@ -131,7 +133,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--name", help="name to store results under (default: --model, or its last folder)")
     add("--pooling", choices=POOLINGS, help="read --model as a backbone and pool it this way")
     add("--suite", default="mini", help="mini, mmeb-v2 or mteb:<benchmark> (default: mini)")
-    add("--data", help="folder with MMEB-V2's media and annotations")
+    add("--data", help="folder with MMEB-V2's media and annotations, or with snapshots for mteb")
     add(
         "--protocol",
         choices=PROTOCOLS,
@@ -139,7 +141,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="whose rules score mmeb-v2: the benchmark's harness, or the paper's release (default: vlm2vec)",
     )
     add("--offline", action="store_true", help="never read an annotation table from the hub")
-    add("--subset", nargs="+", help="data sets, groups or modalities (default: all)")
+    add("--subset", nargs="+", help="data sets, groups or modalities; tasks of mteb (default: all)")
     add("--fraction", type=float, default=1.0, help="part of the queries, in (0, 1] (mmeb-v2; default: 1)")
     add(
         "--page-split",
@@ -246,7 +248,9 @@ def run(options: argparse.Namespace, command: str) -> dict[int | None, list[Task
         if pool is not None:
             model.stop_multi_process_pool(pool)
     if options.report:
-        suite = stock_suite(benchmark) if options.suite.startswith(MTEB_PREFIX) else None
+        # the whole benchmark, so that the tasks that were not asked for are seen to be missing
+        name = options.suite.removeprefix(MTEB_PREFIX)
+        suite = stock_suite(stock_benchmark(name)) if options.suite.startswith(MTEB_PREFIX) else None
         protocol = options.protocol if options.suite == "mmeb-v2" else None
         write_report([output], output / "report", expected=suite, protocol=protocol, seed=options.seed)
     return results

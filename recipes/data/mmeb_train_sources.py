@@ -4,6 +4,7 @@ Taken from the configurations of the two public trainings on this mix: VLM2Vec-V
 commit 6e1e1d4, `experiments/public/train/train_alltasks.yaml`) and the BToks release (github siryuson/
 BottleneckTokens, commit 896c2df, `configs/datasets/btoks_mmeb_train.yaml`). Both use the same weights; the generated
 sides are the latter's `ntp_side`. Row counts are those of the release after its leak filter, for orientation only.
+Where the two trainings differ, ours follows the release; docs/evaluation.md has the table.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class MMEBTrainSource:
     revision: str | None = None
 
 
+_UNPACKED = ("TIGER-Lab/MMEB-train", "MMEB-train", "vlm2vec_train/MMEB-train")
+
+
 def _mmeb(
     name: str, meta_task: str, query: str, positive: str, target: str, weight: float, num_rows: int
 ) -> MMEBTrainSource:
@@ -71,7 +75,8 @@ def _mmeb(
         target=target,  # type: ignore[arg-type]
         weight=weight,
         num_rows=num_rows,
-        media_roots=("TIGER-Lab/MMEB-train", "MMEB-train", "vlm2vec_train/MMEB-train", ""),
+        # rows name images/<set>/...; VLM2Vec's configuration has one folder more, MMEB-train/image/images/<set>/...
+        media_roots=tuple(f"{root}{folder}" for root in _UNPACKED for folder in ("", "/image")) + ("",),
     )
 
 

@@ -76,6 +76,15 @@ def test_texts_of_mmeb_train_are_the_authors(name, tmp_path):
     assert any(text.startswith(instruction) for instruction in own)
 
 
+@pytest.mark.parametrize("root", ["MMEB-train", "MMEB-train/image", "vlm2vec_train/MMEB-train/image"])
+def test_images_are_found_where_either_training_has_them(root, tmp_path):
+    file = tmp_path / root / "images/ChartQA/Train/a.png"
+    file.parent.mkdir(parents=True)
+    picture(56, 28).save(file)
+    record = {"qry": "<|image_1|>\nwhat?\n", "qry_image_path": "images/ChartQA/Train/a.png", "pos_text": "Yes"}
+    assert read_mmeb(record, BY_NAME["ChartQA"], DataRoot(tmp_path))["query"].image == str(file)
+
+
 def test_instructions_are_not_generated(qwen, tmp_path):
     loss = BTokLoss(qwen, instructions=[text for source in MMEB_TRAIN for text in instructions(source)])
     for name, (query, query_image, positive, positive_image, _) in RAW.items():
