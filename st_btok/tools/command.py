@@ -56,11 +56,19 @@ def serve_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="also write the answers to this file")
 
 
+def export(parser: argparse.ArgumentParser) -> None:
+    """Write the text pipeline as one graph for ONNX Runtime or OpenVINO."""
+    parser.add_argument("target", choices=("onnx", "openvino"), help="format of the graph")
+    parser.add_argument("model", help="path or hub name of a BTok model")
+    parser.add_argument("out", help="directory to write; must not exist, or be empty")
+
+
 # Name of a command: its arguments, and the module whose `main` takes them.
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "check": (check, "st_btok.tools.check"),
     "convert": (convert, "st_btok.tools.convert"),
     "explain": (explain, "st_btok.tools.explain_figure"),
+    "export": (export, "st_btok.tools.export"),
     "serve-check": (serve_check, "st_btok.tools.serve_check"),
 }
 
