@@ -7,6 +7,7 @@ row, and sizes that the graph was not traced with.
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def largest(model, run) -> tuple[float, float]:
     return found[0], found[1]
 
 
+def run_onnx(session, ids, mask):
+    return session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+
+
+def run_openvino(graph, ids, mask):
+    return graph({"input_ids": ids, "attention_mask": mask})[0]
+
+
 def main() -> None:
     """Both readouts in both engines."""
     failed = False
@@ -50,11 +59,8 @@ def main() -> None:
                 {"INFERENCE_PRECISION_HINT": "f32"},
             )
             engines = {
-                "ONNX Runtime": (
-                    "onnxruntime",
-                    lambda i, m: session.run(None, {"input_ids": i, "attention_mask": m})[0],
-                ),
-                "OpenVINO": ("openvino", lambda i, m: graph({"input_ids": i, "attention_mask": m})[0]),
+                "ONNX Runtime": ("onnxruntime", partial(run_onnx, session)),
+                "OpenVINO": ("openvino", partial(run_openvino, graph)),
             }
             for name, (package, run) in engines.items():
                 left, right = largest(model, run)
