@@ -1,32 +1,43 @@
-"""Embed a corpus into shards that survive interruption, with plain sentence-transformers.
+"""Embed a corpus of any size into shards that survive interruption; a bad row costs its own embedding only.
 
     python -m recipes.encode_corpus --model out/model --corpus corpus.parquet --output embeddings
 
-The corpus is a parquet or JSONL file (or several) with any of the columns `text`, `image` (an image column, or paths
-relative to the first file) and `video` (paths of video files), and optionally `id`. Rows are embedded as documents,
-a shard at a time; a shard is a parquet file with the columns `id`, `embedding` (float32) and `error`, written whole
-or not at all. Started again, the command goes on with the missing shards. A row that can't be read gets its reason in
-`error` and no embedding. `encode_corpus_ray.py` does the same on many devices.
+What a corpus can be stands in `recipes/data/corpus.py`: JSONL, CSV, Parquet, a folder of files, a data set. Rows are
+embedded as documents, a shard at a time; a shard is a Parquet file with the columns `id`, `embedding` and `error`,
+written whole or not at all. A row that can't be read gets its reason in `error` and no embedding. Started again, the
+command goes on with the missing shards; the folder knows the corpus and the model by content, so other texts or
+retrained weights are refused, not mixed. Two processes can share a folder. `encode_corpus_ray.py` does the same on
+many devices.
 
-Nothing here imports `st_btok`: a trained model needs sentence-transformers alone.
+The embeddings are those of `encode_document` on the same dicts: keys in the order of the columns (a text before an
+image is another input than a text behind it), media by path, and the weights in the type asked for (`--dtype`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import socket
+import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-_BATCHES_AT_ONCE = 4  # decoded together; sentence-transformers sorts them by length
-_SHARD = Features({"id": Value("string"), "embedding": List(Value("float32")), "error": Value("string")})
+from evaluation.embedding.fingerprint import fingerprint
+from recipes.data.corpus import BrokenRecordError, Corpus, as_input, open_corpus
+from st_btok import encode_rows
+
+_TYPES = {"float32": pa.float32(), "int8": pa.int8(), "binary": pa.int8(), "ubinary": pa.uint8()}
+_CALIBRATION = 1000  # rows whose smallest and largest values int8 spreads over; beyond them it is cut off
 
 
 @dataclass
@@ -34,11 +45,16 @@ class EncodeConfig:
     """Settings of the encoding."""
 
     model: str = field(metadata={"help": "Name or path of a SentenceTransformer."})
-    corpus: list[str] = field(metadata={"help": "Parquet or JSONL files."})
+    corpus: list[str] = field(metadata={"help": "Files of one kind, a folder, or a data set (name or name:split)."})
     output: str = field(metadata={"help": "Folder of the shards."})
     shard_size: int = field(default=4096, metadata={"help": "Rows of a shard: what an interruption can cost."})
-    batch_size: int = field(default=32, metadata={"help": "Rows of a forward pass."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights."})
+    batch_tokens: int = field(default=4096, metadata={"help": "Padded tokens of a forward pass."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto: as saved."})
+    precision: str = field(default="float32", metadata={"help": "float32, int8, binary or ubinary."})
+    truncate_dim: int | None = field(default=None, metadata={"help": "Keep this many dimensions."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video. Default: 8 of a file."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Largest area of an image."})
+    background: str | None = field(default=None, metadata={"help": "Colour under transparent images."})
 
 
 @dataclass(frozen=True)
@@ -50,92 +66,160 @@ class Shard:
     path: str
 
 
-def open_corpus(files: list[str]) -> Dataset:
-    """The corpus as a memory-mapped table, images undecoded.
-
-    Raises:
-        ValueError: No `text`, `image` or `video` column.
-    """
-    kind = "parquet" if Path(files[0]).suffix == ".parquet" else "json"
-    table = load_dataset(kind, data_files=files, split="train")
-    if not {"text", "image", "video"} & set(table.column_names):
-        raise ValueError(f"the corpus must have a column text, image or video, but has {table.column_names}.")
-    if isinstance(table.features.get("image"), Image):
-        table = table.cast_column("image", Image(decode=False))
-    return table
-
-
-def plan(config: EncodeConfig, num_rows: int) -> list[Shard]:
+def plan(config: EncodeConfig, corpus: Corpus, model: SentenceTransformer) -> list[Shard]:
     """The shards that are still missing.
 
+    Args:
+        config: The settings.
+        corpus: The corpus.
+        model: The embedder.
+
+    Returns:
+        Ranges and files, in order.
+
     Raises:
-        ValueError: The folder holds shards of another model, corpus or shard size.
+        ValueError: If a setting is unknown, or the folder holds shards of another model, corpus or setting.
     """
+    if config.precision not in _TYPES or config.shard_size < 1:
+        raise ValueError(
+            f"precision must be one of {sorted(_TYPES)} and shard_size at least 1, got {config.precision!r} and "
+            f"{config.shard_size}."
+        )
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in asdict(config).items() if key not in ("output", "batch_size")}
-    settings["num_rows"] = num_rows
+    _clean_up(folder)
+    # What decides the vectors: not where corpus, model and folder are, nor how rows are put together.
+    settings = {k: v for k, v in asdict(config).items() if k not in ("model", "corpus", "output", "batch_tokens")}
+    settings = {name: settings[name] for name in EncodeConfig.__dataclass_fields__ if name in settings}
+    settings |= {"corpus": corpus.digest, "num_rows": corpus.num_rows, "model": fingerprint(model)}
     manifest = folder / "corpus.json"
-    if manifest.exists() and (found := json.loads(manifest.read_text())) != settings:
+    if manifest.exists():
+        found = json.loads(manifest.read_text())
         other = {key: (found.get(key), value) for key, value in settings.items() if found.get(key) != value}
-        raise ValueError(
-            f"{folder} holds shards made with other settings (there, now): {other}. Use another --output."
-        )
-    manifest.write_text(json.dumps(settings, indent=2))
+        if other:
+            raise ValueError(
+                f"{folder} holds shards of another corpus, model or setting (there, now): {other}. Use another "
+                "--output."
+            )
+    else:
+        write_whole(manifest, lambda path: path.write_text(json.dumps(settings, indent=2)))
+    starts = range(0, corpus.num_rows, config.shard_size)
     shards = [
-        Shard(first, min(first + config.shard_size, num_rows), str(folder / f"shard-{number:06d}.parquet"))
-        for number, first in enumerate(range(0, num_rows, config.shard_size))
+        Shard(first, min(first + config.shard_size, corpus.num_rows), str(folder / f"shard-{number:06d}.parquet"))
+        for number, first in enumerate(starts)
     ]
     return [shard for shard in shards if not Path(shard.path).exists()]
 
 
-def encode_shard(model: SentenceTransformer, table: Dataset, shard: Shard, folder: str, batch_size: int) -> int:
+def write_whole(path: Path, write: Any) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash or on a full disk."""
+    unique = f"{socket.gethostname()}.{uuid.uuid4().hex[:8]}.{os.getpid()}"
+    part = path.with_name(f"{path.name}.{unique}.unfinished")
+    try:
+        write(part)
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _clean_up(folder: Path) -> None:
+    """Remove what processes of this machine left behind when they were killed; those that run keep theirs."""
+    for path in folder.glob(f"*.{socket.gethostname()}.*.unfinished"):
+        if not Path(f"/proc/{path.name.split('.')[-2]}").exists():
+            path.unlink(missing_ok=True)
+
+
+def encode_shard(model: SentenceTransformer, corpus: Corpus, shard: Shard, config: EncodeConfig) -> int:
     """Embed the rows of a shard and write its file in one step.
 
     Args:
         model: The embedder.
-        table: The corpus.
+        corpus: The corpus.
         shard: The rows and the file.
-        folder: Where paths in the corpus start from.
-        batch_size: Rows of a forward pass.
+        config: The settings.
 
     Returns:
-        Number of rows that could not be read.
+        Number of rows that could not be embedded.
     """
-    columns: dict[str, list[Any]] = {"id": [], "embedding": [], "error": []}
-    for start in range(shard.first, shard.stop, _BATCHES_AT_ONCE * batch_size):
-        rows = table.select(range(start, min(start + _BATCHES_AT_ONCE * batch_size, shard.stop)))
-        inputs, errors = [], []
-        for record in rows:
+    ids: list[str] = []
+    vectors, errors = _embed(model, corpus, shard.first, shard.stop, config, ids)
+    kept = [row for row, error in enumerate(errors) if not error]
+    stored: list[Any] = [None] * len(errors)
+    if kept:
+        values = np.stack([vectors[row] for row in kept])
+        if config.precision == "int8":
+            ranges = int8_ranges(model, corpus, config)
+            values = np.clip(
+                values, ranges[0], ranges[1]
+            )  # beyond the ranges, int8 would begin again at the other end
+            values = quantize_embeddings(values, "int8", ranges=ranges)
+        elif config.precision != "float32":
+            values = quantize_embeddings(values, config.precision)
+        for row, value in zip(kept, values, strict=True):
+            stored[row] = value
+    columns = {"id": ids, "embedding": pa.array(stored, pa.list_(_TYPES[config.precision])), "error": errors}
+    write_whole(Path(shard.path), lambda path: pq.write_table(pa.table(columns), path))
+    return sum(map(bool, errors))
+
+
+def _embed(
+    model: SentenceTransformer, corpus: Corpus, first: int, stop: int, config: EncodeConfig, ids: list[str]
+) -> tuple[dict[int, np.ndarray], list[str]]:
+    """Vectors by row, counted from `first`, and the reason of every bad row; `ids` is filled."""
+
+    def inputs() -> Iterator[Any]:
+        for number, record in enumerate(corpus.records(first, stop), start=first):
+            name = record.get("id") if isinstance(record, dict) else None
+            ids.append(_storable(number if name is None else name))
             try:
-                inputs.append(_as_input(record, Path(folder)))
-                errors.append("")
-            except (OSError, SyntaxError, ValueError) as error:
-                errors.append(f"{type(error).__name__}: {error}")
-        found = iter(model.encode_document(inputs, batch_size=batch_size, show_progress_bar=False) if inputs else ())
-        columns["id"] += [str(record.get("id", start + i)) for i, record in enumerate(rows)]
-        columns["embedding"] += [None if error else next(found) for error in errors]
-        columns["error"] += errors
-    unfinished = f"{shard.path}.{os.getpid()}.unfinished"
-    Dataset.from_dict(columns, features=_SHARD).to_parquet(unfinished)
-    os.replace(unfinished, shard.path)
-    return sum(map(bool, columns["error"]))
+                yield as_input(record, corpus.folder)
+            except BrokenRecordError as error:
+                broken[number - first] = str(error)
+                yield None
+
+    broken: dict[int, str] = {}
+    errors = [""] * (stop - first)
+    vectors = {}
+    done = encode_rows(
+        model,
+        inputs(),
+        task="document",
+        batch_tokens=config.batch_tokens,
+        truncate_dim=config.truncate_dim,
+        num_frames=config.num_frames,
+        max_pixels=config.max_pixels,
+        background=config.background,
+    )
+    for row in done:
+        if row.reason:
+            errors[row.row] = _storable(broken.get(row.row, row.reason))
+        else:
+            vectors[row.row] = row.embedding.float().cpu().numpy()
+    return vectors, errors
 
 
-def _as_input(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    inputs: dict[str, Any] = {}
-    if image := record.get("image"):
-        stored = {"path": str(folder / image), "bytes": None} if isinstance(image, str) else image
-        inputs["image"] = Image().decode_example(stored).convert("RGB")
-    if record.get("video"):
-        inputs["video"] = str(folder / record["video"])
-        if not Path(inputs["video"]).is_file():
-            raise FileNotFoundError(f"no video {inputs['video']}")
-    if (record.get("text") or "").strip():
-        inputs["text"] = record["text"]
-    if not inputs:
-        raise ValueError("the row is empty: neither text nor media")
-    return inputs
+def _storable(value: Any) -> str:
+    """Text that UTF-8 can hold: half a character of a broken line stays visible as its escape."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+def int8_ranges(model: SentenceTransformer, corpus: Corpus, config: EncodeConfig) -> np.ndarray:
+    """(2, D): smallest and largest values of the first thousand rows, computed once for the whole folder."""
+    place = Path(config.output) / "int8_ranges.npy"
+    if not place.exists():
+        vectors, _ = _embed(model, corpus, 0, min(_CALIBRATION, corpus.num_rows), config, [])
+        if not vectors:
+            raise ValueError(f"int8 needs a good row among the first {_CALIBRATION}, there is none. Use float32.")
+        values = np.stack(list(vectors.values()))
+
+        def write(path: Path) -> None:
+            with path.open("wb") as stream:
+                np.save(stream, np.stack([values.min(0), values.max(0)]))
+
+        write_whole(place, write)
+    return np.load(place)
 
 
 def load_model(config: EncodeConfig) -> SentenceTransformer:
@@ -146,18 +230,20 @@ def load_model(config: EncodeConfig) -> SentenceTransformer:
 def read_embeddings(output: str) -> Iterator[dict[str, Any]]:
     """All rows of all shards, in the order of the corpus."""
     for path in sorted(Path(output).glob("shard-*.parquet")):
-        yield from Dataset.from_parquet(str(path))
+        yield from pq.read_table(path).to_pylist()
 
 
 def main() -> None:
     """Encode what is missing, in this process."""
     (config,) = HfArgumentParser(EncodeConfig).parse_args_into_dataclasses()
-    table = open_corpus(config.corpus)
-    shards = plan(config, len(table))
-    model = load_model(config) if shards else None
-    folder = str(Path(config.corpus[0]).parent)
-    broken = sum(encode_shard(model, table, s, folder, config.batch_size) for s in tqdm(shards, desc="shards"))
-    print(f"{len(shards)} shards written to {config.output}; {broken} rows in them could not be read (column error).")
+    corpus, model = open_corpus(config.corpus), load_model(config)
+    shards = plan(config, corpus, model)
+    written = broken = 0
+    for shard in tqdm(shards, desc="shards"):
+        if not Path(shard.path).exists():  # another process may have written it meanwhile
+            broken += encode_shard(model, corpus, shard, config)
+            written += 1
+    print(f"{written} shards written to {config.output}; {broken} rows in them could not be read (column error).")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ work: the command goes on with the missing ones.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
 from transformers import HfArgumentParser
 
-from recipes.encode_corpus import EncodeConfig, Shard, encode_shard, load_model, open_corpus, plan
+from recipes.data.corpus import open_corpus
+from recipes.encode_corpus import EncodeConfig, Shard, encode_shard, int8_ranges, load_model, plan
 
 
 @dataclass
@@ -31,12 +31,11 @@ class Encoder:
     """An actor: loads the model once, then encodes one shard per call."""
 
     def __init__(self, config: RayEncodeConfig) -> None:
-        self.config, self.model, self.table = config, load_model(config), open_corpus(config.corpus)
+        self.config, self.model, self.corpus = config, load_model(config), open_corpus(config.corpus)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Encode the shard of a row; adds the number of rows that could not be read."""
-        folder = str(Path(self.config.corpus[0]).parent)
-        return {**row, "broken": encode_shard(self.model, self.table, Shard(**row), folder, self.config.batch_size)}
+        return {**row, "broken": encode_shard(self.model, self.corpus, Shard(**row), self.config)}
 
 
 def encode(config: RayEncodeConfig) -> tuple[int, int]:
@@ -48,7 +47,11 @@ def encode(config: RayEncodeConfig) -> tuple[int, int]:
     Returns:
         Shards written, and rows in them that could not be read.
     """
-    shards = plan(config, len(open_corpus(config.corpus)))
+    corpus, model = open_corpus(config.corpus), load_model(config)
+    shards = plan(config, corpus, model)
+    if shards and config.precision == "int8":
+        int8_ranges(model, corpus, config)  # before the actors, which would each compute them
+    del model
     if not shards:
         return 0, 0
     work = ray.data.from_items([vars(shard) for shard in shards], override_num_blocks=len(shards))

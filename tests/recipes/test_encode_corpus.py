@@ -1,18 +1,28 @@
-"""Embedding a corpus: equal to `encode_document`, whole shards only, resuming, broken rows, no `st_btok`."""
+"""Embedding a corpus: equal to `encode_document`, whole shards only, resuming, bad rows of every kind, none mixed."""
 
 from __future__ import annotations
 
-import importlib
+import json
+import os
+import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from sentence_transformers.util import quantize_embeddings
 
 from recipes import encode_corpus
-from recipes.encode_corpus import EncodeConfig, encode_shard, open_corpus, plan, read_embeddings
+from recipes.data.corpus import open_corpus
+from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
+from tests.backbones import picture
 from tests.mmeb_train_files import jpeg
+from tests.st_btok.inputs.test_images import png_header
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +42,17 @@ def corpus(tmp_path) -> str:
     return str(path)
 
 
+def config_for(tmp_path, *corpus, **options) -> EncodeConfig:
+    return EncodeConfig("m", [str(path) for path in corpus], str(tmp_path / "out"), **{"shard_size": 4, **options})
+
+
 def run(config, model, limit=None):
-    table = open_corpus(config.corpus)
-    shards = plan(config, len(table))[:limit]
-    return [encode_shard(model, table, shard, "", config.batch_size) for shard in shards]
+    corpus = open_corpus(config.corpus)
+    return [encode_shard(model, corpus, shard, config) for shard in plan(config, corpus, model)[:limit]]
 
 
 def test_shards_hold_what_encode_document_gives_and_name_broken_rows(corpus, tmp_path, qwen):
-    config = EncodeConfig("m", [corpus], str(tmp_path / "out"), shard_size=4, batch_size=2)
+    config = config_for(tmp_path, corpus)
     assert run(config, qwen) == [1, 1, 0]
     rows = list(read_embeddings(config.output))
     assert [row["id"] for row in rows] == [f"d{i}" for i in range(11)]
@@ -51,55 +64,212 @@ def test_shards_hold_what_encode_document_gives_and_name_broken_rows(corpus, tmp
     assert rows[0]["error"] == ""
 
 
+def test_every_form_of_a_corpus_gives_the_same_vectors(tmp_path, qwen):
+    picture(56, 28, 1).save(tmp_path / "a.png")
+    records = [{"id": "x", "text": "one", "image": "a.png"}, {"id": "y", "text": "two", "image": None}]
+    table = Dataset.from_list(records)
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(record) + "\n\n" for record in records))
+    table.to_csv(str(tmp_path / "c.csv"), index=False)
+    table.to_parquet(str(tmp_path / "c.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "a.png").write_bytes((tmp_path / "a.png").read_bytes())
+    expected = qwen.encode_document([{"text": "one", "image": str(tmp_path / "a.png")}, "two"])
+    reverse = qwen.encode_document([{"image": str(tmp_path / "a.png"), "text": "one"}])
+    assert np.abs(expected[0] - reverse[0]).max() > 1e-3, "the order of the columns is the order of the input"
+    for number, name in enumerate(("c.jsonl", "c.csv", "c.parquet", "saved")):
+        config = EncodeConfig("m", [str(tmp_path / name)], str(tmp_path / f"out{number}"), shard_size=1)
+        assert run(config, qwen) == [0, 0]
+        rows = list(read_embeddings(config.output))
+        assert [row["id"] for row in rows] == ["x", "y"]
+        np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-5, err_msg=name)
+
+
+def test_a_folder_of_files(tmp_path, qwen):
+    folder = tmp_path / "files"
+    (folder / "deep").mkdir(parents=True)
+    picture(56, 28, 1).save(folder / "deep" / "a.png")
+    (folder / "b.txt").write_text("words")
+    (folder / "c.bin").write_bytes(b"\0")
+    config = config_for(tmp_path, folder)
+    assert run(config, qwen) == [1]
+    rows = {row["id"]: row for row in read_embeddings(config.output)}
+    assert list(rows) == ["b.txt", "c.bin", "deep/a.png"] and "tells no image" in rows["c.bin"]["error"]
+    np.testing.assert_allclose(rows["deep/a.png"]["embedding"], qwen.encode(picture(56, 28, 1)), atol=1e-5)
+
+
+def test_no_row_ends_the_job(tmp_path, qwen):
+    """What ended it before, and what a crawl holds."""
+    (tmp_path / "bomb.png").write_bytes(png_header(50_000, 50_000))
+    picture(56, 28, 1).save(tmp_path / "good.png")
+    (tmp_path / "film.mp4").write_bytes(b"no film")
+    PILImage.new("1", (1, 200_000)).save(tmp_path / "line.png")
+    (tmp_path / "print.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nfilm.mp4\n")
+    lines = {
+        '{"id": "good", "text": "a"}': "",
+        '{"image": "bomb.png"}': "too large|more than",
+        '{"text": 5}': "text must be a string, got int",
+        '{"image": ["good.png", "gone.png"]}': "gone.png' does not exist",
+        '{"image": ["good.png", "good.png"]}': "",
+        '{"id": "\\ud800", "text": "half \\ud800"}': "half a character",
+        '{"video": "film.mp4"}': "can't be decoded as a video",
+        '{"video": "list.m3u8"}': "can't be decoded as a video",
+        '{"image": "print.eps"}': "PostScript",
+        '{"image": "line.png"}': "",
+        '{"image": 3}': "",
+        '{"text": "cut': "no JSON",
+        "[1]": "no JSON object",
+        '{"title": "none"}': "empty",
+        '{"image": "http://127.0.0.1/a.png"}': "not fetched",
+        '{"text": {"a": 1}}': "text must be a string, got dict",
+        '{"image": "a\\u0000b"}': "does not exist",
+    }
+    (tmp_path / "c.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
+    config = config_for(tmp_path, tmp_path / "c.jsonl", shard_size=100)
+    run(config, qwen)
+    rows = list(read_embeddings(config.output))
+    assert len(rows) == len(lines) + 1 and "no JSON" in rows[-1]["error"] and rows[5]["id"] == "\\ud800"
+    for (line, reason), row in zip(lines.items(), rows, strict=False):
+        good = line in ('{"id": "good", "text": "a"}',) or 'good.png", "good' in line or "line.png" in line
+        assert (row["embedding"] is not None) == good, (line, row["error"])
+        assert good or any(part in row["error"] for part in reason.split("|")), (line, row["error"])
+
+
 def test_an_interrupted_run_goes_on_with_the_missing_shards(corpus, tmp_path, qwen, monkeypatch):
-    config = EncodeConfig("m", [corpus], str(tmp_path / "out"), shard_size=4, batch_size=2)
+    config = config_for(tmp_path, corpus)
     run(config, qwen, limit=1)
     first = (tmp_path / "out" / "shard-000000.parquet").stat().st_mtime_ns
     with monkeypatch.context() as patch:  # the machine goes down while a shard is written
         patch.setattr(encode_corpus.os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(config, qwen)
-    assert [path.name for path in sorted((tmp_path / "out").glob("*.parquet"))] == ["shard-000000.parquet"]
+    assert [path.name for path in sorted((tmp_path / "out").glob("*.parquet*"))] == ["shard-000000.parquet"]
     assert len(run(config, qwen)) == 2 and run(config, qwen) == []
     assert (tmp_path / "out" / "shard-000000.parquet").stat().st_mtime_ns == first
     assert len(list(read_embeddings(config.output))) == 11
 
 
-def test_shards_of_other_settings_are_not_mixed(corpus, tmp_path):
-    plan(EncodeConfig("m", [corpus], str(tmp_path / "out")), 11)
-    with pytest.raises(ValueError, match=r"\{'model': \('m', 'n'\)\}. Use another --output"):
-        plan(EncodeConfig("n", [corpus], str(tmp_path / "out")), 11)
+def test_a_full_disk_leaves_nothing_and_killed_processes_are_cleaned_up_after(corpus, tmp_path, qwen, monkeypatch):
+    config = config_for(tmp_path, corpus)
+
+    def full(table, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_corpus.pq, "write_table", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(config, qwen)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["corpus.json"]
+    host = encode_corpus.socket.gethostname()
+    dead = tmp_path / "out" / f"shard-000001.parquet.{host}.999999999.unfinished"
+    alive = tmp_path / "out" / f"shard-000002.parquet.{host}.1.unfinished"
+    elsewhere = tmp_path / "out" / "shard-000002.parquet.other.999999999.unfinished"
+    for path in (dead, alive, elsewhere):
+        path.write_bytes(b"half")
+    run(config, qwen)
+    assert not dead.exists() and alive.exists() and elsewhere.exists()
 
 
-def test_a_corpus_needs_content(tmp_path):
+def test_another_corpus_model_or_setting_is_refused(tmp_path, qwen, btok_model):
     path = tmp_path / "c.jsonl"
-    path.write_text('{"title": "a"}\n')
+    path.write_text('{"text": "one"}\n')
+    config = config_for(tmp_path, path)
+    run(config, qwen)
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text('{"text": "one"}\n')
+    assert run(config_for(tmp_path, moved), qwen) == [], "the content counts, not the place"
+    with pytest.raises(ValueError, match="'truncate_dim': .None, 8.}. Use another --output"):
+        run(config_for(tmp_path, path, truncate_dim=8), qwen)
+    path.write_text('{"text": "two"}\n')
+    with pytest.raises(ValueError, match="there, now.: {'corpus'"):
+        run(config, qwen)
+    path.write_text('{"text": "one"}\n')
+    qwen[0].model.get_input_embeddings().weight.data.mul_(1.1)
+    with pytest.raises(ValueError, match="there, now.: {'model'"):
+        run(config, qwen)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary", "ubinary"])
+def test_small_vectors(tmp_path, qwen, precision):
+    texts = [f"row {number}" for number in range(9)]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run(config_for(tmp_path, path, precision=precision, truncate_dim=8), qwen)
+    rows = [row["embedding"] for row in read_embeddings(str(tmp_path / "out"))]
+    expected = quantize_embeddings(qwen.encode_document(texts, truncate_dim=8), precision)
+    assert np.abs(np.array(rows) - expected.astype(int)).max() <= (1 if precision == "int8" else 0), "over shards"
+
+
+def test_what_is_no_corpus(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"title": "a"}\n')
     with pytest.raises(ValueError, match="must have a column text, image or video"):
-        open_corpus([str(path)])
+        open_corpus([str(tmp_path / "c.jsonl")])
+    with pytest.raises(ValueError, match="missing: .*gone.jsonl"):
+        open_corpus([str(tmp_path / "c.jsonl"), "gone.jsonl"])
+    with pytest.raises(ValueError, match="there is no file or folder 'gone.jsonl'"):
+        open_corpus(["gone.jsonl"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no files"):
+        open_corpus([str(tmp_path / "empty")])
 
 
-def test_the_command_needs_no_st_btok(tmp_path, qwen, monkeypatch, capsys):
+def test_two_processes_share_a_folder(corpus, tmp_path, qwen, btok_model):
+    """Here two threads with a model each; shards are written whole, whoever is last."""
+    config = config_for(tmp_path, corpus, shard_size=2)
+    threads = [threading.Thread(target=run, args=(config, model)) for model in (qwen, btok_model("qwen2_vl"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [row["id"] for row in read_embeddings(config.output)] == [f"d{i}" for i in range(11)]
+    assert not list((tmp_path / "out").glob("*.unfinished"))
+
+
+def test_the_command(tmp_path, qwen, monkeypatch, capsys):
     qwen.save_pretrained(str(tmp_path / "model"))
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    for name in [name for name in sys.modules if name.split(".")[0] == "st_btok"]:
-        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     monkeypatch.chdir(tmp_path)
-    options = ["--model", "model", "--corpus", "c.jsonl", "--output", "out", "--batch_size", "2"]
-    monkeypatch.setattr(sys, "argv", ["encode_corpus", *options])
-    importlib.reload(encode_corpus).main()
+    monkeypatch.setattr(sys, "argv", ["x", "--model", "model", "--corpus", "c.jsonl", "--output", "out"])
+    encode_corpus.main()
     assert "1 shards written to out; 0 rows" in capsys.readouterr().out
     rows = list(read_embeddings(str(tmp_path / "out")))
     np.testing.assert_allclose([row["embedding"] for row in rows], qwen.encode_document(["one", "two"]), atol=1e-5)
 
 
 @pytest.mark.slow
-def test_ray_actors_write_the_same_shards(tmp_path, qwen):
-    pytest.importorskip("ray", reason="needs the extra st_btok[ray]")
+def test_ray_actors_write_the_same_shards_though_one_is_killed(tmp_path, qwen):
+    ray = pytest.importorskip("ray", reason="needs the extra st_btok[ray]")
+    psutil = pytest.importorskip("psutil")
     from recipes.encode_corpus_ray import RayEncodeConfig, encode
 
     qwen.save_pretrained(str(tmp_path / "model"))
-    (tmp_path / "c.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(6)))
-    config = RayEncodeConfig(str(tmp_path / "model"), [str(tmp_path / "c.jsonl")], str(tmp_path / "out"), shard_size=2)
-    assert encode(config) == (3, 0) and encode(config) == (0, 0)
+    (tmp_path / "c.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(40)))
+    config = RayEncodeConfig(
+        str(tmp_path / "model"), [str(tmp_path / "c.jsonl")], str(tmp_path / "out"), shard_size=1, actors=2
+    )
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
+    killed = []
+
+    def kill_one():
+        end = time.monotonic() + 120
+        while not killed and time.monotonic() < end:
+            time.sleep(0.02)
+            if list((tmp_path / "out").glob("shard-*.parquet")):
+                workers = [
+                    p for p in psutil.process_iter(["cmdline"]) if "ray::Map" in " ".join(p.info["cmdline"] or [])
+                ]
+                for worker in workers[:1]:
+                    os.kill(worker.pid, signal.SIGKILL)
+                    killed.append(worker.pid)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        assert encode(config) == (40, 0) and encode(config) == (0, 0)
+        killer.join(10)
+    finally:
+        ray.shutdown()
+    assert killed
     rows = [row["embedding"] for row in read_embeddings(config.output)]
-    np.testing.assert_allclose(rows, qwen.encode_document([f"row {i}" for i in range(6)]), atol=1e-5)
+    np.testing.assert_allclose(rows, qwen.encode_document([f"row {i}" for i in range(40)]), atol=1e-5)

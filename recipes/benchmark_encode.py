@@ -1,0 +1,234 @@
+"""Time, padding and memory of encoding: stock `encode`, `encode_checked` and `encode_corpus` on the same rows.
+
+    python -m recipes.benchmark encode
+
+The mixed corpus has 600 rows: short and long texts, images of many sizes as objects, as paths, and with text. Ways
+take turns within a round; ratios are taken within a round, of CPU time of one thread, which a busy machine hardly
+changes. Peak memory is what encoding adds to a process of its own, where the model is loaded and warm. The model is
+the backbone of the quickstart with BToks, in float32: its saved half precision gives vectors that differ by 4e-4 with
+the batch they run in, stock's too.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from recipes.data.corpus import open_corpus
+from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
+from st_btok import build_model, encode_checked
+
+_HERE = Path(__file__).parent
+_SIZES = ((28, 28), (56, 56), (112, 84), (224, 224), (320, 96), (640, 480))
+WAYS = ("encode", "encode_checked", "encode_corpus")
+
+
+@dataclass
+class EncodeBenchmarkConfig:
+    """Sizes of the benchmark."""
+
+    rows: int = field(default=600, metadata={"help": "Rows of the mixed corpus."})
+    short: int = field(default=1000, metadata={"help": "Short texts; then up to ten times as many."})
+    rounds: int = field(default=3, metadata={"help": "Paired repetitions."})
+    output: str = field(default="recipes/results/encode.md", metadata={"help": "Where the table goes."})
+    worker: str = field(default="", metadata={"help": "Used by the command itself: one way to run in this process."})
+
+
+def load_model() -> SentenceTransformer:
+    """The model that is timed."""
+    torch.set_num_threads(1)
+    return build_model(str(_HERE / "backbone"), device="cpu").float()
+
+
+def texts(count: int, fewest: int, most: int, seed: int = 0) -> list[str]:
+    """Texts of random words."""
+    words, draw = (_HERE / "toy" / "words.txt").read_text().split(), random.Random(seed)
+    return [" ".join(draw.choice(words) for _ in range(draw.randint(fewest, most))) for _ in range(count)]
+
+
+def mixed_rows(count: int, folder: Path) -> list[Any]:
+    """A sixth each: short texts twice, long texts, images, paths with text, paths."""
+    draw = random.Random(0)
+    short, long = texts(count, 2, 8), texts(count, 40, 150, seed=1)
+    rows: list[Any] = []
+    for number in range(count):
+        width, height = draw.choice(_SIZES)
+        noise = np.random.default_rng(number).integers(0, 255, (height // 4, width // 4, 3), dtype=np.uint8)
+        image, path = PILImage.fromarray(noise).resize((width, height)), folder / f"{number}.png"
+        image.save(path)
+        kinds = (
+            short[number],
+            short[number],
+            long[number],
+            image,
+            {"image": str(path), "text": short[number]},
+            str(path),
+        )
+        rows.append(kinds[number % 6])
+    draw.shuffle(rows)
+    return rows
+
+
+def as_corpus(rows: list[Any], path: Path) -> None:
+    """The same rows as a Parquet file; images that are objects are embedded in it."""
+    columns: dict[str, list[Any]] = {"image": [], "text": []}
+    for row in rows:
+        image = row.get("image") if isinstance(row, dict) else None
+        if isinstance(row, PILImage.Image) or (isinstance(row, str) and row.endswith(".png")):
+            image = row
+        text = row.get("text") if isinstance(row, dict) else row if image is None else None
+        columns["image"].append({"path": image, "bytes": None} if isinstance(image, str) else image)
+        columns["text"].append(text)
+    Dataset.from_dict(columns, features=Features({"image": Image(), "text": Value("string")})).to_parquet(str(path))
+
+
+class Counted:
+    """A model whose forward passes are counted: padded and real tokens."""
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.padded = self.real = 0
+        self.forward, model.forward = model.forward, self
+
+    def __call__(self, features: dict[str, Any], **kwargs: Any) -> Any:
+        """The model's forward pass."""
+        self.padded += features["attention_mask"].numel()
+        self.real += int(features["attention_mask"].sum())
+        return self.forward(features, **kwargs)
+
+
+def run_way(way: str, model: SentenceTransformer, rows: list[Any], corpus: Path) -> np.ndarray:
+    """Embed the rows by one of the ways."""
+    if way == "encode":
+        return model.encode(rows)
+    if way == "encode_checked":
+        return encode_checked(model, rows).embeddings
+    with tempfile.TemporaryDirectory() as folder:
+        config = EncodeConfig("", [str(corpus)], folder)
+        opened = open_corpus(config.corpus)
+        for shard in plan(config, opened, model):
+            encode_shard(model, opened, shard, config)
+        return np.array([row["embedding"] for row in read_embeddings(folder)], np.float32)
+
+
+def peak(way: str, rows: list[Any], corpus: Path) -> float:
+    """MiB that encoding adds to this process at its peak."""
+    model = load_model()
+    run_way(way, model, rows[:8], corpus) if way != "encode_corpus" else model.encode(rows[:8])
+    with open("/proc/self/clear_refs", "w") as refs:  # the peak starts anew
+        refs.write("5")
+    before = resident()
+    run_way(way, model, rows, corpus)
+    status = Path("/proc/self/status").read_text()
+    highest = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return highest / 2**10 - before
+
+
+def resident() -> float:
+    """MiB of this process now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def rounds_of(config: EncodeBenchmarkConfig, ways: dict[str, Callable[[], np.ndarray]]) -> dict[str, list[float]]:
+    """CPU seconds of each way in each round; the order turns from round to round."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    names = list(ways)
+    for number in tqdm(range(config.rounds), desc="rounds"):
+        for way in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.process_time()
+            ways[way]()
+            seconds[way].append(time.process_time() - start)
+    return seconds
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median and range."""
+    low, middle, high = min(values), float(np.median(values)), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows: list[Any], corpus: Path) -> list[str]:
+    """Time, padding, memory and equality on the mixed corpus."""
+    counted, padding, vectors, memory = Counted(model), {}, {}, {}
+    for way in WAYS:
+        counted.padded = counted.real = 0
+        vectors[way] = run_way(way, model, rows, corpus)
+        padding[way] = counted.padded / counted.real
+        command = [sys.executable, "-m", "recipes.benchmark_encode", "--worker", way, "--rows", str(config.rows)]
+        memory[way] = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
+    del model.forward
+    seconds = rounds_of(config, {way: (lambda way=way: run_way(way, model, rows, corpus)) for way in WAYS})
+    lines = [
+        f"{len(rows)} mixed rows, {config.rounds} paired rounds.",
+        "",
+        "| way | time / encode | CPU seconds | padded / real tokens | peak MiB | largest difference |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for way in WAYS:
+        ratios = [mine / stock for mine, stock in zip(seconds[way], seconds["encode"], strict=True)]
+        difference = float(np.abs(vectors[way] - vectors["encode"]).max())
+        lines.append(
+            f"| {way} | {spread(ratios)} | {np.median(seconds[way]):.1f} | {padding[way]:.2f} | {memory[way]:.0f} | "
+            f"{difference:.0e} |"
+        )
+    return lines
+
+
+def short_tables(config: EncodeBenchmarkConfig, model: SentenceTransformer) -> list[str]:
+    """Short texts: against stock, and time per row over the number of rows."""
+    rows = texts(10 * config.short, 2, 8)
+    few = rows[: config.short]
+    ways = {"encode": lambda: model.encode(few), "encode_checked": lambda: encode_checked(model, few).embeddings}
+    seconds = rounds_of(config, ways)
+    ratios = [mine / stock for mine, stock in zip(seconds["encode_checked"], seconds["encode"], strict=True)]
+    lines = [
+        "",
+        f"{config.short:,} short texts: `encode_checked` takes {spread(ratios)} of `encode`'s time "
+        f"({1000 * float(np.median(seconds['encode'])) / config.short:.2f} ms a row).",
+        "",
+        "| rows | encode_checked, ms a row |",
+        "|---:|---:|",
+    ]
+    for times in (1, 2, 5, 10):
+        part = rows[: times * config.short]
+        start = time.process_time()
+        encode_checked(model, part)
+        lines.append(f"| {len(part):,} | {1000 * (time.process_time() - start) / len(part):.2f} |")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and write its tables."""
+    (config,) = HfArgumentParser(EncodeBenchmarkConfig).parse_args_into_dataclasses(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, corpus = mixed_rows(config.rows, Path(folder)), Path(folder) / "corpus.parquet"
+        as_corpus(rows, corpus)
+        if config.worker:
+            print(peak(config.worker, rows, corpus))
+            return
+        model = load_model()
+        settings = {key: value for key, value in asdict(config).items() if key not in ("output", "worker")}
+        lines = [f"`python -m recipes.benchmark encode`, {json.dumps(settings)}, one thread.", ""]
+        lines += mixed_table(config, model, rows, corpus) + short_tables(config, model)
+    Path(config.output).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
