@@ -157,7 +157,9 @@ def _question(row: MMEBDataset, record: Record) -> _Question:
         text = text.rstrip()  # the harness does so after it has written the options
     if row.protocol == "btoks":  # options keep their letters; MVBench's lose the blanks at their ends
         candidates = [Item(key, key) for key in (_released(row, item.key) for item in candidates)]
-        right = _released(row, right)
+        options = list(record["candidates"]) if row.family == "mvbench" else []
+        if record["answer"] in options:  # the release takes the first of equal options, the harness the last
+            right = candidates[options.index(record["answer"])].key
     return _Question(text, candidates, right)
 
 

@@ -154,6 +154,7 @@ def test_the_last_of_equal_options_is_right_and_blanks_at_the_end_of_the_questio
     assert data["queries"][0]["text"] == f"{ASK}what is 0?\nOptions:\n(A) no \n(B) yes\n(C) no"
     assert data["relevant_docs"]["q0"] == {document_id("(C) no "): 1}
     assert set(data["corpus"]["text"]) == {"(A) no ", "(B) yes", "(C) no "}, "the candidates keep theirs"
+    assert load(written, "btoks").data["relevant_docs"]["q0"] == {document_id("(A) no"): 1}, "there it is the first"
 
 
 def test_an_answer_that_is_missing_counts_as_missed(write, oracle):
