@@ -72,6 +72,7 @@ class BenchmarkConfig:
     steps: int = field(default=3, metadata={"help": "Timed steps of a run, after one that is not timed."})
     rounds: int = field(default=5, metadata={"help": "Paired repetitions."})
     batches: str = field(default="16,32,64", metadata={"help": "Batch sizes of the table of memory, one run each."})
+    memory: bool = field(default=True, metadata={"help": "False: time only, all ways in one process: minutes less."})
     output: str = field(default="recipes/results/benchmark.md", metadata={"help": "Where the table goes."})
     worker: str = field(default="", metadata={"help": "Used by the command itself: one way to run in this process."})
 
@@ -219,6 +220,32 @@ def make_step(config: BenchmarkConfig, model: SentenceTransformer, way: str) -> 
     return lambda columns: total(plain(columns))
 
 
+def measure_together(config: BenchmarkConfig, family: str) -> list[dict[str, dict[str, Any]]]:
+    """As `measure`, without memory: every way's model in this process, one step of each in turn."""
+    torch.set_num_threads(1)
+    steps = {}
+    for way in WAYS:
+        model = backbone(config, family)
+        steps[way] = make_step(config, model, way)
+    columns = batch(config, model, family)
+    targets = BTokLoss(model).targets(columns)[1]
+    sizes = {
+        "tokens": sum(int(column["attention_mask"].sum()) for column in columns),
+        "targets": sum(len(row) for target in targets if target for row in target),
+        "peak": float("nan"),
+    }
+    rounds = []
+    for number in tqdm(range(config.rounds + 1), desc=family):
+        order = [*WAYS[number % len(WAYS) :], *WAYS[: number % len(WAYS)]]
+        results = {}
+        for way in order:
+            started = time.process_time()
+            steps[way]([dict(column) for column in columns]).backward()
+            results[way] = {"seconds": [time.process_time() - started], **sizes}
+        rounds.append(results)
+    return rounds[1:]  # the first warms up
+
+
 def run_worker(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
     """CPU time of each step in seconds, and the peak in MiB above what the process held before."""
     torch.set_num_threads(1)
@@ -270,7 +297,7 @@ def table(rounds: list[dict[str, dict[str, Any]]], config: BenchmarkConfig, fami
     lines = [
         f"{family}: {config.batch_size} pairs, {first['tokens']} input tokens, {first['targets']} target tokens, "
         f"vocabulary {config.vocab_size:,}, width {config.hidden_size}; {config.rounds} paired rounds of "
-        f"{config.steps} steps.",
+        f"{config.steps if config.memory else 1} steps, CPU time of one thread.",
         "",
         "| way | time / mnrl | time / explained | time / naive | memory / naive | s per step | MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -278,7 +305,7 @@ def table(rounds: list[dict[str, dict[str, Any]]], config: BenchmarkConfig, fami
 
     def ratio(way: str, other: str, of: Callable[[dict[str, Any]], float]) -> str:
         values = [of(results[way]) / of(results[other]) for results in rounds]
-        return f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+        return "" if np.isnan(values).any() else f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
     for way in WAYS:
         seconds = np.median([np.median(results[way]["seconds"]) for results in rounds])
@@ -289,7 +316,8 @@ def table(rounds: list[dict[str, dict[str, Any]]], config: BenchmarkConfig, fami
             ratio(way, "naive", lambda result: float(np.median(result["seconds"]))),
             ratio(way, "naive", lambda result: result["peak"]),
         ]
-        lines.append(f"| {way} | " + " | ".join(cells) + f" | {seconds:.2f} | {peak:,.0f} |")
+        memory = "" if np.isnan(peak) else f"{peak:,.0f}"
+        lines.append(f"| {way} | " + " | ".join(cells) + f" | {seconds:.2f} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
@@ -315,8 +343,10 @@ def main() -> None:
         print(json.dumps(run_worker(config, *config.worker.split(":"))))
         return
     families = config.backbones.split(",")
-    tables = [table(measure(config, family), config, family) for family in families]
-    tables += [memory_table(config, family) for family in families]
+    take = measure if config.memory else measure_together
+    tables = [table(take(config, family), config, family) for family in families]
+    if config.memory:
+        tables += [memory_table(config, family) for family in families]
     text = "\n".join(tables)
     Path(config.output).write_text(text)
     print(text)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from recipes.benchmark_step import WAYS, BenchmarkConfig, backbone, batch, make_step, table
+from recipes.benchmark_step import WAYS, BenchmarkConfig, backbone, batch, make_step, measure_together, table
 
 CONFIG = BenchmarkConfig(batch_size=4, mini_batch_size=2, vocab_size=400, hidden_size=192, target_words=2, rounds=2)
 
@@ -55,3 +57,11 @@ def test_table_pairs_rounds():
     ]
     row = next(line for line in table(rounds, CONFIG, "llama").splitlines() if line.startswith("| btok"))
     assert row.split("|")[2:5] == [" 3.00 (3.00 to 3.00) ", " 1.50 (1.50 to 1.50) ", " 0.33 (0.33 to 0.33) "]
+
+
+def test_time_alone_is_taken_in_one_process():
+    config = replace(CONFIG, memory=False, rounds=1)
+    rounds = measure_together(config, "llama")
+    assert len(rounds) == 1 and rounds[0].keys() == set(WAYS)
+    rows = table(rounds, config, "llama")
+    assert "nan" not in rows and "| mnrl | 1.00 (1.00 to 1.00) |" in rows
