@@ -54,20 +54,24 @@ def docstring_lines(node: ast.AST) -> range:
     return range(node.body[0].lineno, node.body[0].end_lineno + 1)
 
 
-def imports(tree: ast.Module) -> list[str]:
-    """Modules that are imported at the top level of a file."""
+def imports(tree: ast.Module) -> list[tuple[str, str]]:
+    """What is imported at the top level of a file: module, and the name taken from it (may be empty)."""
     names = []
     for node in tree.body:
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names += [(str(node.module), alias.name) for alias in node.names]
     return names
 
 
 def modules_in_cycles(modules: list[Module]) -> int:
     """How many modules can't be put into an order of import."""
-    graph = {module.name: module.imports for module in modules}
+    names, graph = {module.name for module in modules}, {}
+    for module in modules:
+        # `from package import module` asks nothing of the package itself.
+        asked = [f"{place}.{name}" if f"{place}.{name}" in names else place for place, name in module.imports]
+        graph[module.name] = set(asked)
     while graph:
         free = [name for name, imported in graph.items() if not imported & (graph.keys() - {name})]
         if not free:

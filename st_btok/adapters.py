@@ -114,18 +114,21 @@ def language_model_linears(model: PreTrainedModel) -> str:
     """
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    # A decoder that holds further models (some multimodal ones are their own decoder) does not own their layers.
-    towers = [name for name, module in decoder.named_modules() if name and isinstance(module, PreTrainedModel)]
-    mixers = {name for name, module in decoder.named_modules() if hasattr(module, "A_log")}
-    found = [
-        name
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and not any(name.startswith(f"{tower}.") for tower in towers)
-        and (name.rpartition(".")[0] not in mixers or name.rpartition(".")[2].startswith("in_proj"))
-    ]
+    towers, mixers, found = [], set(), []
+    for name, module in decoder.named_modules():  # outer modules come before what they hold
+        # Some multimodal models are their own decoder: the models inside them (vision, audio) keep their layers.
+        if name and isinstance(module, PreTrainedModel):
+            towers.append(f"{name}.")
+        if hasattr(module, "A_log"):
+            mixers.add(name)
+        if not isinstance(module, nn.Linear | Conv1D) or name.startswith(tuple(towers)):
+            continue
+        parent, _, own = name.rpartition(".")
+        if parent not in mixers or own.startswith("in_proj"):
+            found.append(name)
     if not found:
         raise ValueError(f"{type(decoder).__name__} has no linear layers to adapt. Pass target_modules=...")
+    # One alternative for each kind of layer, not for each layer: `layers.0.mlp.up` stands for all of its depth.
     parts = sorted({re.sub(r"\.\d+\.", r".N.", f".{name}") for name in found})
     pattern = "|".join(re.escape(part[1:]).replace(r"\.N\.", r"\.\d+\.") for part in parts)
     return f"{re.escape(prefix) + re.escape('.') if prefix else ''}(?:{pattern})"
@@ -148,13 +151,14 @@ def merge_adapters(model: SentenceTransformer) -> SentenceTransformer:
     if not getattr(backbone, "peft_config", None):
         return model
     for name, module in list(_outermost_adapters(backbone)):
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # the trained BTok rows, which are no layer of LoRA's
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
         else:
             module.merge(safe_merge=True)
             plain = module.get_base_layer()
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, plain)
+    # What is left must look as if there had never been an adapter, or saving would write an adapter's file.
     del backbone.peft_config
     backbone._hf_peft_config_loaded = False
     backbone.__dict__.pop("get_adapter_state_dict", None)

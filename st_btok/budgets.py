@@ -70,6 +70,7 @@ def budget_embeddings(model: SentenceTransformer, btoks: list[int], budgets: tup
         output["sentence_embedding"] = F.normalize(means, dim=-1)
         return output
 
+    # Behind the last module: the pass runs as it is (under DDP, too), and its own mean over all K is written over.
     handle = model[-1].register_forward_hook(pool)
     try:
         yield

@@ -124,6 +124,7 @@ def add_btoks(
     head = model.get_output_embeddings()
     if head is not None and head.weight is not matrices[0]:
         matrices.append(head.get_parameter("weight"))
+    # Always written: many matrices have spare rows, so that a resize does nothing and the rows would stay untrained.
     for matrix in matrices:
         _write_rows(matrix, ids, source_ids, num_tokens, seed)
     return ids
@@ -152,7 +153,7 @@ def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str) -> list[int] | No
 def _write_rows(matrix: Tensor, ids: list[int], source_ids: list[int] | None, num_tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(ids), matrix.shape[1], generator=generator).to(matrix.device)  # (K, D)
-    tokens = matrix[:num_tokens].float()
+    tokens = matrix[:num_tokens].float()  # without spare rows, which hold anything
     if source_ids is None:
         rows = noise * tokens.std()
     else:

@@ -240,12 +240,11 @@ def btok_attention(
     model.eval()
     try:
         with _eager(transformer.model):
-            inputs = {
-                key: value
-                for key, value in features.items()
-                if isinstance(value, Tensor)
-                and not key.endswith("_per_sample")  # those are sentence-transformers' own
-            }
+            inputs = {}
+            for key, value in features.items():
+                # sentence-transformers adds counts of its own (`..._per_sample`), which no backbone takes.
+                if isinstance(value, Tensor) and not key.endswith("_per_sample"):
+                    inputs[key] = value
             output = transformer.model(**inputs, output_attentions=True, return_dict=True)
     finally:
         model.train(training)
@@ -259,9 +258,11 @@ def btok_attention(
     positions = check_btoks(ids, features["attention_mask"], btoks, "the input")[0]
     weights = torch.stack([found[layer][0, :, positions].float().mean(0) for layer in chosen]).mean(0)
     media = find_media(transformer, features)
-    shown = {int(position) for medium in media for position in medium.positions}
     tokenizer = tokenizer_of(transformer)
-    texts = ["" if i in shown else str(tokenizer.decode([token])) for i, token in enumerate(ids[0].tolist())]
+    texts = [str(tokenizer.decode([token])) for token in ids[0].tolist()]
+    for medium in media:
+        for position in medium.positions.tolist():
+            texts[position] = ""  # a placeholder says nothing: its picture is drawn instead
     return BTokAttention(weights.cpu(), texts, media)
 
 
@@ -313,6 +314,7 @@ def _tiles(transformer: Transformer, positions: Tensor) -> Iterator[tuple[Tensor
     """Unbroken runs of placeholder tokens, cut into tiles where the processor says how many tokens a tile has."""
     if not len(positions):
         return
+    # Something else stands between two media (a marker, a line), so a gap in the positions is where one ends.
     breaks = (positions.diff() != 1).nonzero().flatten() + 1
     names = ("image_seq_length", "image_seq_len")
     size = next((getattr(transformer.processor, name) for name in names if hasattr(transformer.processor, name)), 0)

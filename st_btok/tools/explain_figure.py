@@ -56,8 +56,10 @@ def draw_attention(
     text = [position for position in range(len(attention.tokens)) if position not in shown]
     lines = [text[start : start + _LINE] for start in range(0, len(text), _LINE)]
     num_btoks = len(attention.weights)
-    heights = [_WIDTH * m.shape[2] / m.shape[3] + 0.35 for m in maps for _ in range(m.shape[1])]
-    heights += [0.22 * num_btoks + 0.9 for _ in lines]
+    heights = []
+    for values in maps:  # (K, steps in time, rows, columns): a row of panels for each step, as high as its picture
+        heights += [_WIDTH * values.shape[2] / values.shape[3] + 0.35] * values.shape[1]
+    heights += [0.22 * num_btoks + 0.9] * len(lines)
     figure = Figure(figsize=(_WIDTH * (num_btoks + 1), sum(heights) + 0.5), layout="constrained")
     grid = figure.add_gridspec(len(heights), num_btoks + 1, height_ratios=heights)
     row = 0

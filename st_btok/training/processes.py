@@ -107,6 +107,7 @@ def across_processes(loss: Tensor) -> Tensor:
         The loss to call `backward` on.
     """
     world = get_world_size()
+    # Value: (world - (world - 1)) · loss. Gradient: world times, because the second part is a constant.
     return loss if world == 1 else loss * world - loss.detach() * (world - 1)
 
 
@@ -156,6 +157,7 @@ class _Attach(torch.autograd.Function):
 
 
 def _all_gather(tensor: Tensor) -> list[Tensor]:
+    # torch refuses to send a view with strides, which a slice of columns is.
     parts = [torch.empty_like(tensor) for _ in range(get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return parts

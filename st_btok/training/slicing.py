@@ -111,7 +111,8 @@ def take_rows(features: dict[str, Any], rows: list[int], offsets: dict[str, list
     first, last = (int(used.min()), int(used.max()) + 1) if len(used) else (0, shape[1])
     result = {}
     # Processors that pad images per sample give rows without any one empty image, which would be taken for real.
-    idle = {key for key in offsets if is_media(key) and any(name in features for name in _SAMPLE_FIRST)}
+    padded_per_sample = any(name in features for name in _SAMPLE_FIRST)
+    idle = {key for key in offsets if is_media(key)} if padded_per_sample else set()
     for key, value in features.items():
         if key not in offsets:
             result[key] = value
