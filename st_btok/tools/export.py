@@ -46,7 +46,8 @@ class Pipeline(nn.Module):
         """
         num_tokens = input_ids.shape[1]
         padding = attention_mask.argmax(1, keepdim=True)  # (B, 1): in front of the first token
-        order = (torch.arange(num_tokens, device=input_ids.device) + padding) % num_tokens  # (B, T)
+        order = torch.arange(num_tokens, device=input_ids.device) + padding  # (B, T)
+        order = torch.where(order < num_tokens, order, order - num_tokens)  # `%` by a free size has no ONNX form
         features: Any = {"input_ids": input_ids.gather(1, order), "attention_mask": attention_mask.gather(1, order)}
         for part in self.parts:
             features = part(features)

@@ -1,10 +1,16 @@
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from st_btok.tools import serve_check as tool
 from st_btok.tools.serve_check import RIGHT, TOKEN_STATES, serve_check, serves, summary
+from tests.backbones import picture
 from tests.fake_engine import serving
+
+PAGE = Path(__file__).parents[3] / "docs" / "serve.md"
 
 LIMIT = 200  # tokens: the long text stays short
 
@@ -75,3 +81,21 @@ def test_command_line_names_the_wrong_form(last, tmp_path, capsys):
 def test_no_server(mean):
     with pytest.raises(ConnectionError, match="Start it first"):
         serve_check("http://127.0.0.1:9", mean)
+
+
+def test_the_lines_in_the_docs_send_the_right_form(last, mean):
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE):
+        exec(compile(block, "docs/serve.md", "exec"), names)
+    long, image = "a red kite " * 100, picture(56, 84)
+    rows = [{"text": "a kite"}, {"text": long}, {"image": image}, {"image": image, "text": "what?"}]
+    for model, pooling in ((last, "as saved"), (mean, "as saved"), (mean, "mean over all")):
+        limits = model[0].processing_kwargs["chat_template"]
+        expected = model.encode([row["text"] if "image" not in row else row for row in rows], batch_size=1)
+        with serving(model, pooling=pooling) as url:
+            for row, vector in zip(rows, expected, strict=True):
+                if pooling == "as saved":
+                    found = names["ask"](url, "/v1/embeddings", limits, **row)["embedding"]
+                else:
+                    found = names["ask_mean"](url, limits, **row)
+                assert np.abs(np.array(found) - vector).max() <= 1e-5
