@@ -1,68 +1,170 @@
-"""How much text fits into one input: the numbers that the chat template of `chat_template.py` cuts by.
+"""How long an input may be, in tokens: what is saved beside the chat template so that the stock checkpoint keeps it.
 
-A template sees characters and media items, not tokens, so a token limit is turned into characters once, when the
-model is built, by running the backbone's own processor: characters per token on English prose, tokens of one image of
-the largest allowed size, tokens of an 8-frame video of that size, tokens of 30 seconds of sound.
+Text alone is cut by sentence-transformers itself, exactly: the tokenizer cuts at `max_seq_length`, then the template's
+tail (the turn's closing and the BToks) is written back over the end (`Transformer._restore_chat_template_suffix`, ST
+6.2). It leaves alone whatever holds media, or what it can't tell from media. Such inputs must arrive within the limit,
+and there the chat template sees to it with an upper bound: see `templates/bound.jinja`. This file measures what that
+bound adds up, by running the backbone's own processor.
 """
 
 from __future__ import annotations
 
+import math
+import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from sentence_transformers.base.modules.transformer import Transformer
+from transformers import PreTrainedTokenizerBase
+
+from st_btok.anatomy import tokenizer_of
+from st_btok.tokens import btok_ids
+
+# For `processing_kwargs` of one call: an input as long as it is, for measurements.
+UNLIMITED: Any = {"text": {"truncation": False}, "chat_template": {"max_chars": None}}
 
 _PROSE = (
-    "A text is shortened at its end when an input grows too long. The limit counts characters, because a chat "
-    "template can see characters, and it is set so that ordinary prose comes close to the asked number of tokens."
+    "Text is cut by tokens, but a tokenizer reads all of it first. So the chat template drops what lies far beyond "
+    "the limit, measured in characters, before the tokenizer sees it: a book then costs no more than a few pages."
 )
+# The template keeps this many times the characters that prose of the limit's length has: enough for scripts, code and
+# tables whose tokens are longer than those of English prose, and little enough to save the work.
+_SPARE = 1.5
 _SAMPLING_RATE = 16_000  # Hz; what Whisper-type feature extractors take
-_LARGE = 4096  # px; every processor shrinks this to its own largest size
+_LARGE = 2400  # px; every processor shrinks this to its own largest size
+# Long side over short side of the images that are tried: a processor that cuts tiles fits them into some shape, so a
+# square is seldom its longest image.
+_RATIOS = (1, 4 / 3, 2, 3)
+# Short and long side near the most that Qwen-VL takes, 1 to 200: one row of patches is left, which may be longer than
+# the largest area allows.
+_THIN = (20, 3980)
+_FRAMES = 8
+
+
+def set_max_seq_length(transformer: Transformer, max_seq_length: int) -> None:
+    """Limit the inputs of a BTok model, media included, in place.
+
+    `model.max_seq_length = n` limits text alone just as well. The chat template can't see that number, so for inputs
+    with media it keeps the limit that was set here.
+
+    Args:
+        transformer: The model's first module. Its template must already append the BToks.
+        max_seq_length: Tokens of a whole input, template and BToks included.
+
+    Raises:
+        ValueError: If `max_seq_length` leaves no room for a single token of text.
+    """
+    kept: Any = dict(transformer.processing_kwargs)
+    own: Any = kept.get("chat_template", {})
+    measured: Any = {} if "frame_tokens" in own else _media_limits(transformer)
+    limits = {**own, **measured, **text_limits(transformer, max_seq_length)}
+    transformer.processing_kwargs = {**kept, "chat_template": limits}
+    transformer.max_seq_length = max_seq_length
 
 
 def text_limits(transformer: Transformer, max_seq_length: int) -> dict[str, int]:
-    """Limits in characters for inputs of at most about `max_seq_length` tokens.
+    """The limits of a text.
 
     Args:
-        transformer: The module whose processor, template and pixel limits are measured. Its template must already
-            append the BToks.
+        transformer: The module whose processor and template are measured.
         max_seq_length: Tokens of a whole input, template and BToks included.
 
     Returns:
-        For `processing_kwargs["chat_template"]`: `max_chars`, the text of an input without media; `image_chars`,
-        `video_chars`, `audio_chars`: what one image, video or sound takes from it (a template can't see how many
-        frames or seconds there are; 8 frames and 30 seconds are counted). Exact for a tokenizer with one token per
-        character, close for English text otherwise.
+        For `processing_kwargs["chat_template"]`: `max_tokens`, the limit that `bound.jinja` keeps, and `max_chars`,
+        the characters of text that are rendered at most.
 
     Raises:
         ValueError: If `max_seq_length` leaves no room for a single token of text.
     """
     # Measured around a text of one token: some layouts add something, such as a newline, only where there is text.
     empty = _num_tokens(transformer, {"text": "a"}) - 1
-    room = max_seq_length - empty
-    if room < 1:
+    if max_seq_length <= empty:
         raise ValueError(
             f"max_seq_length must leave room for text: the template and the bottleneck tokens alone take {empty} "
             f"tokens, max_seq_length is {max_seq_length}. Raise it above {empty}."
         )
-    chars_per_token = max(1, len(_PROSE) // (_num_tokens(transformer, {"text": _PROSE}) - empty))
-    limits = {"max_chars": room * chars_per_token, "image_chars": 0, "video_chars": 0, "audio_chars": 0}
-    if "image" in transformer.modality_config:
-        image = Image.new("RGB", (_LARGE, _LARGE))
-        limits["image_chars"] = (_num_tokens(transformer, {"image": image, "text": "a"}) - 1 - empty) * chars_per_token
-    if "video" in transformer.modality_config:
-        frames = np.zeros((8, _LARGE // 4, _LARGE // 4, 3), np.uint8)
-        tokens = _num_tokens(transformer, {"video": frames, "text": "a"}) - 1 - empty
-        limits["video_chars"] = tokens * chars_per_token
-    if "audio" in transformer.modality_config:
-        sound = {"array": np.zeros(30 * _SAMPLING_RATE, np.float32), "sampling_rate": _SAMPLING_RATE}
-        tokens = _num_tokens(transformer, {"audio": sound, "text": "a"}) - 1 - empty
-        limits["audio_chars"] = tokens * chars_per_token
+    chars_per_token = len(_PROSE) / (_num_tokens(transformer, {"text": _PROSE}) - empty)
+    return {"max_tokens": max_seq_length, "max_chars": math.ceil(_SPARE * chars_per_token * max_seq_length)}
+
+
+def _media_limits(transformer: Transformer) -> dict[str, Any]:
+    """What `bound.jinja` adds up: tokens of the largest media, of a row's frame, and characters that grow.
+
+    A template can't see how many frames or seconds a medium has; 8 frames and 30 seconds are counted.
+    """
+    tokenizer = tokenizer_of(transformer)
+    growing, growth = growing_characters(tokenizer)
+    # One more than the special tokens: some tokenizers put a blank in front of everything.
+    frame = len(btok_ids(tokenizer)) + tokenizer.num_special_tokens_to_add() + 1
+    empty = _num_tokens(transformer, {"text": "a"})
+    limits: dict[str, Any] = {"frame_tokens": frame, "growing": growing, "growth": growth}
+    for kind in ("image", "video", "audio"):
+        limits[f"{kind}_tokens"] = 0
+        if kind in transformer.modality_config:
+            area = _largest_area(transformer, kind)
+            lengths = [_num_tokens(transformer, {kind: item, "text": "a"}) for item in _large_media(kind, bool(area))]
+            tokens = max(lengths) - empty
+            if kind == "video" and tokens > area:  # the area is that of a frame, not of the whole video
+                area *= _FRAMES
+            limits[f"{kind}_tokens"] = max(tokens, area)
     return limits
+
+
+def _largest_area(transformer: Transformer, kind: str) -> int:
+    """Tokens of the largest area, for processors that take any shape up to one (Qwen-VL); otherwise 0.
+
+    No shape tried need reach it: of 1,280 tokens a square takes 1,225.
+    """
+    processor: Any = getattr(transformer.processor, f"{kind}_processor", None)
+    pixels = dict(getattr(processor, "size", None) or {}).get("longest_edge")
+    if not pixels or not hasattr(processor, "merge_size"):
+        return 0
+    return pixels // (processor.patch_size * processor.merge_size) ** 2
+
+
+def _large_media(kind: str, any_shape: bool) -> Iterator[Any]:
+    """Media of the largest size in the shapes that are tried."""
+    if kind == "audio":
+        yield {"array": np.zeros(30 * _SAMPLING_RATE, np.float32), "sampling_rate": _SAMPLING_RATE}
+    elif kind == "video":
+        yield np.zeros((_FRAMES, _LARGE // 3, _LARGE // 3, 3), np.uint8)
+        if any_shape:
+            yield np.zeros((_FRAMES, *_THIN, 3), np.uint8)
+    elif any_shape:
+        yield Image.new("RGB", (_LARGE, _LARGE))
+        yield Image.new("RGB", _THIN)
+    else:
+        for ratio in _RATIOS:
+            yield Image.new("RGB", (round(_LARGE / ratio), _LARGE))
+            yield Image.new("RGB", (_LARGE, round(_LARGE / ratio)))
+
+
+def growing_characters(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
+    """Characters that a tokenizer's normalizer turns into more UTF-8 bytes: 85 under NFC, such as U+0958.
+
+    Args:
+        tokenizer: Any transformers tokenizer.
+
+    Returns:
+        The characters, and by how many bytes one of them grows at most.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    if normalizer is None:
+        return "", 0
+    # What decomposes (Hangul syllables do by rule) or changes its case is all that Unicode's forms and casing touch.
+    growing, growth = [], 0
+    for code in [*range(0x80, 0xD800), *range(0xE000, 0x30000)]:
+        character = chr(code)
+        if unicodedata.decomposition(character) or 0xAC00 <= code < 0xD7A4 or character.lower() != character:
+            grown = len(normalizer.normalize_str(f"a{character}").encode()) - len(f"a{character}".encode())
+            if grown > 0:
+                growing.append(character)
+                growth = max(growth, grown)
+    return "".join(growing), growth
 
 
 def _num_tokens(transformer: Transformer, sample: Any) -> int:
     """Length of one input in tokens, without any limit."""
-    unlimited: Any = {"text": {"truncation": False}, "chat_template": {"max_chars": None}}
-    return int(transformer.preprocess([sample], processing_kwargs=unlimited)["attention_mask"].sum())
+    return int(transformer.preprocess([sample], processing_kwargs=UNLIMITED)["attention_mask"].sum())

@@ -31,7 +31,7 @@ from transformers.utils import quantization_config
 
 from st_btok.anatomy import tokenizer_of
 from st_btok.chat_template import append_btoks, plain_template
-from st_btok.limits import text_limits
+from st_btok.limits import set_max_seq_length
 from st_btok.pooling import BTokPooling
 from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
 
@@ -71,8 +71,8 @@ def build_model(
             authors' layout: each medium on its own line, text, newline, BToks.
         init: What the K embedding rows start from; see `add_btoks`. Default `"eos"`.
         processor: Processor or tokenizer of a loaded model; must be left out for a name or path.
-        max_seq_length: Limit of an input in tokens. Longer inputs lose text at the end, never media or BToks. Default:
-            what tokenizer and backbone allow.
+        max_seq_length: Limit of an input in tokens. Longer inputs lose text at the end, never media or BToks; exact
+            for text, an upper bound with media. Default: what tokenizer and backbone allow.
         min_pixels: Smallest image area in pixels, for processors with such limits. Default 3,136 (or the backbone's).
         max_pixels: Largest image area in pixels. Default 1,003,520, or the backbone's own limit if that is smaller.
         prompts: Instructions by name, such as `{"query": "...", "document": "..."}`, used by `encode_query`,
@@ -245,8 +245,10 @@ def _placeholder(transformer: Transformer, modality: str) -> str:
 def _set_processing(
     transformer: Transformer, max_seq_length: int | None, min_pixels: int | None, max_pixels: int | None
 ) -> None:
-    """Save what bounds an input: pixel limits (always both: a lone one is ignored) and the template's text limits."""
-    kwargs: Any = {**transformer.processing_kwargs, "text": {"truncation": False}}
+    """Save what bounds an input: pixel limits (always both: a lone one is ignored) and the limit in tokens."""
+    # sentence-transformers cuts texts by tokens, at `max_seq_length`, and keeps the template's tail. Without the None,
+    # a processor takes the length of the tokenizer's last call, saved with it: a limit set later would do nothing.
+    kwargs: Any = {**transformer.processing_kwargs, "text": {"max_length": None}}
     image_processor = getattr(transformer.processor, "image_processor", None)
     for name in ("min_pixels", "max_pixels"):
         # `AutoProcessor.from_pretrained(..., max_pixels=...)` leaves them here too, where they override every `size`.
@@ -266,12 +268,20 @@ def _set_processing(
             "size through processor_kwargs."
         )
     transformer.processing_kwargs = kwargs
-    tokenizer = tokenizer_of(transformer)
+    _fix_video_cap(transformer)
     positions = getattr(transformer.config.get_text_config(), "max_position_embeddings", None) or 32768
-    limit = max_seq_length or min(tokenizer.model_max_length, positions)
-    tokenizer.model_max_length = limit
-    own_template = kwargs.get("chat_template", {})
-    transformer.processing_kwargs = {**kwargs, "chat_template": {**own_template, **text_limits(transformer, limit)}}
+    set_max_seq_length(transformer, max_seq_length or min(tokenizer_of(transformer).model_max_length, positions))
+
+
+def _fix_video_cap(transformer: Transformer) -> None:
+    """Save whether a video's frames share one budget of pixels: transformers 5.22 warns that the default will change.
+
+    True is what later versions will do whatever is asked, and what the backbones' authors do (qwen-vl-utils). It makes
+    no difference up to about 300 frames of Qwen2-VL's largest size.
+    """
+    processor: Any = getattr(transformer.processor, "video_processor", None)
+    if getattr(processor, "cap_pixels_per_frame", False) is None:
+        processor.cap_pixels_per_frame = True
 
 
 def _check_rows(transformer: Transformer, ids: list[int]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from st_btok.adapters import btok_lora_config, merge_adapters
 from st_btok.anatomy import embedding_matrix, find_btoks
+from st_btok.limits import UNLIMITED
 from st_btok.training.cached_losses import CachedBTokLoss
 from st_btok.training.losses import BTokLoss
 from st_btok.training.routes import ROUTES
@@ -176,18 +177,20 @@ def _truncation(subject: Subject) -> Measured:
     long, wrong, count = "kitten " * 400, 0, 0
     limits = transformer.processing_kwargs["chat_template"]
     # Room for every medium at its largest, and for less text than there is, where that is possible.
-    room = limits.get("image_chars", 0) * 2 + limits.get("video_chars", 0) + limits.get("audio_chars", 0) + 600
+    room = limits.get("image_tokens", 0) * 2 + limits.get("video_tokens", 0) + limits.get("audio_tokens", 0) + 600
 
-    def ids_of(sample: Any, max_chars: int | None) -> Tensor:
-        limit: Any = {"chat_template": {"max_chars": max_chars}}
+    limited: Any = {"text": {"max_length": room}, "chat_template": {"max_tokens": room}}
+
+    def ids_of(sample: Any, limit: Any) -> Tensor:
         return transformer.preprocess([sample], processing_kwargs=limit)["input_ids"][0]
 
     for kind in subject.single:
         media_of = subject.samples[kind][0] if kind != "text" else {}
-        cut, full = ids_of({**media_of, "text": long}, room), ids_of({**media_of, "text": "kitten"}, None)
+        sample, whole = {**media_of, "text": long}, {**media_of, "text": "kitten"}
+        cut, full = ids_of(sample, limited), ids_of(whole, UNLIMITED)
         kept = int(torch.isin(cut, media).sum()) == int(torch.isin(full, media).sum())
-        wrong += not kept or cut[-len(ids) :].tolist() != ids
-        wrong += room < len(long) and len(cut) >= len(ids_of({**media_of, "text": long}, None))
+        wrong += not kept or cut[-len(ids) :].tolist() != ids or len(cut) > room
+        wrong += len(ids_of(sample, UNLIMITED)) > room and len(cut) <= len(full)
         count += 1
     return float(wrong), 0.0, f"of {count} over-long inputs that lost BToks or media, or were not cut"
 

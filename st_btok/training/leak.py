@@ -15,6 +15,7 @@ from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor, nn
 
 from st_btok.anatomy import tokenizer_of
+from st_btok.limits import UNLIMITED
 from st_btok.training.attention import BTOK, INPUT, TARGET, condensation_attention
 from st_btok.training.routes import Route, condensed_forward
 from st_btok.training.targets import JointBatch, join_targets
@@ -88,8 +89,7 @@ def probe_batch(transformer: Transformer, btoks: list[int], end: int) -> JointBa
     sample: Any = {"text": "1 2 3 4"}
     if "image" in transformer.modality_config:
         sample["image"] = Image.new("RGB", (56, 56), "red")
-    unlimited: Any = {"chat_template": {"max_chars": None}}
-    features = transformer.preprocess([sample], processing_kwargs=unlimited)
+    features = transformer.preprocess([sample], processing_kwargs=UNLIMITED)
     text = tokenizer_of(transformer)("5 6 7", add_special_tokens=False)["input_ids"]
     device = transformer.model.device
     features = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}

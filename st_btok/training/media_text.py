@@ -15,6 +15,7 @@ import numpy as np
 from sentence_transformers.base.modules.transformer import Transformer
 
 from st_btok.anatomy import tokenizer_of
+from st_btok.limits import UNLIMITED
 
 _FRAMES = (2, 4, 8)
 
@@ -33,10 +34,9 @@ class MediaText:
         self.special = special
         pieces: set[str] = set()
         if "video" in transformer.modality_config:
-            unlimited: Any = {"chat_template": {"max_chars": None}}  # the probes may exceed a small max_seq_length
             for frames in _FRAMES:
                 probe: Any = {"video": np.zeros((frames, 56, 56, 3), np.uint8)}
-                row = transformer.preprocess([probe], processing_kwargs=unlimited)["input_ids"][0]
+                row = transformer.preprocess([probe], processing_kwargs=UNLIMITED)["input_ids"][0]
                 pieces.update(str(self.tokenizer.decode(run)).strip() for run in self._runs(row.tolist(), header))
         patterns = sorted(_patterns(pieces - {""}), key=len, reverse=True)
         self.pattern = re.compile(rf"\s*(?:{'|'.join(patterns)})\s*") if patterns else None

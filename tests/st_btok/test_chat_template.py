@@ -8,7 +8,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from st_btok import append_btoks, plain_template
-from tests.backbones import QWEN_TEMPLATE
+from tests.backbones import QWEN_TEMPLATE, SPECIAL
 
 BTOKS = "<|btok_0|><|btok_1|>"
 
@@ -53,18 +53,18 @@ def test_strings_are_cut_and_instructions_are_not():
 
 
 def test_media_take_their_room_and_are_never_cut():
-    template = append_btoks(QWEN_TEMPLATE, 2)
+    """Counted by hand: 55 bytes of frame, where each of the eight control tokens' names counts two."""
+    template = append_btoks(QWEN_TEMPLATE, 2, [name for name in SPECIAL if name != "<|endoftext|>"])
     messages = user({"type": "image"}, text("abcdef"), {"type": "video", "video": [0, 0]})
-    limits = {"image_chars": 10, "video_chars": 8}
-    assert "abcdef<" in render(template, messages, max_chars=24, **limits)
-    assert "|>abc<" in render(template, messages, max_chars=21, **limits)
-    kept = render(template, messages, max_chars=18, **limits)
-    assert (
-        kept.count("<|image_pad|>") == kept.count("<|video_pad|>") == 1
-        and "a" not in kept.split("user")[1].split("pad")[2]
-    )
-    with pytest.raises(Exception, match="'abcdef' may take the room of 18 characters, the limit max_chars is 17"):
-        render(template, messages, max_chars=17, **limits)
+    frame = len("..system\nBe brief...\n..user\n............" + "..\n")
+    limits = {"max_chars": 1000, "image_tokens": 10, "video_tokens": 8, "frame_tokens": 3}
+    room = frame + 10 + 8 + 3
+    assert "abcdef<" in render(template, messages, max_tokens=room + 6, **limits)
+    assert "|>abc<" in render(template, messages, max_tokens=room + 3, **limits)
+    kept = render(template, messages, max_tokens=room, **limits)
+    assert kept == render(template, user({"type": "image"}, text(""), {"type": "video"}))
+    with pytest.raises(Exception, match=f"'abcdef' may take {room} tokens, the limit max_tokens is {room - 1}"):
+        render(template, messages, max_tokens=room - 1, **limits)
 
 
 @pytest.mark.parametrize("nested", [{"type": "message", "message": user(text("hi"))}, user(text("hi"))[0]])

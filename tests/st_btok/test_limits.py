@@ -1,36 +1,65 @@
-"""Token limits as characters, against what the processor really makes of inputs at the limit."""
+"""What the limits are measured from, against what the processor really makes of inputs at the limit."""
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
+from PIL import Image
+from tokenizers import normalizers
 
-from st_btok.limits import text_limits
-from tests.backbones import clip, picture, sound, takes
+from st_btok.anatomy import find_btoks
+from st_btok.limits import growing_characters, set_max_seq_length
+from tests.backbones import picture, sound, takes, tokenizer
+
+LIMIT = 4000
 
 
-def test_an_input_at_the_limit_has_as_many_tokens(model, family):
-    """The tests' tokenizer has one token per character, where the limit is exact."""
-    transformer = model[0]
-    limit = 4000
-    limits = text_limits(transformer, limit)
-
-    def length(sample) -> int:
-        features = transformer.preprocess([sample], processing_kwargs={"chat_template": limits})
-        return features["input_ids"].shape[1]
-
+def test_inputs_of_the_largest_media_keep_the_limit(model, family):
+    """The tests' tokenizer has one token per byte, so that the bound is nearly exact: 90 % of the limit is used."""
+    transformer, ids = find_btoks(model)
+    set_max_seq_length(transformer, LIMIT)
+    limits = transformer.processing_kwargs["chat_template"]
     long = "x" * 5000
-    assert length(long) == limit
-    largest = {"image": picture(980, 980), "video": np.zeros((8, 980, 980, 3), np.uint8), "audio": sound(30)}
-    for modality, medium in largest.items():
-        if takes(family, modality):
-            assert length({modality: medium, "text": long}) == limit
-        else:
-            assert limits[f"{modality}_chars"] == 0
-    if takes(family, "video"):
-        assert length({"video": clip(4), "text": long}) <= limit
+    assert transformer.preprocess([long])["input_ids"].shape[1] == LIMIT
+    largest = {
+        "image": [picture(980, 980), picture(1400, 14), picture(14, 1400), picture(1120, 896)],
+        "video": [np.zeros((8, 980, 980, 3), np.uint8)],
+        "audio": [sound(30)],
+    }
+    for modality, media in largest.items():
+        if not takes(family, modality):
+            assert limits[f"{modality}_tokens"] == 0
+            continue
+        for medium in media:
+            row = transformer.preprocess([{modality: medium, "text": long}])["input_ids"][0].tolist()
+            assert 0.9 * LIMIT <= len(row) <= LIMIT and row[-4:] == ids
+
+
+def test_the_longest_image_is_counted_not_the_square_one(qwen):
+    """16 patches fit into the largest area as 4 x 4, but 1 x 56 where an image is as thin as the processor takes."""
+    lengths = [len(qwen[0].preprocess([Image.new("RGB", size)])["input_ids"][0]) for size in ((980, 980), (3980, 20))]
+    counted = qwen[0].processing_kwargs["chat_template"]["image_tokens"]
+    assert lengths[1] > lengths[0] + 30 and counted >= lengths[1] - lengths[0] + 16
 
 
 def test_a_limit_without_room_is_refused(qwen):
     with pytest.raises(ValueError, match="bottleneck tokens alone take .* max_seq_length is 5"):
-        text_limits(qwen[0], 5)
+        set_max_seq_length(qwen[0], 5)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC", "NFD"])
+def test_characters_that_grow_are_those_of_the_unicode_form(form):
+    """Against Python's tables of Unicode 3.2 (its others are newer than tokenizers'): none grows more than found."""
+    own = tokenizer()
+    own.backend_tokenizer.normalizer = getattr(normalizers, form)()
+    found, growth = growing_characters(own)
+    largest = 0
+    for code in [*range(0xD800), *range(0xE000, 0x20000)]:
+        character = chr(code)
+        grown = len(unicodedata.ucd_3_2_0.normalize(form, character).encode()) - len(character.encode())
+        assert grown <= 0 or character in found, (hex(code), grown)
+        largest = max(largest, grown)
+    assert growth >= largest > 0
+    assert growing_characters(tokenizer()) == ("", 0)

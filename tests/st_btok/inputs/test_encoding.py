@@ -154,7 +154,7 @@ def test_small_windows_change_nothing(qwen, monkeypatch):
 
 def test_rows_that_only_the_processor_refuses_are_bad_rows_too(btok_model):
     """Media beyond the limit of the model are known only when the template is rendered."""
-    model = btok_model("qwen2_vl", max_seq_length=80)
+    model = btok_model("qwen2_vl", max_seq_length=140)
     values = ["a", {"image": [picture()] * 40}, picture()]
     result = encode_checked(model, values, on_error="skip")
     assert result.rows == [0, 2] and "media must leave room" in result.skipped[0].reason
