@@ -3,8 +3,8 @@
 python -m recipes.benchmark preprocess --backbone recipes/backbone
 
 Each round measures both, in turn first, in CPU time, on 1,000 texts of 5 to 20 words in batches of 32 and on 8 texts
-of 20,000 characters. The other side is sentence-transformers' `Transformer` with the backbone's own chat template and the
-same limit. A BTok model's inputs are K tokens longer; that is in the ratio.
+of 20,000 characters. The other side is the `Transformer` of sentence-transformers with the backbone's own template
+and the same limit. A BTok model's inputs are K tokens longer; that is in the ratio.
 """
 
 from __future__ import annotations
