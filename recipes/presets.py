@@ -1,13 +1,23 @@
 """The authors' settings by name, as values of `TrainConfig`; what the command line gives wins over them.
 
 Source of every value unless a comment says otherwise: the BToks release, github siryuson/BottleneckTokens, commit
-896c2df, `configs/presets/btoks_qwen2vl_2b_v1.yaml` and `btoks_qwen3vl_2b_v1.yaml` with the files they inherit
-(`training/btoks_base.yaml`, `peft/lora_default.yaml`, `models/*.yaml`, `datasets/btoks_mmeb_train.yaml`).
+896c2df, `configs/presets/btoks_*.yaml` with the files they inherit (`training/btoks_base.yaml`,
+`peft/lora_default.yaml`, `models/*.yaml`, `datasets/btoks_mmeb_train.yaml`). A preset here is named after their file,
+without `btoks_`.
+
+The condensation part is on for the first 2,000 of 5,000 steps in `btoks_base.yaml` and so in the v1 presets and the
+GME-style one; the v2 preset and those of the expanded mixes set `generation_loss_duration: 5000`, the whole run.
 
 Not reproduced: their second pass on a cache (here one masked pass, which trains the last layer too), their target
 texts (here without instruction, and without limit there), LoRA on `gate_proj` and `up_proj` (theirs leaves these two
 out), the BTok rows' start (theirs: unused rows of the vocabulary), their choice of checkpoint by scores on test data,
-their leak filter, and `video_max_pixels` 602,112.
+their leak filter, and a pixel limit of its own for videos (602,112; 301,056 in the expanded presets).
+
+The expanded mixes (62 entries in `btoks_expanded_train_datasets_v1.yaml`, six more in v2) are not in `mmeb_train.py`:
+those presets set what differs in the training, and want the data of the mix as `--data`. `qwen2-vl-2b-v2` differs from
+v1 in its pooling too, attention with an MLP of its own (`models/btoks_qwen2vl_2b_v2.yaml`), which no stock module
+expresses, so a trained model would not be a plain checkpoint: it is left out here, and its one other change, the
+duration, is `--condensation_steps 5000`.
 """
 
 from __future__ import annotations
@@ -32,7 +42,7 @@ _BTOKS_BASE: dict[str, Any] = {
     "condensation_weight": 5.0,
     "condensation_steps": 2000,  # generation_loss_duration
     "max_target_tokens": 1024,  # no limit there; the longest captions of the mix are far shorter
-    "mini_batch_size": 8,  # gc_chunk_size of the presets (base: 4)
+    "mini_batch_size": 8,  # gc_chunk_size of the v1 presets of 2B (base, 7B and expanded: 4)
     "gather_across_devices": True,  # src/vlm2emb/training/losses/contrastive.py: all_gather
     # data
     "mix": "weighted",  # interleave by weight, stopping_strategy all_exhausted
@@ -57,8 +67,22 @@ _BTOKS_BASE: dict[str, Any] = {
     "dataloader_persistent_workers": True,
     "dataloader_drop_last": True,
 }
+_QWEN2, _QWEN3 = {"backbone": "Qwen/Qwen2-VL-2B-Instruct"}, {"backbone": "Qwen/Qwen3-VL-2B-Instruct"}
+_EXPANDED = {"mini_batch_size": 4, "condensation_steps": 5000}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "qwen2-vl-2b": {**_BTOKS_BASE, "backbone": "Qwen/Qwen2-VL-2B-Instruct"},
-    "qwen3-vl-2b": {**_BTOKS_BASE, "backbone": "Qwen/Qwen3-VL-2B-Instruct"},
+    "qwen2-vl-2b": {**_BTOKS_BASE, **_QWEN2},
+    "qwen3-vl-2b": {**_BTOKS_BASE, **_QWEN3},
+    "qwen2-vl-7b": {**_BTOKS_BASE, "backbone": "Qwen/Qwen2-VL-7B-Instruct", "mini_batch_size": 4},
+    # An instruction before every query, none before candidates; `prompts` stands for their collator's policy.
+    "gme-qwen2-vl-2b": {
+        **_BTOKS_BASE,
+        **_QWEN2,
+        "prompts": {"query": "Represent the query for retrieving relevant multimodal candidates.\n", "positive": ""},
+        "scale": 1 / 0.03,
+        "condensation_weight": 0.1,
+    },
+    "qwen2-vl-2b-expanded-v1": {**_BTOKS_BASE, **_QWEN2, **_EXPANDED},
+    "qwen3-vl-2b-expanded-v1": {**_BTOKS_BASE, **_QWEN3, **_EXPANDED},
+    "qwen3-vl-2b-expanded-v2": {**_BTOKS_BASE, **_QWEN3, **_EXPANDED},
 }

@@ -4,16 +4,17 @@
     accelerate launch -m recipes.train --preset qwen2-vl-2b --mmeb_root data --output_dir out
     python -m recipes.train --preset qwen2-vl-2b --mmeb_root data --output_dir out --learning_rate 1e-4 --resume
 
-`TrainConfig` has every argument of sentence-transformers' training arguments (`--help`). A preset (`presets.py`) sets
-the authors' values; what the command line gives wins over it. Formats of your own pairs: `user_data.py`; folders of
-the MMEB-V2 mix: `mmeb_train.py`.
+`--help` shows the settings (`settings.py`): ours first, then every training argument of sentence-transformers. A
+preset (`presets.py`) sets the authors' values; what the command line gives wins over it. Formats of your own pairs:
+`user_data.py`; folders of the MMEB-V2 mix: `mmeb_train.py`.
 
 1. Reads and checks the data. Broken rows are counted, listed in `<output_dir>/skipped_rows.jsonl` and left out, or are
    an error (`--on_error raise`).
 2. Holds out validation rows that share no content with the rest (`--validation_size`); test sets are never read.
 3. Mines hard negatives if asked to (`--hard_negatives mine --miner MODEL`).
 4. Builds the model, with LoRA or DoRA (`--tuning`), and trains it with checkpoints, progress bar and evaluation
-   (`--eval_strategy steps`); `--resume` goes on from the newest whole checkpoint (`restarts.py`).
+   of the held-out rows in both directions, before and after training and in between (`--eval_strategy steps`), written
+   to `<output_dir>/validation.jsonl`; `--resume` goes on from the newest whole checkpoint (`restarts.py`).
 5. Writes `<output_dir>/model`, which plain `SentenceTransformer` loads, with a model card (data, settings, scores).
 """
 
@@ -22,9 +23,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -33,10 +32,8 @@ from huggingface_hub import constants
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
-from transformers import HfArgumentParser
 
 from evaluation.mini import evaluator_for
 from recipes.data.blocks import distinct_rows, weighted_blocks
@@ -46,101 +43,12 @@ from recipes.data.mmeb_train import load_mmeb_train
 from recipes.data.training_card import describe_data, write_card, write_skipped
 from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
-from recipes.presets import PRESETS
 from recipes.restarts import check_identity, identity_of, newest_complete, only_training_in, write_identity
+from recipes.settings import TrainConfig, parse
+from recipes.validation import WriteScores
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
 
 logger = logging.getLogger(__name__)
-
-CHOICES = {
-    "tuning": ("lora", "dora", "full"),
-    "mix": ("weighted", "proportional", "round_robin"),
-    "hard_negatives": ("none", "data", "mine"),
-    "on_error": ("skip", "raise"),
-    "check_media": ("decode", "header"),
-    "validation_suite": ("", "mini"),
-    "preset": ("", *PRESETS),
-}
-
-
-def _option(default: object, text: str) -> object:
-    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text}, **make)
-
-
-@dataclass
-class TrainConfig(SentenceTransformerTrainingArguments):
-    """Settings of a training: sentence-transformers' training arguments and these."""
-
-    preset: str = _option("", f"Authors' settings: {', '.join(PRESETS)}.")
-    resume: bool = _option(False, "Go on from the newest whole checkpoint in output_dir.")
-    allow_changes: bool = _option(False, "Resume although data, seed or model are not those of the interrupted run.")
-    # data
-    data: list[str] = _option([], "Your own pairs: files, folders or hub names.")
-    data_weights: list[float] = _option([], "Shares of `data` in the mix; by default the number of rows.")
-    mmeb_root: str = _option("", "Folder with the sources of the MMEB-V2 mix; empty: do not train on it.")
-    mmeb_sources: list[str] = _option([], "Sources of the mix; all 25 by default.")
-    max_rows: int | None = _option(None, "First rows of each MMEB source only.")
-    on_error: str = _option("skip", "Broken rows: skip or raise.")
-    check_media: str = _option("decode", "decode: read every file to its end once; header: parse headers only.")
-    check_processes: int = _option(1, "Processes that check the data.")
-    recheck: bool = _option(False, "Check again what was checked before.")
-    mix: str = _option("weighted", "Sources: weighted (by their weights), proportional (to size) or round_robin.")
-    block_size: int = _option(0, "Rows that come from one source in a row; a multiple of the batch size; 0: a batch.")
-    distinct: bool = _option(False, "No query or positive twice in a batch. Not for label sets.")
-    hard_negatives: str = _option("none", "none, data (columns of the data) or mine (nearest other positives).")
-    num_negatives: int = _option(1, "Mined negatives per pair.")
-    miner: str = _option("", "Embedder that mines: a trained one, name or path.")
-    validation_size: int = _option(200, "Validation rows held out per source, at most a tenth; 0: none.")
-    validation_suite: str = _option("", "mini: also score the validation split of the mini suite.")
-    # model
-    backbone: str = _option("", "Decoder-only (multimodal) language model: hub name or path.")
-    num_btoks: int = _option(4, "K.")
-    readout: str = _option("mean", "mean or last.")
-    template: str = _option("chat", "chat or plain (the authors' layout).")
-    max_seq_length: int | None = _option(None, "Longest input in tokens.")
-    min_pixels: int | None = _option(None, "Smallest image area.")
-    max_pixels: int | None = _option(None, "Largest image area.")
-    dtype: str = _option("float32", "Type of the weights.")
-    attn_implementation: str | None = _option(None, "Attention of the backbone.")
-    tuning: str = _option("lora", "lora, dora or full.")
-    lora_r: int = _option(16, "Rank.")
-    lora_alpha: int = _option(32, "Scale; the update is alpha / r times the product.")
-    lora_dropout: float = _option(0.05, "Dropout on the adapter's input.")
-    # loss
-    scale: float = _option(50.0, "Inverse temperature.")
-    condensation_weight: float = _option(0.2, "Weight of the condensation part.")
-    condensation_steps: int | None = _option(None, "Steps that it is on for; always by default.")
-    target: str = _option("", "Generated side: auto, query, positive, both, none; empty: each source's own.")
-    max_target_tokens: int = _option(64, "Longest target.")
-    route: str = _option("auto", "How the target reaches the BToks: auto, or a route of BTokLoss.")
-    false_negative_margin: float | None = _option(None, "Drop negatives that score above the positive by this margin.")
-    mini_batch_size: int = _option(0, "Rows in memory at a time (GradCache); 0: the whole batch at once.")
-    gather_across_devices: bool = _option(False, "Negatives from all processes.")
-
-    def __post_init__(self) -> None:
-        """Check the choices before anything is loaded."""
-        super().__post_init__()
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        if self.hard_negatives == "mine" and not self.miner:
-            raise ValueError("--hard_negatives mine needs --miner, a trained embedder: a name or path.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings for the model card, without places: cards get published."""
-        return {name: value for name, value in super().to_dict().items() if name not in ("data", "mmeb_root")}
-
-
-def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The command line over the preset it names over the defaults."""
-    parser = HfArgumentParser(TrainConfig)
-    named, _ = parser.parse_known_args(arguments)
-    if named.preset not in CHOICES["preset"]:
-        parser.error(f"--preset must be one of {list(PRESETS)}, got {named.preset!r}")
-    parser.set_defaults(**PRESETS.get(named.preset, {}))
-    (config,) = parser.parse_args_into_dataclasses(arguments)
-    return config
 
 
 def read_sources(config: TrainConfig) -> list[Source]:
@@ -176,6 +84,7 @@ def build(config: TrainConfig) -> SentenceTransformer:
         max_seq_length=config.max_seq_length,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        prompts=config.model_prompts() or None,
         device=str(config.device),
         model_kwargs={"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation},
     )
@@ -292,7 +201,7 @@ def _train(config: TrainConfig) -> Path:
         train_dataset=DatasetDict({source.name: source.dataset() for source in training}),
         loss=losses(config, model, training),
         evaluator=validation(config, held_out),
-        callbacks=[BTokCallback()],
+        callbacks=[BTokCallback(), WriteScores(Path(config.output_dir) / "validation.jsonl")],
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     scored = any(
@@ -311,6 +220,11 @@ def _train(config: TrainConfig) -> Path:
 def main() -> None:
     """Train with the settings of the command line."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # What says nothing: a warning for every word without a weight, one bar inside another, every request to the hub.
+    logging.getLogger("sentence_transformers.sentence_transformer.modules.word_weights").setLevel(logging.ERROR)
+    for name in ("httpx", "sentence_transformers.sentence_transformer.evaluation"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.logging.disable_progress_bar()  # of loading weights; the Trainer's own stays
     path = train(parse())
     print(f"The model is in {path}: SentenceTransformer({str(path)!r})")
 

@@ -51,7 +51,7 @@ def main() -> None:
     if arguments.lists:
         apt += ["-o", f"Dir::State::lists={arguments.lists.resolve()}"]
     names = subprocess.run([*apt, "pkgnames"], capture_output=True, text=True, check=True).stdout.split()
-    chosen = random.Random(arguments.seed).sample(sorted(names), min(len(names), 6 * arguments.size))
+    chosen = random.Random(arguments.seed).sample(sorted(names), min(len(names), 20 * arguments.size))
     shown = subprocess.run([*apt, "show", *chosen], capture_output=True, text=True, check=False).stdout
     pairs = read_packages(shown)[: arguments.size]
     rows = [json.dumps({"query": title, "positive": description}) for title, description in pairs]

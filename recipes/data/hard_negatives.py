@@ -7,6 +7,7 @@ and image + text as well.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from sentence_transformers.util import mine_hard_negatives
 from tqdm.auto import tqdm
 
 from recipes.data.training_pairs import Source, content_key
+
+logger = logging.getLogger(__name__)
 
 
 class _KeyedModel:
@@ -84,6 +87,18 @@ def with_mined_negatives(
         batch_size=batch_size,
         verbose=False,
     )
+    lost = len(pairs) - len(mined)
+    if lost:
+        logger.warning(
+            "%s: %d of %d pairs are left out, because fewer than %d of the nearest other positives (there are %d) "
+            "score below %.2f times their own positive; nearer ones may be right answers too.",
+            source.name,
+            lost,
+            len(pairs),
+            num_negatives,
+            len(set(keys["positive"])) - 1,
+            1 - relative_margin,
+        )
     if not len(mined):
         raise ValueError(
             f"{source.name}: no pair has {num_negatives} negatives below the margin among its "

@@ -109,22 +109,24 @@ class HeldOutEvaluator(InformationRetrievalEvaluator):
     Args:
         source: The validation part.
         batch_size: Inputs per forward pass.
+        backwards: Search of the queries by the positives instead; `-backwards` is then part of the name.
     """
 
-    def __init__(self, source: Source, batch_size: int = 32) -> None:
+    def __init__(self, source: Source, batch_size: int = 32, *, backwards: bool = False) -> None:
+        asked, sought = ("positive", "query") if backwards else ("query", "positive")
         queries: dict[str, tuple[int, str]] = {}
         corpus: dict[str, tuple[int, str]] = {}
         relevant: dict[str, set[str]] = {}
         for number, record in enumerate(source.pairs):
-            query, positive = content_key(record["query"]), content_key(record["positive"])
-            queries.setdefault(query, (number, "query"))
-            corpus.setdefault(positive, (number, "positive"))
-            relevant.setdefault(query, set()).add(positive)
+            query, document = content_key(record[asked]), content_key(record[sought])
+            queries.setdefault(query, (number, asked))
+            corpus.setdefault(document, (number, sought))
+            relevant.setdefault(query, set()).add(document)
         super().__init__(
             queries=queries,  # type: ignore[arg-type]  # places in the source, resolved by embed_inputs
             corpus=corpus,  # type: ignore[arg-type]
             relevant_docs=relevant,
-            name=source.name,
+            name=f"{source.name}-backwards" if backwards else source.name,
             accuracy_at_k=[1],
             precision_recall_at_k=[1],
             mrr_at_k=[10],
@@ -146,6 +148,10 @@ class HeldOutEvaluator(InformationRetrievalEvaluator):
 
 
 def mean_of_sources(validation: Sequence[Source], batch_size: int = 32) -> SequentialEvaluator:
-    """One evaluator over all validation parts; its score is the plain mean of their nDCG@10."""
-    parts = [HeldOutEvaluator(source, batch_size) for source in validation]
+    """One evaluator over all validation parts, in both directions; its score is the plain mean of their nDCG@10."""
+    parts = [
+        HeldOutEvaluator(source, batch_size, backwards=backwards)
+        for source in validation
+        for backwards in (False, True)
+    ]
     return SequentialEvaluator(parts, main_score_function=lambda scores: float(np.mean(scores)))

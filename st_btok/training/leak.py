@@ -116,7 +116,7 @@ def choose_route(
         ValueError: If the route that was asked for can't be had on this backbone.
     """
     backbone = type(transformer.model).__name__
-    if route in ("kv", "prefix"):  # both read nothing but the BToks by construction
+    if route in ("kv", "prefix", "unmasked"):  # cut off by construction, or not meant to be
         probe = probe_batch(transformer, btoks, end)
         features = dict(probe.original)
         # Whether the backbone can run it shows here, not after the first batch.

@@ -26,7 +26,7 @@ from st_btok.training.modifiers import in_modifier
 from st_btok.training.negatives import FilteredSimilarity, RowFacts, row_facts
 from st_btok.training.precision import warn_of_half_precision
 from st_btok.training.processes import across_processes, gather_columns, parameters_in_use, token_mean
-from st_btok.training.routes import ALL_LAYERS, NLL_KEY, ROUTES, Likelihood, Route, condensed_forward
+from st_btok.training.routes import ALL_LAYERS, NLL_KEY, ROUTES, UNMASKED, Likelihood, Route, condensed_forward
 from st_btok.training.schedule import Schedule
 from st_btok.training.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets
 
@@ -48,10 +48,12 @@ class BTokLoss(nn.Module):
             `MultipleNegativesRankingLoss`.
         target: The side that is generated: `"query"` (first column), `"positive"` (second), `"both"`, `"none"`, or
             `"auto"` (default), for each row: the side with text from the side with media; with text on both sides the
-            positive from the query; without text nothing. For several datasets give each its own `BTokLoss`.
+            positive from the query; without text nothing. `"self"`: every text from its own BToks, as autoencoders
+            learn from documents without queries. For several datasets give each its own `BTokLoss`.
         route: How the target reads the bottleneck tokens; see `routes.py`. `"auto"` (default) measures: `"attention"`
             (mask) where the leak probe is exactly 0, `"prefix"` where it is not (hybrids, state-space models);
-            `"kv"` with flash attention, which takes no mask. The choice is logged.
+            `"kv"` with flash attention, which takes no mask. The choice is logged. `"unmasked"` is a control: the
+            target reads its input too (the paper's ablation without the mask).
         condensation_steps: The condensation part is on for the first N optimizer steps only. Default None: always.
             The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000). A weight that depends
             on the step needs to be told it: `callbacks=[BTokCallback()]` for the Trainer.
@@ -147,8 +149,8 @@ class BTokLoss(nn.Module):
         super().__init__()
         if target not in TARGET_SIDES:
             raise ValueError(f"target must be one of {TARGET_SIDES}, got {target!r}.")
-        if route not in ("auto", *ROUTES):
-            raise ValueError(f"route must be one of {('auto', *ROUTES)}, got {route!r}.")
+        if route not in ("auto", *ROUTES, UNMASKED):
+            raise ValueError(f"route must be one of {('auto', *ROUTES, UNMASKED)}, got {route!r}.")
         if max_target_tokens < 1:
             raise ValueError(f"max_target_tokens must be at least 1, got {max_target_tokens}.")
         self.model = model

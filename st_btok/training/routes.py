@@ -29,8 +29,11 @@ from st_btok.training.attention import condensation_attention
 from st_btok.training.likelihood import condensation_nll
 from st_btok.training.targets import join_targets
 
-Route = Literal["attention", "kv", "prefix"]
+Route = Literal["attention", "kv", "prefix", "unmasked"]
 ROUTES = ("attention", "kv", "prefix")
+# A control, not a way to train: the target reads its input as well, so nothing has to pass through the BToks. The
+# paper's ablation without the mask, and `generation_kv_mode: full` of the authors' release.
+UNMASKED = "unmasked"
 NLL_KEY = "condensation_nll"
 # Where `AdaptiveLayerLoss` looks for the states of every layer.
 ALL_LAYERS = "all_layer_embeddings"
@@ -99,6 +102,18 @@ class AttentionRoute:
     def _restored(self, states: Tensor) -> Tensor:
         """(B, T + N, D) -> (B, T, D): padding goes back to where the column has it."""
         return states.gather(1, self.joint.positions[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class UnmaskedRoute(AttentionRoute):
+    """The joint pass without the condensation mask.
+
+    Args:
+        task: The column and its targets.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.segments = None
 
 
 class PrefixRoute:
@@ -210,7 +225,7 @@ def condensed_forward(
         features: The features of one column (or mini-batch); the call inside must be on this dict.
         targets: B id tensors, empty for rows without a target; at least one is not empty.
         btoks: The K token ids.
-        route: `"attention"` (default), `"kv"` or `"prefix"`.
+        route: `"attention"` (default), `"kv"`, `"prefix"`, or the control `"unmasked"`.
         head: (V, D) output embedding matrix. Default: the input embeddings.
         likelihood: What turns states, labels and head into likelihoods. Default `condensation_nll`.
 
@@ -224,7 +239,12 @@ def condensed_forward(
     task = Task(transformer, features, targets, btoks, head, likelihood or condensation_nll)
     if route == "kv":
         _check_attention_layers(transformer)
-    kinds: dict[str, type] = {"attention": AttentionRoute, "kv": KVRoute, "prefix": PrefixRoute}
+    kinds: dict[str, type] = {
+        "attention": AttentionRoute,
+        "kv": KVRoute,
+        "prefix": PrefixRoute,
+        UNMASKED: UnmaskedRoute,
+    }
     taken = kinds[route](task)
     decoder: nn.Module = transformer.model.get_decoder()
     with ExitStack() as stack:

@@ -20,8 +20,8 @@ from st_btok.tokens import btok_ids
 from st_btok.training.attention import BTOK, INPUT, TARGET
 from st_btok.training.media_text import MediaText
 
-TargetSide = Literal["auto", "query", "positive", "both", "none"]
-TARGET_SIDES = ("auto", "query", "positive", "both", "none")
+TargetSide = Literal["auto", "query", "positive", "both", "self", "none"]
+TARGET_SIDES = ("auto", "query", "positive", "both", "self", "none")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def choose_targets(
     Args:
         query: Contents of the first column.
         positive: Contents of the second column.
-        target: The side that is generated (the authors' `ntp_side`), or `auto`.
+        target: The side that is generated (the authors' `ntp_side`), `auto`, or `self`: every text from its own BToks.
         end: Id of the end-of-turn token that closes every target.
         max_target_tokens: Longest target, the closing token included (at least 1). A longer one is cut, not closed.
 
@@ -139,6 +139,10 @@ def choose_targets(
             else:
                 side = "query" if len(q.text) and p.has_media else "none"
         closed = {name: _close(content.text, end, max_target_tokens) for name, content in (("q", q), ("p", p))}
+        if side == "self":
+            from_query.append(closed["q"])
+            from_positive.append(closed["p"])
+            continue
         from_query.append(closed["p"] if side in ("positive", "both") else empty)
         from_positive.append(closed["q"] if side in ("query", "both") else empty)
     return from_query, from_positive

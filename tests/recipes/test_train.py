@@ -116,7 +116,12 @@ def test_training_lowers_the_loss_and_scores_held_out_rows(backbone, pairs, tmp_
     assert np.mean(ranking[-5:]) < 0.7 * np.mean(ranking[:3])
     assert np.mean(condensation[-5:]) < 0.7 * np.mean(condensation[:3])
     scores = [entry for entry in log if "eval_mine_cosine_ndcg@10" in entry]
-    assert [entry["step"] for entry in scores] == [12, 24]
+    assert [entry["step"] for entry in scores] == [0, 12, 24], "a baseline before the first step"
+    lines = [json.loads(line) for line in (tmp_path / "out/validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 12, 24]
+    for line, entry in zip(lines, scores, strict=True):
+        for name in ("mine_cosine_ndcg@10", "mine-backwards_cosine_ndcg@10"):
+            assert line[name] == entry[f"eval_{name}"]
     card = (path / "README.md").read_text()
     assert "ndcg@10" in card and "| mine | 24 | 1 | 2 | 23.0 | auto |" in card
 
@@ -202,6 +207,7 @@ def test_the_command_line_wins_over_the_preset_and_the_preset_over_defaults(tmp_
     assert (changed.learning_rate, changed.bf16, changed.tuning, changed.data) == (1e-4, False, "full", ["a", "b"])
     assert changed.block_size == 512
     plain = parse(["--output_dir", str(tmp_path), "--use_cpu"])
+    assert (plain.per_device_train_batch_size, plain.mini_batch_size, plain.logging_steps) == (64, 8, 10)
     assert plain.tuning == "lora" and plain.block_size == 0
     with pytest.raises(SystemExit):
         parse([*given[:-1], "qwen9"])
@@ -213,3 +219,37 @@ def test_presets_name_settings_that_exist():
         assert set(preset) <= names
         assert preset["block_size"] % preset["per_device_train_batch_size"] == 0
     assert PRESETS["qwen3-vl-2b"]["backbone"] == "Qwen/Qwen3-VL-2B-Instruct"
+    # The authors' files: the term is on for the whole run in those of the expanded mixes only.
+    whole_run = {name for name, preset in PRESETS.items() if preset["condensation_steps"] == preset["max_steps"]}
+    assert whole_run == {name for name in PRESETS if "expanded" in name} and len(whole_run) == 3
+    gme = PRESETS["gme-qwen2-vl-2b"]
+    assert gme["condensation_weight"] == 0.1 and gme["scale"] == pytest.approx(33.3, abs=0.1)
+
+
+def test_prompts_reach_the_model():
+    def prompts(given):
+        return TrainConfig(output_dir="out", use_cpu=True, report_to=[], prompts=given).model_prompts()
+
+    assert prompts(None) == {} and prompts("find: ") == {"query": "find: ", "document": "find: "}
+    assert prompts('{"query": "find: ", "positive": "page: "}') == {"query": "find: ", "document": "page: "}
+    same = {"a": {"query": "find: ", "positive": "page: "}, "b": {"query": "find: ", "positive": "text: "}}
+    assert prompts(same) == {"a-document": "page: ", "b-document": "text: ", "query": "find: "}
+
+
+def test_help_shows_our_settings_first(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    places = [shown.index(f"\n{name}:\n") for name in ("run", "data", "model", "loss")]
+    assert places == sorted(places) and places[-1] < shown.index("training arguments of sentence-transformers")
+    assert shown.index("--condensation_weight") < shown.index("--weight_decay")
+
+
+def test_a_model_is_saved_with_its_prompts_and_says_how_many_pairs_mining_lost(backbone, pairs, tmp_path, caplog):
+    options = {"data": [pairs], "max_steps": 1, "prompts": {"query": "find: ", "positive": ""}, "save_steps": 1}
+    path = train(config(backbone, tmp_path / "a", **options))
+    assert SentenceTransformer(str(path), device="cpu").prompts == {"query": "find: ", "document": ""}
+    miner = {"hard_negatives": "mine", "miner": str(path), "num_negatives": 30}
+    with pytest.raises(ValueError, match="no pair has 30 negatives"):
+        train(config(backbone, tmp_path / "b", **miner, **options))
+    assert "mine: 23 of 23 pairs are left out, because fewer than 30" in caplog.text

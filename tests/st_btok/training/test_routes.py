@@ -206,3 +206,26 @@ def test_rows_without_target_cost_nothing(qwen):
 def test_unknown_routes_are_refused(qwen):
     with pytest.raises(ValueError, match="route must be one of"):
         BTokLoss(qwen, route="soft")
+
+
+def test_the_unmasked_control_is_the_plain_likelihood_of_the_joint_row(qwen):
+    """Independent truth: the bare backbone on `[input][BToks][target]`, ordinary causal attention, all logits."""
+    transformer, ids = find_btoks(qwen)
+    features = qwen.preprocess(["a text", "another text"])
+    targets = [torch.tensor(qwen.tokenizer(text)["input_ids"]) for text in ("red kite", "a blue kite")]
+    with torch.no_grad():
+        plain = run(qwen, features, targets, "unmasked")
+        masked = run(qwen, features, targets, "attention")
+        joint = join_targets(features, targets, ids)
+        states = transformer.model(
+            input_ids=joint.features["input_ids"], attention_mask=joint.features["attention_mask"]
+        ).last_hidden_state
+        rows, positions = joint.predictors.T
+        logits = states[rows, positions] @ transformer.model.get_input_embeddings().weight.T
+        nll = F.cross_entropy(logits, joint.labels, reduction="none")
+    expected = torch.zeros(2).index_add(0, rows, nll)
+    torch.testing.assert_close(plain[NLL_KEY], expected, rtol=1e-5, atol=1e-5)
+    assert (plain[NLL_KEY] - masked[NLL_KEY]).abs().min() > 1e-3, "the mask makes a difference"
+    torch.testing.assert_close(plain["sentence_embedding"], masked["sentence_embedding"], rtol=0, atol=1e-6)
+    loss = BTokLoss(qwen, route="unmasked")
+    assert loss.route == "unmasked" and loss.leak is None and loss.get_config_dict()["route"] == "unmasked"
