@@ -5,14 +5,16 @@ from __future__ import annotations
 from functools import partial
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from evaluation.media import BrokenMediaError
 from recipes.data import training_pairs
 from recipes.data.training_pairs import Side, check_source
-from st_btok import build_model
-from tests.backbones import build
+from st_btok import build_model, checked_inputs, encode_checked
+from tests.backbones import build, picture
 from tests.mmeb_train_files import jpeg, put
 
 
@@ -43,7 +45,7 @@ def test_broken_rows_are_left_out_with_their_reason(table, tmp_path, caplog):
     source = check_source("mine", table, partial(read, folder=tmp_path))
     reasons = {entry.index: entry.reason for entry in source.broken}
     assert set(reasons) == {4, 5, 6, 7} and len(source.pairs) == 4
-    assert "can't be decoded" in reasons[4] and "can't be decoded" in reasons[5]
+    assert "can't be decoded" in reasons[4] and "is not an image" in reasons[5]
     assert "none.jpg' can't be read: No such file" in reasons[6]
     assert reasons[7] == "positive is empty: neither text nor media"
     assert "mine: 4 of 8 rows skipped" in caplog.text
@@ -60,7 +62,7 @@ def test_a_second_check_reads_no_file(table, tmp_path, monkeypatch):
     def fail(*args):
         raise AssertionError("checked again")
 
-    monkeypatch.setattr(training_pairs, "check_image", fail)
+    monkeypatch.setattr(training_pairs, "_check_image", fail)
     again = check_source("mine", table, partial(read, folder=tmp_path))
     assert again.broken == first.broken and again.pairs[:] == first.pairs[:]
     with pytest.raises(AssertionError, match="checked again"):
@@ -79,6 +81,23 @@ def test_a_file_that_goes_missing_after_the_check_is_an_error(table, tmp_path):
     (tmp_path / "2.jpg").unlink()
     with pytest.raises(BrokenMediaError, match="mine, row 2, query"):
         source.read(2, "query")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_training_sees_the_pixels_that_encoding_sees(tmp_path, qwen, mode):
+    """Invariant 14: one reader for training and encoding, and the pixels of plain `encode` where that is sound."""
+    path = tmp_path / "picture.png"
+    values = np.arange(56 * 28, dtype=np.uint16).reshape(28, 56) * 40
+    image = picture(56, 28, 1).convert("RGBA")
+    image.putalpha(100)
+    (Image.fromarray(values) if mode == "I;16" else image.convert(mode)).save(path)
+    side = {"text": "", "image": str(path), "video": [], "column": "", "digest": "", "row": 0}
+    trained = np.asarray(training_pairs.as_input(side, Dataset.from_dict({}))["image"])
+    checked = np.asarray(checked_inputs([path], qwen).inputs[0])
+    assert np.array_equal(trained, checked)
+    if mode != "I;16":  # which plain encode clips to white
+        difference = qwen.encode([{"image": str(path)}]) - encode_checked(qwen, [path]).embeddings
+        assert np.abs(difference).max() < 1e-5
 
 
 def test_text_is_never_taken_for_a_file(table, tmp_path, qwen):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from recipes.data.user_data import load_user_data
+from st_btok import read_video
 from tests.mmeb_train_files import jpeg, put
+from tests.st_btok.inputs.test_videos import write_movie
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +29,8 @@ def test_jsonl_with_images_and_videos_beside_it(tmp_path):
     put(tmp_path / "pages/0.jpg", jpeg(0))
     for frame in range(12):
         put(tmp_path / f"clips/a/{frame}.jpg", jpeg(frame))
-    put(tmp_path / "clips/film.mp4", b"0000")
+    write_movie(tmp_path / "clips/film.mp4")
+    put(tmp_path / "clips/cut.mp4", (tmp_path / "clips/film.mp4").read_bytes()[:900])
     rows = [
         {"query": "page?", "positive_image": "pages/0.jpg", "positive_text": "a page"},
         {"query": "clip?", "positive_video": "clips/a"},
@@ -35,15 +39,18 @@ def test_jsonl_with_images_and_videos_beside_it(tmp_path):
         {"query": "gone?", "positive_video": "clips/b"},
         {"query": "gone?", "positive_video": "clips/none.mp4"},
         {"query": "", "positive_image": "pages/0.jpg"},
+        {"query": "cut", "positive_video": "clips/cut.mp4"},
     ]
     (source,) = load_user_data([write_jsonl(tmp_path / "my.pairs.jsonl", rows)])
     assert source.name == "my-pairs" and source.weight == 3 and source.target == "auto"
-    assert [entry.index for entry in source.broken] == [3, 4, 5, 6]
+    assert [entry.index for entry in source.broken] == [3, 4, 5, 6, 7]
     assert "clips/none.mp4' does not exist or is empty" in source.broken[2].reason
     page, clip, film = (source.dataset()[i] for i in range(3))
     assert page["positive"]["text"] == "a page" and page["positive"]["image"].size == (56, 28)
     assert len(clip["positive"]["video"]["array"]) == 8
-    assert film["positive"] == {"video": str(tmp_path / "clips/film.mp4")} and film["query"] == {"text": "film?"}
+    shown = read_video(tmp_path / "clips/film.mp4").frames
+    assert "that can be decoded" in source.broken[4].reason
+    assert np.array_equal(film["positive"]["video"]["array"], shown) and film["query"] == {"text": "film?"}
 
 
 def test_saved_datasets_with_image_columns_and_negatives(tmp_path):
