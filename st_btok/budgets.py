@@ -51,6 +51,26 @@ def check_budgets(model: SentenceTransformer, budgets: Sequence[int]) -> tuple[i
     return ordered
 
 
+def check_appends_all(model: SentenceTransformer) -> None:
+    """Refuse to train a model that appends fewer bottleneck tokens than it has, such as one from `read_budget`.
+
+    Args:
+        model: A BTok model.
+
+    Raises:
+        ValueError: If an input does not hold each of the K tokens.
+    """
+    transformer, ids = find_btoks(model)
+    row = transformer.preprocess([{"text": "a"}])["input_ids"][0].tolist()
+    count = sum(token in row for token in ids)
+    if count < len(ids):
+        raise ValueError(
+            f"a model to train must append all K = {len(ids)} bottleneck tokens of its tokenizer, but this appends "
+            f"{count}: is it from read_budget, which is for encoding? Train the whole model with "
+            f"BTokLoss(model, btok_budgets=({count}, {len(ids)})) and call read_budget afterwards."
+        )
+
+
 @contextmanager
 def budget_embeddings(model: SentenceTransformer, btoks: list[int], budgets: tuple[int, ...]) -> Iterator[None]:
     """Inside this block, the model's `sentence_embedding` holds one embedding per budget, (B, len(budgets), D).

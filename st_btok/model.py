@@ -165,8 +165,14 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
             "Use a causal language model such as Qwen/Qwen2-VL-2B-Instruct."
         )
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    generates = any(type(config) in mapping for mapping in mappings)
-    if not generates or getattr(config, "is_decoder", True) is False:
+    if not any(type(config) in mapping for mapping in mappings):
+        raise ValueError(
+            f"the backbone must be a language model that transformers knows as one, but {name} ({config.model_type}) "
+            "is in none of its mappings for causal, image-text-to-text and multimodal language models: an encoder? If "
+            "it is a causal decoder of your own, name it first: "
+            f"AutoModelForCausalLM.register({type(config).__name__}, YourModelForCausalLM)."
+        )
+    if getattr(config, "is_decoder", True) is False:
         raise ValueError(
             f"the backbone must be a decoder-only language model, but {name} ({config.model_type}) is an encoder. "
             "Bottleneck tokens read their input through causal attention; use a causal language model."
@@ -234,12 +240,31 @@ def _replaces_template(transformer: Transformer) -> bool:
 
 
 def _placeholder(transformer: Transformer, modality: str) -> str:
-    """What the backbone's own chat template writes for one medium; empty where it has no such modality."""
+    """What stands for one medium in the backbone's own chat template; empty where it has no such modality."""
     if modality not in transformer.modality_config:
         return ""
+    if getattr(transformer.processor, "chat_template", None) is None:
+        return _token_placeholder(transformer, modality)
     parts = [{"type": "text", "text": "BEFORE"}, {"type": modality}, {"type": "text", "text": "AFTER"}]
     rendered = transformer.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
     return rendered.split("BEFORE")[1].split("AFTER")[0].strip()
+
+
+def _token_placeholder(transformer: Transformer, modality: str) -> str:
+    """The processor's own token for one medium, between the start and end tokens that the config names."""
+    token = getattr(transformer.processor, f"{modality}_token", None)
+    if not isinstance(token, str):
+        raise ValueError(
+            f'template="plain" must know what stands for one {modality}, but the backbone has no chat template and '
+            f"its {type(transformer.processor).__name__} no {modality}_token. Pass a template that writes it: "
+            'build_model(..., processor_kwargs={"chat_template": "..."}).'
+        )
+    family, config = "audio" if modality == "audio" else "vision", transformer.config
+    start, end = (getattr(config, f"{family}_{side}_token_id", None) for side in ("start", "end"))
+    if start is None or end is None:
+        return token
+    name = tokenizer_of(transformer).convert_ids_to_tokens
+    return f"{name(start)}{token}{name(end)}"
 
 
 def _set_processing(

@@ -7,6 +7,7 @@ taken from a list of known architectures.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from json import dumps
@@ -65,8 +66,7 @@ def check(
     """Measure every invariant on one model.
 
     Args:
-        backbone: Anything that `build_model` takes, or a finished BTok model, which is trained on by nothing here but
-            gets a LoRA adapter in a copy.
+        backbone: Anything that `build_model` takes, or a finished BTok model, of which a copy is measured.
         progress: Called with each verdict as soon as it is there.
         **options: For `build_model`, such as `processor`, `template` or `max_pixels`.
 
@@ -82,7 +82,11 @@ def check(
 
     owned = not isinstance(backbone, SentenceTransformer)
     try:
-        model = backbone if isinstance(backbone, SentenceTransformer) else build_model(backbone, **options)
+        # A copy, because everything is measured in float32 and in evaluation mode.
+        if isinstance(backbone, SentenceTransformer):
+            model = copy.deepcopy(backbone)
+        else:
+            model = build_model(backbone, **options)
         transformer, _ = find_btoks(model)
     except Exception as error:
         add(Verdict("build", "failed", note=first_line(error)))

@@ -16,7 +16,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
 from st_btok.anatomy import find_btoks, unwrap
-from st_btok.budgets import budget_embeddings, check_budgets
+from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.pooling import check_btoks
 from st_btok.training.buckets import split_by_length
 from st_btok.training.callback import BTokCallback, Measured, read_tokens
@@ -166,6 +166,7 @@ class BTokLoss(nn.Module):
             model, scale=scale, similarity_fct=self.filter or similarity_fct, **ranking
         )
         transformer, self.btoks = find_btoks(model)
+        check_appends_all(model)
         self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
         # A loaded checkpoint has trainable WordWeights; trained ones would let other tokens leak into the mean.
         for module in model.modules():
@@ -209,6 +210,11 @@ class BTokLoss(nn.Module):
 
     def facts(self, columns: list[dict[str, Any]]) -> list[RowFacts]:
         """Check every row for its BToks; if negatives are filtered, facts of the rows of all processes."""
+        if len(columns) < 2:
+            raise ValueError(
+                f"the loss needs at least two columns of inputs, query and positive, got {len(columns)}. Does the "
+                "data set have both, in this order, and is neither named label or score?"
+            )
         if torch.is_grad_enabled() and not self._checked_precision:
             self._checked_precision = True
             warn_of_half_precision(self.model)

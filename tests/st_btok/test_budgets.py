@@ -68,6 +68,12 @@ def test_budgets_out_of_range_are_refused(qwen):
             read_budget(qwen, budget)
 
 
+def test_a_read_budget_is_not_for_training(qwen):
+    with pytest.raises(ValueError, match=r"appends 2: is it from read_budget.*btok_budgets=\(2, 4\)"):
+        BTokLoss(read_budget(qwen, 2))
+    BTokLoss(read_budget(qwen, 4))
+
+
 def test_other_readouts_have_no_budgets():
     backbone, processor = build("llama")
     model = build_model(backbone, processor=processor, readout="last", device="cpu")

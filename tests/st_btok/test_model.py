@@ -16,10 +16,19 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from st_btok import build_model
 from st_btok.anatomy import find_btoks
+from st_btok.model import _token_placeholder
 from st_btok.training.targets import ContentReader
 from tests.backbones import (
     BUILDERS,
@@ -318,6 +327,40 @@ def test_a_base_model_without_template_needs_the_plain_layout():
         build_model(backbone.eval(), processor=own)
     model = build_model(backbone.eval(), processor=own, template="plain", device="cpu")
     assert model.tokenizer.decode(model.preprocess(["hi"])["input_ids"][0][:-4]) == "hi"
+
+
+@pytest.mark.parametrize("family", [name for name in BUILDERS if takes(name, "image")])
+def test_a_multimodal_base_model_gets_the_placeholders_of_its_processor(family):
+    """The plain layout without a chat template is the one that is read off the template, token for token."""
+    rows = []
+    samples = [s for s in inputs(family)[:-1] if family != "smolvlm" or not (isinstance(s, dict) and "video" in s)]
+    for has_template in (True, False):
+        backbone, processor = build(family)
+        if not has_template:
+            processor.chat_template = processor.tokenizer.chat_template = None
+            with pytest.raises(ValueError, match='template="plain"'):
+                build_model(backbone, processor=processor, device="cpu")
+        model = build_model(backbone, processor=processor, template="plain", device="cpu")
+        rows.append([model.preprocess([sample])["input_ids"][0].tolist() for sample in samples])
+    assert rows[1] == rows[0]
+    distances = np.linalg.norm(np.diff(model.encode(samples), axis=0), axis=1)
+    assert distances.min() > 1e-4
+
+
+def test_without_template_and_token_the_placeholder_is_asked_for(qwen):
+    qwen[0].processor.image_token = None
+    with pytest.raises(ValueError, match="must know what stands for one image.*chat_template"):
+        _token_placeholder(qwen[0], "image")
+
+
+def test_a_decoder_that_transformers_does_not_know_is_told_what_to_do(tmp_path):
+    class OwnConfig(LlamaConfig):
+        model_type = "own_decoder"
+
+    AutoConfig.register("own_decoder", OwnConfig)
+    OwnConfig(hidden_size=64, num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"in none of its mappings .*AutoModelForCausalLM.register\(OwnConfig"):
+        build_model(tmp_path)
 
 
 def test_plain_layout_is_the_authors(qwen):

@@ -74,6 +74,16 @@ def test_a_model_that_is_never_the_same_fails_everything(qwen):
     assert found["LoRA"] == "not applicable", "a finished model is left as it is"
 
 
+def test_a_finished_model_stays_as_it_was(qwen):
+    qwen.bfloat16().train()
+    before = {name: value.clone() for name, value in qwen.state_dict().items()}
+    check(qwen)
+    assert all(module.training for module in qwen.modules())
+    assert {parameter.dtype for parameter in qwen.parameters()} == {torch.bfloat16}
+    assert all(parameter.grad is None for parameter in qwen.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in qwen.state_dict().items())
+
+
 def _ignores_padding(module, query, key, value, attention_mask, **options):
     return sdpa_attention_forward(module, query, key, value, None, **{**options, "is_causal": True})
 

@@ -15,7 +15,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from st_btok import BTokCallback, BTokLoss
+from st_btok import BTokCallback, BTokLoss, CachedBTokLoss
 from st_btok.anatomy import find_btoks, unwrap
 from tests.backbones import picture, takes, total
 
@@ -264,3 +264,9 @@ def test_bf16_autocast_trains(qwen, tmp_path):
     )
     trainer.train()
     assert np.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+@pytest.mark.parametrize("loss_class", [BTokLoss, CachedBTokLoss])
+def test_a_single_column_is_refused_with_what_is_needed(qwen, loss_class):
+    with pytest.raises(ValueError, match="at least two columns of inputs, query and positive, got 1"):
+        loss_class(qwen)([qwen.preprocess(["a", "b"])])
