@@ -40,6 +40,10 @@ class MediaText:
                 pieces.update(str(self.tokenizer.decode(run)).strip() for run in self._runs(row.tolist(), header))
         patterns = sorted(_patterns(pieces - {""}), key=len, reverse=True)
         self.pattern = re.compile(rf"\s*(?:{'|'.join(patterns)})\s*") if patterns else None
+        self.ending = re.compile(rf"{self.pattern.pattern}\Z") if self.pattern else None
+        # Characters, hence tokens, that the processor's text may have: room for longer numbers and words than in the
+        # probes. Without a bound a row would cost the square of its text.
+        self.longest = 2 * max(map(len, pieces), default=0) + 64
 
     def _runs(self, row: list[int], header: list[int]) -> list[list[int]]:
         """Text before each special token behind the header; what follows the last one is the template's."""
@@ -73,10 +77,15 @@ class MediaText:
 
     def _without_end(self, run: list[int]) -> list[int]:
         """The run without the longest end that the processor wrote: an input's own text may stand before it."""
-        if self.pattern is not None and run:
-            for start in range(len(run)):
-                if self.pattern.fullmatch(str(self.tokenizer.decode(run[start:]))):
-                    return run[:start]
+        if self.pattern is None or self.ending is None or not run:
+            return run
+        found = self.ending.search(str(self.tokenizer.decode(run[-self.longest :])))
+        if found is None:
+            return run
+        # A character is a token at most, and some tokenizers drop one blank at the start of what they decode.
+        for start in range(max(0, len(run) - len(found.group()) - 1), len(run)):
+            if self.pattern.fullmatch(str(self.tokenizer.decode(run[start:]))):
+                return run[:start]
         return run
 
 
