@@ -8,6 +8,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from st_btok import append_btoks, plain_template
+from st_btok.chat_template import template_part
 from tests.backbones import QWEN_TEMPLATE, SPECIAL
 
 BTOKS = "<|btok_0|><|btok_1|>"
@@ -171,3 +172,89 @@ def test_a_request_to_open_the_next_turn_changes_nothing(qwen):
     usual = qwen.tokenizer.apply_chat_template(turns, tokenize=False)
     assert "assistant" not in usual
     assert qwen.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == usual
+
+
+def alone(name: str, messages: list[dict], before: str = "", after: str = "", **variables: object) -> str:
+    """One file of the template by itself, and what it leaves behind."""
+    return render(before + template_part(name) + after, messages, **variables)
+
+
+SHOWN = "{%- for m in messages -%}{{- m.role ~ ':' ~ m.content ~ ';' -}}{%- endfor -%}"
+TURNS = [{"role": "system", "content": "Find"}, {"role": "user", "content": "h\u00e9llo"}]
+
+
+def test_look_alone():
+    """Soft is what sentence-transformers' `is_text_only_messages` takes for text, where a turn can give way."""
+    for messages, soft in (
+        (TURNS, True),
+        (user(text("a"), text("b")), True),
+        (user(text("a"), {"type": "image"}), False),
+        (user({"type": "message", "message": TURNS}), False),
+        ([{"role": "user", "content": None}], False),
+        ([{"role": "user", "content": ["a"]}], False),
+        (TURNS[:1], False),
+    ):
+        assert alone("look", messages, after="{{- look.soft -}}") == str(soft), messages
+
+
+def test_quick_alone():
+    after = "{{- quick -}}"
+    part = template_part("quick").replace("STARTS", "'<' not in shown") + after
+    for messages, quick in (
+        (TURNS, True),
+        (user(text("a [b] 'type': c")), False),  # quoted: the long way, which leaves it as it is
+        (user(text("a < b")), False),
+        (user(text("a"), {"type": "image"}), False),
+        (user(user(text("a"))[0]), False),
+        (TURNS[:1], False),
+        ([{"role": "user", "content": None}], False),
+    ):
+        assert render(part, messages, max_chars=1000) == str(quick), messages
+    assert render(part, TURNS, max_chars=10) == "False"
+
+
+def test_shorten_alone():
+    for call, expected in (
+        ("2", "h\u00e9"),
+        ("2, true", "h"),
+        ("3, true", "h\u00e9"),
+        ("0", ""),
+        ("99", "h\u00e9llo"),
+    ):
+        after = f"{{{{- shorten(messages, {call}) -}}}}{{%- set messages = cut.messages -%}}{SHOWN}"
+        assert alone("shorten", TURNS, after=after) == f"system:Find;user:{expected};"
+
+
+def test_unwrap_and_guard_alone():
+    assert alone("unwrap", user({"type": "message", "message": TURNS}), after=SHOWN) == render(SHOWN, TURNS)
+    control = "{%- set control = {'<|': ['x|>']} -%}{%- set longest = 4 -%}"
+    assert alone("guard", [{"role": "a", "content": "<|x|>"}], control, SHOWN) == "a:< |x|>;"
+
+
+def test_bound_alone():
+    """13 bytes of frame and 6 of text; every character of `growing` counts two more."""
+    before = (
+        "{%- set control = {} -%}{%- macro turns(messages) -%}" + SHOWN + "{%- endmacro -%}" + template_part("shorten")
+    )
+    whole = render(SHOWN, TURNS)
+    size = len(whole.encode())
+    assert alone("bound", TURNS, before, max_tokens=size) == whole
+    assert alone("bound", TURNS, before, max_tokens=size - 1) == whole.replace("o;", ";")
+    grown = {"growing": "\u00e9", "growth": 2}
+    assert alone("bound", TURNS, before, max_tokens=size + 2, **grown) == whole
+    assert alone("bound", TURNS, before, max_tokens=size, **grown) == whole.replace("lo;", ";")
+    with pytest.raises(Exception, match="'Findh\u00e9llo' may take .* tokens"):
+        alone("bound", TURNS, before, max_tokens=size - 7)
+
+
+def test_a_dict_is_the_message_of_a_conversation_so_the_template_keeps_its_order(qwen):
+    """sentence-transformers makes the same message of both: media can't be moved without moving a conversation's."""
+    formatter = qwen[0].input_formatter
+    image = {"type": "image", "image": "i"}
+    assert formatter.to_message({"text": "a", "image": "i"}) == user({"type": "text", "text": "a"}, image)
+    assert formatter.to_message({"image": "i", "text": "a"}) == user(image, {"type": "text", "text": "a"})
+    orders = [user({"type": "text", "text": "a"}, image), user(image, {"type": "text", "text": "a"})]
+    chat = append_btoks(QWEN_TEMPLATE, 2)
+    assert render(chat, orders[0]) != render(chat, orders[1])
+    plain = append_btoks(plain_template("<img>"), 2)
+    assert render(plain, orders[0]) == render(plain, orders[1]) == "<img>\na\n" + BTOKS

@@ -240,6 +240,19 @@ def test_pixel_limits_are_set_together(qwen):
     assert int(qwen[0].preprocess([picture(280, 280)])["image_grid_thw"].prod()) * 14 * 14 > 28 * 28 * 4
 
 
+def test_the_video_cap_is_saved_and_nothing_is_warned_about(qwen, tmp_path, caplog):
+    """transformers 5.22 on warns where it is unset; unset and False are the same up to about 300 large frames."""
+    qwen.save_pretrained(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    processor = loaded[0].processor.video_processor
+    assert processor.cap_pixels_per_frame is True
+    video = videos("qwen2_vl")[0]
+    capped = loaded.encode([video])
+    assert "cap" not in caplog.text
+    processor.cap_pixels_per_frame = False
+    np.testing.assert_array_equal(loaded.encode([video]), capped)
+
+
 def test_a_loaded_backbone_is_not_changed():
     backbone, processor = build("qwen2_vl")
     before = {name: p.clone() for name, p in backbone.named_parameters()}
