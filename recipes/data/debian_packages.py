@@ -52,8 +52,12 @@ def main() -> None:
         apt += ["-o", f"Dir::State::lists={arguments.lists.resolve()}"]
     names = subprocess.run([*apt, "pkgnames"], capture_output=True, text=True, check=True).stdout.split()
     chosen = random.Random(arguments.seed).sample(sorted(names), min(len(names), 20 * arguments.size))
-    shown = subprocess.run([*apt, "show", *chosen], capture_output=True, text=True, check=False).stdout
-    pairs = read_packages(shown)[: arguments.size]
+    # In the order of the packed lists, which apt would unpack anew for every step back; then in the order drawn.
+    shown = subprocess.run([*apt, "show", *sorted(chosen)], capture_output=True, text=True, check=False).stdout
+    place = {f"Package: {name}": number for number, name in enumerate(chosen)}
+    records = [record for record in shown.split("\n\n") if record.split("\n")[0] in place]
+    records.sort(key=lambda record: place[record.split("\n")[0]])
+    pairs = read_packages("\n\n".join(records))[: arguments.size]
     rows = [json.dumps({"query": title, "positive": description}) for title, description in pairs]
     arguments.output.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} pairs in {arguments.output}")
