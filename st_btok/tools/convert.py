@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
@@ -104,11 +105,17 @@ def convert(src: str | Path, dst: str | Path, base: str | Path | None = None) ->
         raise FileExistsError(f"{target} exists and is not an empty directory. Name another one, or remove it.")
     if not source.is_dir():
         raise FileNotFoundError(f"SRC must be a directory, {source} is none.")
-    backbone, pooling, pipeline = _read_adapter(source, base) if _is_adapter(source) else _read_full(source)
-    processor = _read_processor([source, pipeline.folder], pipeline.num_btoks)
-    model = _assemble(backbone, processor, pooling, pipeline)
+    if (source / "modules.json").exists():
+        raise ValueError(
+            f"{source} is a sentence-transformers model already (it has modules.json): load it with "
+            "SentenceTransformer(path)."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Before the work, which takes minutes for a large model: a place that can't be written to is found now.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        backbone, pooling, pipeline = _read_adapter(source, base) if _is_adapter(source) else _read_full(source)
+        processor = _read_processor([source, pipeline.folder], pipeline.num_btoks)
+        model = _assemble(backbone, processor, pooling, pipeline)
         written = Path(folder) / "checkpoint"
         model.save_pretrained(str(written))
         if target.exists():
@@ -177,7 +184,7 @@ def _check_adapter(adapted: PeftModel, folder: Path) -> None:
 def _fetch_backbone(name: str | Path, beside: Path) -> PreTrainedModel:
     place = _locate(name, beside) or name
     try:
-        return AutoModelForImageTextToText.from_pretrained(str(place), dtype="auto")
+        return AutoModelForImageTextToText.from_pretrained(str(place), dtype="auto", trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"the backbone {str(place)!r}, named by {beside / 'config.json'}, can't be loaded ({error}). Pass its "
@@ -195,7 +202,18 @@ def _locate(name: str | Path, folder: Path) -> Path | None:
 
 def _is_pipeline(folder: Path) -> bool:
     path = folder / "config.json"
-    return path.exists() and "modules" in json.loads(path.read_text())
+    return path.exists() and "modules" in _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; errors name the file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is no JSON: {error}. Copy it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, it holds a {type(found).__name__}. Copy it again.")
+    return found
 
 
 def _need(folder: Path, name: str) -> Path:
@@ -207,7 +225,7 @@ def _need(folder: Path, name: str) -> Path:
 def _read_pipeline(folder: Path) -> Pipeline:
     """Check that the modules are the ones whose meaning is known, in the known order."""
     path = _need(folder, "config.json")
-    config = json.loads(path.read_text())
+    config = _read_json(path)
     kind, modules = config.get("model_type"), config.get("modules")
     if kind not in ("btoks", "vlm2emb") or not modules:
         raise ValueError(
@@ -216,6 +234,8 @@ def _read_pipeline(folder: Path) -> Pipeline:
         )
     if isinstance(modules, list):  # older checkpoints
         modules = {str(index): module for index, module in enumerate(modules)}
+    if not isinstance(modules, dict) or not all(isinstance(module, dict) for module in modules.values()):
+        raise ValueError(f"modules in {path} must be objects by name, got {type(modules).__name__}. Copy it again.")
     names = tuple(config.get("_module_order") or modules)
     types = [modules.get(name, {}).get("type") for name in names]
     known = ((INJECTOR,), BACKBONES, (MEAN, ATTENTION), (NORMALIZE,))
@@ -233,10 +253,16 @@ def _read_pipeline(folder: Path) -> Pipeline:
 def _read_weights(pipeline: Pipeline) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of the backbone (none in reference mode) and of the pooling, from one file or from shards."""
     index = pipeline.folder / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else []
+    weight_map = _read_json(index).get("weight_map") if index.exists() else {}
+    if not isinstance(weight_map, dict) or any(Path(str(file)).name != file for file in weight_map.values()):
+        raise ValueError(f"weight_map in {index} must give each tensor the name of a file beside it. Copy it again.")
     tensors: dict[str, Tensor] = {}
-    for file in shards or ["model.safetensors"]:
-        tensors.update(load_file(_need(pipeline.folder, file)))
+    for file in sorted(set(weight_map.values())) or ["model.safetensors"]:
+        path = _need(pipeline.folder, file)
+        try:
+            tensors.update(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
     for number, name in enumerate(pipeline.names):  # older checkpoints number their modules
         old, new = f"_modules_list.{number}.", f"_modules_dict.{name}."
         tensors = {new + key.removeprefix(old) if key.startswith(old) else key: v for key, v in tensors.items()}
@@ -260,11 +286,11 @@ def _load_backbone(tensors: dict[str, Tensor], pipeline: Pipeline) -> PreTrained
         # A full dump of transformers 4 says is_decoder=False of every decoder-only model; BERT's would say it too.
         stored = {key: value for key, value in pipeline.backbone["backbone_config"].items() if key != "is_decoder"}
         (Path(folder) / "config.json").write_text(json.dumps(stored))
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     rows = next((value for key, value in tensors.items() if key.endswith("embed_tokens.weight")), torch.zeros(0))
     config.get_text_config().vocab_size = len(rows)  # the stored number is stale where BToks made the matrix grow
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=rows.dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=rows.dtype, trust_remote_code=False)
     expected = model.state_dict()
     missing = expected.keys() - tensors.keys() - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     unknown = tensors.keys() - expected.keys()
@@ -298,7 +324,7 @@ def _read_processor(folders: list[Path], num_btoks: int) -> ProcessorMixin:
         for path in folder.iterdir():
             if path.suffix in (".json", ".txt", ".jinja") and path.name not in ("config.json", "adapter_config.json"):
                 shutil.copy(path, copy)
-        processor = AutoProcessor.from_pretrained(copy)
+        processor = AutoProcessor.from_pretrained(copy, trust_remote_code=False)
     ids = btok_ids(processor.tokenizer)
     if len(ids) != num_btoks:
         raise ValueError(f"the tokenizer in {folder} must hold {num_btoks} BToks (num_tokens), it has {len(ids)}.")

@@ -339,6 +339,23 @@ BROKEN = {
         ),
         "of another shape: model.language_model.norm.weight",
     ),
+    "a damaged config": (lambda r: (r / "btoks_full/config.json").write_text("{"), "config.json is damaged, it is no"),
+    "a list as config": (
+        lambda r: (r / "btoks_full/config.json").write_text("[]"),
+        "config.json must hold a JSON obj",
+    ),
+    "damaged weights": (
+        lambda r: (r / "btoks_full/model.safetensors").write_bytes(b"x" * 99),
+        "btoks_full/model.safetensors is damaged",
+    ),
+    "shards elsewhere": (
+        lambda r: (r / "btoks_full/model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}'),
+        "index.json must give each tensor the name of a file beside it",
+    ),
+    "a finished model": (
+        lambda r: (r / "btoks_full/modules.json").write_text("[]"),
+        "load it with SentenceTransformer",
+    ),
     "names of older transformers": (
         lambda r: rewrite(
             r / "btoks_full/model.safetensors",
