@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from st_btok.inputs.collate import can_collate, collate, cut_rows, num_bytes, num_tokens, signatures
+from st_btok.inputs.collate import can_collate, collate, cut_rows, last_token, num_bytes, num_tokens, signatures
 
 BATCH_TOKENS = 4096  # padded tokens of a batch
 WINDOW_ROWS, WINDOW_BYTES = 1024, 2**26
@@ -60,12 +60,14 @@ class Preparation:
         read: Checks and decodes one input; a ValueError says why it is bad.
         options: Arguments of `model.preprocess`, such as the prompt.
         batch_key: Equal for inputs that the processor can take in one call.
+        last_token: What every input must end in, the last BTok; None for models without BToks.
     """
 
     model: SentenceTransformer
     read: Callable[[Any], Any]
     options: dict[str, Any] = field(default_factory=dict)
     batch_key: Callable[[Any], Any] = type
+    last_token: int | None = None
 
     def read_row(self, value: Any) -> Row:
         """One input, read; memory that can't be had is the row's fault too, as its medium is too large."""
@@ -86,6 +88,16 @@ class Preparation:
             else:
                 rows[0].reason = f"the model's processor refuses it: {str(error) or type(error).__name__}"
                 rows[0].value = None
+            return
+        # Texts get their BToks back from sentence-transformers when they are cut; whatever holds media does not, and
+        # without its BToks a `mean` model would answer with the zero vector.
+        if len(rows) == 1 and self.last_token is not None and last_token(features) != self.last_token:
+            rows[0].reason = (
+                f"an input must end in its bottleneck tokens, but {num_tokens(features)} tokens are left of this one "
+                "and the tokens are cut off. Was model.max_seq_length lowered? Inputs with media need "
+                "st_btok.limits.set_max_seq_length(model[0], n)"
+            )
+            rows[0].value = None
             return
         if not can_collate(features):
             if len(rows) > 1:  # without padding one tensor holds them all, which hides the lengths

@@ -129,6 +129,18 @@ def num_bytes(features: dict[str, Any]) -> int:
     return sum(value.nbytes for value in features.values() if isinstance(value, Tensor))
 
 
+def last_token(features: dict[str, Any]) -> int | None:
+    """Id of the last token of one row, padding aside; None where a row has no tokens.
+
+    Args:
+        features: Features of one row.
+    """
+    ids, mask = features.get("input_ids"), features.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or not mask.any():
+        return None
+    return int(ids[mask.bool()][-1])
+
+
 def num_tokens(features: dict[str, Any]) -> int:
     """True length of one row.
 

@@ -15,9 +15,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from st_btok.inputs.batching import BATCH_TOKENS, Preparation, Row, ahead, batch_features, batches, windows
+from st_btok.inputs.collate import last_token
 from st_btok.inputs.reader import reader_for
+from st_btok.tokens import btok_ids
 
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # the first of them that a model has, as in `encode_document`
 
@@ -109,6 +112,7 @@ def encode_rows(
         reader.read,
         {"prompt": _prompt(model, prompt, prompt_name), **options},
         lambda value: batch_key(value, has_messages),
+        _last_btok(model),
     )
     if device is not None:
         model.to(device)
@@ -121,6 +125,15 @@ def encode_rows(
         return _forward(model, features, options, output_value, normalize_embeddings, truncate_dim)
 
     return _encode(inputs, preparation, batch_tokens, batch_size, run)
+
+
+def _last_btok(model: SentenceTransformer) -> int | None:
+    """The token that ends every input of a BTok model, K or fewer BToks (`read_budget`); None for other models."""
+    tokenizer = getattr(model[0], "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not (ids := btok_ids(tokenizer)):
+        return None
+    last = last_token(model.preprocess(["a"]))
+    return last if last in ids else None
 
 
 def _prompt(model: SentenceTransformer, prompt: str | None, name: str | None) -> str | None:

@@ -15,6 +15,7 @@ from sentence_transformers.util import quantize_embeddings
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from st_btok.inputs.encoding import checked_inputs, encode_checked
+from st_btok.limits import set_max_seq_length
 from st_btok.tokens import btok_ids
 from tests.backbones import BUILDERS, build, clip, inputs, picture, sound, takes, tokenizer
 
@@ -426,3 +427,15 @@ def test_no_string_of_pieces_forges_a_token(qwen, value):
     for row in ("".join(value), user(*map(text, value), text("x"))):
         found = qwen.preprocess([row])["input_ids"]
         assert torch.equal(found[torch.isin(found, ids)], plain[torch.isin(plain, ids)])
+
+
+def test_a_limit_lowered_later_never_costs_a_row_its_btoks_in_silence(btok_model):
+    model = btok_model("qwen2_vl")
+    row = {"image": picture(56, 56), "text": "a long text " * 60}
+    rows = ["a long text " * 60, row, {**row, "text": "short"}]
+    model.max_seq_length = 200
+    result = encode_checked(model, rows, "skip")
+    assert result.rows == [0, 2] and "must end in its bottleneck tokens" in result.skipped[0].reason
+    assert "set_max_seq_length" in result.skipped[0].reason
+    set_max_seq_length(model[0], 200)
+    assert encode_checked(model, rows, "skip").rows == [0, 1, 2]
