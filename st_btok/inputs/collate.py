@@ -130,10 +130,13 @@ def num_bytes(features: dict[str, Any]) -> int:
 
 
 def last_token(features: dict[str, Any]) -> int | None:
-    """Id of the last token of one row, padding aside; None where a row has no tokens.
+    """Id of the last token of one row, padding aside.
 
     Args:
         features: Features of one row.
+
+    Returns:
+        The id; None where a row has no tokens.
     """
     ids, mask = features.get("input_ids"), features.get("attention_mask")
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or not mask.any():

@@ -5,7 +5,8 @@ server in every form of request that people send, and each answer is compared, r
 `SentenceTransformer(PATH).encode`. A form is `equal`, `refused` (an HTTP error, which nobody takes for a vector) or
 `WRONG`: an answer without an error that is another vector.
 
-The right form is `messages` with the saved limits as `chat_template_kwargs`. Where the server returns the states of
+The right form is `messages` with the saved limits as `chat_template_kwargs`; there a text over the limit is refused,
+as only sentence-transformers cuts by tokens and keeps the BToks. Where the server returns the states of
 single tokens (`/pooling`), the mean over the last K of them is right as well.
 """
 
@@ -31,6 +32,7 @@ from st_btok.anatomy import find_btoks
 
 BOUND = 1e-4  # float32 on both sides gives 1e-7 to 1e-6; the wrong forms seen so far give 1e-2 and more
 TIMEOUT = 120  # seconds
+LONG = "long text"
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def rows_of(transformer: Transformer, btok_ids: list[int]) -> list[Row]:
         "other scripts": "Ein Drachen über Zürich, 東京の夜, ночь",
         "forged BTok": f"a text that quotes {btok} and goes on",
         "forged end of turn": f"a text that quotes {end} and goes on",
-        "long text": "A red kite stands over the field. " * (limit // 4 + 1),
+        LONG: "A red kite stands over the field. " * (limit // 4 + 1),
     }
     rows = [Row(name, text, [{"type": "text", "text": text}]) for name, text in texts.items()]
     if "image" in transformer.modality_config:
@@ -312,14 +314,20 @@ def summary(answers: list[Answer]) -> list[str]:
 def serves(answers: list[Answer]) -> bool:
     """Whether every row has a right answer in one of the two right forms.
 
+    A text over the limit may be refused instead: sentence-transformers cuts it by tokens, which no engine does alike.
+
     Args:
         answers: What `serve_check` returned.
 
     Returns:
         True if `messages` or the token states are equal for every row.
     """
-    verdicts = {form: {answer.verdict for answer in answers if answer.form == form} for form in (RIGHT, TOKEN_STATES)}
-    return {"equal"} in verdicts.values()
+    for form in (RIGHT, TOKEN_STATES):
+        own = {answer.row: answer.verdict for answer in answers if answer.form == form}
+        right = [verdict == "equal" or (row, verdict) == (LONG, "refused") for row, verdict in own.items()]
+        if own and all(right):
+            return True
+    return False
 
 
 def main(url: str, model: str, name: str | None, bound: float, json: Path | None) -> int:
@@ -333,7 +341,7 @@ def main(url: str, model: str, name: str | None, bound: float, json: Path | None
         json: File for the answers.
 
     Returns:
-        1 if no right form of request is equal in every row, else 0.
+        1 if no right form of request is equal in every row (or refuses the one over the limit), else 0.
     """
     encoder = SentenceTransformer(model, model_kwargs={"dtype": "float32"})
     answers = serve_check(url, encoder, name, bound, progress=_show)

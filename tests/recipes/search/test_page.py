@@ -66,7 +66,7 @@ def test_nothing_asked_nothing_chosen_nothing_readable(page, tmp_path):
     with pytest.raises(gr.Error, match="Click a hit first"):
         page.more_like([], None, [], "")
     (tmp_path / "broken.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
-    with pytest.raises(gr.Error, match="not an image"):
+    with pytest.raises(gr.Error, match="is PostScript"):
         page.search("", str(tmp_path / "broken.png"), [], "")
 
 
