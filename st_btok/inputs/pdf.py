@@ -14,9 +14,10 @@ from typing import Any
 
 from PIL import Image
 
-from st_btok.inputs.pixels import LARGEST_IMAGE
-
 _POINTS_PER_INCH = 72
+# An A0 poster at 144 dots per inch has 32 million pixels. Drawing takes about 10 bytes for each, and a file of a few
+# bytes can claim a page of any size.
+LARGEST_PAGE = 50_000_000
 
 
 def pdf_pages(
@@ -36,7 +37,7 @@ def pdf_pages(
     Raises:
         ImportError: If pypdfium2 is missing.
         ValueError: If `dpi` is not above 0, the file is missing, damaged, encrypted or without pages, there is no such
-            page, or a page (when it is drawn) is larger than `LARGEST_IMAGE` pixels.
+            page, or a page (when it is drawn) is larger than `LARGEST_PAGE` pixels.
     """
     try:
         import pypdfium2
@@ -63,18 +64,25 @@ def pdf_pages(
         if not total:
             raise ValueError(f"the PDF file {str(path)!r} has no pages. Leave it out.")
         raise ValueError(f"the PDF file {str(path)!r} has the pages 0 to {total - 1}, asked for {wrong}.")
-    return _render(document, str(path), numbers, dpi / _POINTS_PER_INCH)
+    return _render(document, str(path), numbers, dpi / _POINTS_PER_INCH, pypdfium2.PdfiumError)
 
 
-def _render(document: Any, path: str, numbers: Sequence[int], scale: float) -> Iterator[Image.Image]:
+def _render(
+    document: Any, path: str, numbers: Sequence[int], scale: float, document_error: type[Exception]
+) -> Iterator[Image.Image]:
     with document:
         for number in numbers:
-            page = document[number]
+            try:
+                page = document[number]
+            except document_error as error:
+                raise ValueError(
+                    f"page {number} of {path!r} can't be read: {str(error).rstrip('.')}. Leave it out, or repair the file."
+                ) from error
             width, height = (side * scale for side in page.get_size())
-            if not 1 <= width * height <= LARGEST_IMAGE:
+            if not 1 <= width * height <= LARGEST_PAGE:
                 raise ValueError(
                     f"page {number} of {path!r} would have {width:.0f} x {height:.0f} pixels, at least 1 and at most "
-                    f"{LARGEST_IMAGE} can be drawn. Change dpi."
+                    f"{LARGEST_PAGE} can be drawn. Change dpi."
                 )
             bitmap = page.render(scale=scale)
             image = bitmap.to_pil().convert("RGB")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import io
+import re
 import zlib
 
 import numpy as np
@@ -100,3 +102,14 @@ def test_pages_are_inputs(document, qwen):
     single = np.stack([qwen.encode([page])[0] for page in pdf_pages(document, dpi=72)])
     assert np.abs(embeddings - single).max() < 1e-5
     assert np.abs(embeddings[0] - embeddings[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("broken", [(rb"/Kids ?\[ ?\d+", b"/Kids [ 99"), (rb"/Type /Page\b", b"/Type /Nope")])
+def test_a_broken_page_tree_is_a_reason_and_no_traceback(tmp_path, broken):
+    file = io.BytesIO()
+    picture(56, 84).save(file, "PDF", save_all=True, append_images=[picture(56, 84, 1)])
+    damaged = re.sub(*broken, file.getvalue(), count=1)
+    assert damaged != file.getvalue()
+    (tmp_path / "broken.pdf").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"page 0 of .*broken.pdf' can't be read: .*repair the file"):
+        list(pdf_pages(tmp_path / "broken.pdf"))
