@@ -76,7 +76,7 @@ def _render(
                 page = document[number]
             except document_error as error:
                 raise ValueError(
-                    f"page {number} of {path!r} can't be read: {str(error).rstrip('.')}. Leave it out, or repair the file."
+                    f"page {number} of {path!r} can't be read: {str(error).rstrip('.')}. Leave it out, or repair it."
                 ) from error
             width, height = (side * scale for side in page.get_size())
             if not 1 <= width * height <= LARGEST_PAGE:
