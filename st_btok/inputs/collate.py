@@ -10,6 +10,7 @@ and the processor makes their batch, once their length has given them one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -102,11 +103,12 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_side: str
             value = pad_token_id if key == "input_ids" else 0
             batch[key] = torch.cat([_padded(row, key, length, value, padding_side) for row in rows])
     for key in _MEDIA:
+        # Rows without this medium have no entry: media stand in one line, and the token ids tell whose they are.
         parts = [row[key] for row in rows if key in row]
-        if parts:
-            batch[key] = (
-                torch.cat(parts) if isinstance(parts[0], Tensor) else [item for part in parts for item in part]
-            )
+        if parts and isinstance(parts[0], Tensor):
+            batch[key] = torch.cat(parts)
+        elif parts:
+            batch[key] = list(chain.from_iterable(parts))
     return batch
 
 

@@ -49,8 +49,12 @@ def length_buckets(lengths: list[int]) -> list[list[int]]:
     least = len(lengths) * max(lengths)
     for parts in (2, MAX_BUCKETS):
         size = -(-len(lengths) // parts)
-        split = [sorted(by_length[start : start + size]) for start in range(0, len(lengths), size)]
-        positions = sum(len(rows) * max(lengths[row] for row in rows) + _CALL for rows in split) - _CALL
+        split: list[list[int]] = []
+        positions = -_CALL  # the first call is there in any case; each further one has to earn its cost
+        for start in range(0, len(lengths), size):
+            rows = by_length[start : start + size]
+            split.append(sorted(rows))
+            positions += len(rows) * lengths[rows[-1]] + _CALL  # every row is padded to the longest of its part
         if positions < least:
             best, least = split, positions
     return best
