@@ -1,7 +1,9 @@
 """Twins: models that differ in how they pool, trained on the same pairs in the same order, scored on the same search.
 
 A twin is named on the command line: `btok`, `lasttoken` or `mean`, with options behind a colon that reach
-`build_model` and the loss by their own names: `btok:condensation_weight=0`, `btok:readout=last,num_btoks=1`.
+`build_model` and the loss by their own names: `btok:condensation_weight=0`, `btok:readout=last,num_btoks=1`. Two more
+are for controls: `train_btoks=false` keeps the rows of the BToks as they start, and `row_lr=10` multiplies the
+learning rate of the rows (with LoRA, where they are parameters of their own).
 """
 
 from __future__ import annotations
@@ -115,13 +117,17 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
     torch.manual_seed(seed)
     known = set(inspect.signature(build_model).parameters)
     own = {name: value for name, value in twin.options.items() if name in known}
-    rest = {name: value for name, value in twin.options.items() if name not in known}
+    rest = {name: value for name, value in twin.options.items() if name not in known | {"train_btoks", "row_lr"}}
     cached: dict[str, Any] = {"mini_batch_size": settings.mini_batch_size} if settings.mini_batch_size else {}
     if twin.pooling == "btok":
         model = build_model(settings.backbone, device=settings.device, **{"seed": seed, **settings.build, **own})
+        trained = twin.options.get("train_btoks", True)
         if settings.tuning == "lora":
-            model.add_adapter(btok_lora_config(model))
-        return model, (CachedBTokLoss if cached else BTokLoss)(model, **cached, **rest)
+            model.add_adapter(btok_lora_config(model, **({} if trained else {"trainable_token_indices": None})))
+        loss = (CachedBTokLoss if cached else BTokLoss)(model, **cached, **rest)
+        if settings.tuning != "lora" and not trained:
+            _freeze_btoks(loss)
+        return model, loss
     if own:
         raise ValueError(f"{twin.pooling} has no bottleneck tokens, so {sorted(own)} mean nothing to it.")
     # A BTok model says which layers adapters train and how large pictures are, so that all twins agree in both.
@@ -134,6 +140,14 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
         model.add_adapter(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers))
     plain = CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss
     return model, plain(model, **{"scale": 50.0, **cached, **rest})
+
+
+def _freeze_btoks(loss: BTokLoss | CachedBTokLoss) -> None:
+    """The rows of the BToks get no gradient, while all other rows do."""
+    matrix = loss.model[0].model.get_input_embeddings().weight
+    kept = torch.ones(len(matrix), 1, device=matrix.device)
+    kept[getattr(loss, "loss", loss).btoks] = 0
+    matrix.register_hook(lambda grad: grad * kept)
 
 
 def plain_model(
@@ -204,6 +218,9 @@ def train_twin(
     model, loss = build_twin(twin, settings, seed)
     model.model_card_data.generate_widget_examples = False  # they would decode a thousand rows
     before = {search.name: search.ranks(model) for search in searches}
+    rates = {}
+    if "row_lr" in twin.options:
+        rates = {r"trainable_tokens_delta": twin.options["row_lr"] * settings.learning_rate}
     folder = tempfile.TemporaryDirectory()
     arguments = SentenceTransformerTrainingArguments(
         output_dir=folder.name,
@@ -211,6 +228,7 @@ def train_twin(
         dataloader_drop_last=True,  # a short batch has fewer negatives
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
+        learning_rate_mapping=rates,
         lr_scheduler_type="cosine",
         warmup_steps=min(100, settings.steps // 10) if settings.warmup_steps is None else settings.warmup_steps,
         logging_steps=1,

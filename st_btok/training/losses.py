@@ -57,6 +57,11 @@ class BTokLoss(nn.Module):
         condensation_steps: The condensation part is on for the first N optimizer steps only. Default None: always.
             The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000). A weight that depends
             on the step needs to be told it: `callbacks=[BTokCallback()]` for the Trainer.
+        condensation_warmup: The condensation part is trained alone for the first N optimizer steps, as decoders are
+            taught to reconstruct before they embed (SimLM, https://arxiv.org/abs/2207.02578). Default 0.
+        condensation_btoks: Targets read only the first so many bottleneck tokens, at least 1; with `readout="last"`
+            a further token then embeds and takes no part in the term, which separates the two tasks. Default None:
+            all K, as in the paper.
         max_target_tokens: Longest target in tokens, the closing end-of-turn token included; at least 1. Default 64.
         instructions: Prompts to leave out of targets, for `template="plain"`, where a prompt stands directly before
             the text. The model's own `prompts` always count. Under `template="chat"` prompts are a turn of their own.
@@ -135,6 +140,8 @@ class BTokLoss(nn.Module):
         *,
         route: Route | Literal["auto"] = "auto",
         condensation_steps: int | None = None,
+        condensation_warmup: int = 0,
+        condensation_btoks: int | None = None,
         max_target_tokens: int = 64,
         instructions: Sequence[str] = (),
         lm_head: nn.Module | Tensor | str | None = None,
@@ -157,7 +164,7 @@ class BTokLoss(nn.Module):
         self.target = target
         self.max_target_tokens = max_target_tokens
         self.gather_across_devices = gather_across_devices
-        self.schedule = Schedule(condensation_weight, condensation_steps)
+        self.schedule = Schedule(condensation_weight, condensation_steps, condensation_warmup)
         self.filter = None
         if false_negative_margin is not None or same_modality_negatives:
             self.filter = FilteredSimilarity(similarity_fct, false_negative_margin, same_modality_negatives)
@@ -167,6 +174,7 @@ class BTokLoss(nn.Module):
         )
         transformer, self.btoks = find_btoks(model)
         check_appends_all(model)
+        self.condensed = self._condensed(condensation_btoks)
         self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
         # A loaded checkpoint has trainable WordWeights; trained ones would let other tokens leak into the mean.
         for module in model.modules():
@@ -177,9 +185,17 @@ class BTokLoss(nn.Module):
         self.route: Route | None = None
         self.leak: float | None = None
         if target != "none" and condensation_weight != 0:
-            self.route, self.leak = choose_route(transformer, self.btoks, self.reader.end, route, self.lm_head)
+            self.route, self.leak = choose_route(transformer, self.condensed, self.reader.end, route, self.lm_head)
         self.measured: Measured | None = None
         self._checked_precision = False
+
+    def _condensed(self, number: int | None) -> list[int]:
+        """The bottleneck tokens that targets read."""
+        if number is not None and not 1 <= number <= len(self.btoks):
+            raise ValueError(
+                f"condensation_btoks must be 1 to {len(self.btoks)}, the number of bottleneck tokens, got {number}."
+            )
+        return self.btoks[:number]
 
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
@@ -292,7 +308,7 @@ class BTokLoss(nn.Module):
             if targets is not None and ALL_LAYERS not in features:
                 route = self.route or "attention"
                 stack.enter_context(
-                    condensed_forward(transformer, features, targets, self.btoks, route, self.lm_head, likelihood)
+                    condensed_forward(transformer, features, targets, self.condensed, route, self.lm_head, likelihood)
                 )
             output = self.model(features)
         # Taken out: MatryoshkaLoss hands the same output to one call per dimension, and the term counts once.
@@ -318,7 +334,7 @@ class BTokLoss(nn.Module):
             if self.filter is not None:
                 self.filter.begin(facts, self.ranking.directions)
             losses.append(self.ranking.compute_loss_from_embeddings(list(columns), labels=None))  # type: ignore[arg-type]
-        loss = torch.stack(losses).mean()
+        loss = torch.stack(losses).mean() * self.schedule.ranking()
         return across_processes(loss) if self.gather_across_devices else loss
 
     def condense(self, nll: Tensor, tokens: int, weight: float) -> tuple[Tensor, Tensor]:
@@ -350,6 +366,8 @@ class BTokLoss(nn.Module):
         return {
             "condensation_weight": getattr(weight, "__name__", repr(weight)) if callable(weight) else weight,
             "condensation_steps": self.schedule.steps,
+            "condensation_warmup": self.schedule.warmup,
+            "condensation_btoks": len(self.condensed),
             "target": self.target,
             "route": self.route,
             "max_target_tokens": self.max_target_tokens,

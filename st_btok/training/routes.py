@@ -50,7 +50,7 @@ class Task:
         transformer: The model's first module, unwrapped.
         features: The features of the column; the call of the model must be on this dict.
         targets: B id tensors, empty for rows without a target; at least one is not empty.
-        btoks: The K token ids.
+        btoks: The token ids that targets read: all K, or the first of them.
         head: (V, D) output embedding matrix; None for the input embeddings, looked up while the model runs, because a
             sharded matrix is whole only then.
         likelihood: Turns (M, D) states, (M,) labels and the head into (M,) negative log-likelihoods.
@@ -70,7 +70,7 @@ class Task:
         return nll.new_zeros(len(self.targets)).index_add(0, rows, nll)
 
     def btok_positions(self) -> Tensor:
-        """(B, K) where the bottleneck tokens stand in the column's own layout."""
+        """(B, K) where the bottleneck tokens that targets read stand in the column's own layout."""
         return check_btoks(self.features["input_ids"], self.features["attention_mask"], self.btoks, "the batch")
 
 
@@ -191,10 +191,12 @@ class KVRoute:
         predictors = states[self.rows, last][:, None]  # (R, 1, D): the last BTok predicts the first target token
         if self.ids.shape[1] > 1:
             model = self.task.transformer.model
+            mask = self.task.features["attention_mask"][self.rows]
+            ends = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # each row's last token, behind which the target stands
             read = model.get_decoder()(
                 inputs_embeds=model.get_input_embeddings()(self.ids[:, :-1]),
                 attention_mask=_behind_btoks(self.mask, len(self.task.btoks)),
-                position_ids=_next_positions(self.positions, self.rows, last, self.ids.shape[1] - 1, len(states)),
+                position_ids=_next_positions(self.positions, self.rows, ends, self.ids.shape[1] - 1, len(states)),
                 past_key_values=_btok_cache(self.cache, self.rows, btok_positions, states.shape[1]),
                 use_cache=True,
                 return_dict=True,
@@ -299,12 +301,12 @@ def _btok_cache(cache: DynamicCache, rows: Tensor, btok_positions: Tensor, width
 
 
 def _next_positions(positions: Tensor | None, rows: Tensor, last: Tensor, length: int, batch_size: int) -> Tensor:
-    """Positions that continue behind the last BTok on every axis, as they would in the joint sequence.
+    """Positions that continue behind the last token on every axis, as they would in the joint sequence.
 
     Args:
         positions: (B, T), (1, T), or (A, B, T) for mRoPE with A axes; None where the backbone counts from 0.
         rows: (R,) rows with a target.
-        last: (R,) index of the last BTok of these rows.
+        last: (R,) index of the last token of these rows.
         length: How many positions to return.
         batch_size: B.
 

@@ -182,7 +182,7 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
     Args:
         features: One column's features; every 2-D tensor of the shape of `input_ids` counts as per-token.
         targets: B id tensors, empty for rows without a target.
-        btoks: The K token ids.
+        btoks: The token ids that the target reads: all K, or the first of them.
 
     Returns:
         The joint batch, on the device of `features`.
@@ -212,7 +212,10 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
     segments[torch.isin(joint["input_ids"], torch.tensor(btoks, device=device)) & is_input] = BTOK
     segments[is_target] = TARGET
     predictors = is_target.nonzero()  # (M, 2), row-major like `labels`
-    predictors = torch.stack([predictors[:, 0], predictors[:, 1] - 1], 1)
+    # The token before, but for each row's first: the last BTok that the target reads, also with another behind it.
+    rows_of, before = predictors[:, 0], predictors[:, 1] - 1
+    last = torch.where(segments == BTOK, columns, -1).amax(1)  # (B,)
+    predictors = torch.stack([rows_of, torch.where(before < lengths[rows_of], last[rows_of], before)], 1)
     return JointBatch(joint, segments, features, (mask.cumsum(1) - 1).clamp(min=0), predictors, labels)
 
 

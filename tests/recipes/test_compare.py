@@ -7,12 +7,14 @@ import json
 import datasets
 import numpy as np
 import pytest
+import torch
 
 from recipes import compare as recipe
 from recipes import twins
 from recipes.compare import CompareConfig, compare
 from recipes.paired import Run
 from recipes.twins import Twin
+from st_btok.anatomy import find_btoks
 from tests.backbones import build
 
 
@@ -93,6 +95,48 @@ def test_equal_time_gives_a_slower_twin_fewer_steps(folder, tmp_path, monkeypatc
     assert made == [("btok", recipe.CALIBRATION), ("lasttoken", recipe.CALIBRATION), ("btok", 10), ("lasttoken", 20)]
     compare(config(folder, tmp_path, equal="time", steps=20, seeds=1))
     assert len(made) == 4
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_untrained_rows_stay_as_they_start(folder, tmp_path, tuning):
+    """`train_btoks=false`; the other weights train, and trained rows move."""
+    data = datasets.DatasetDict(
+        {"pairs": datasets.Dataset.from_json(str(folder / "pairs.jsonl"), cache_dir=str(tmp_path))}
+    )
+    settings = twins.TwinSettings(
+        str(folder / "backbone"), 2, batch_size=4, learning_rate=1e-2, tuning=tuning, device="cpu"
+    )
+    rows = {}
+    for text in ("btok:train_btoks=false", "btok"):
+        twin = Twin.parse(text)
+        start, _ = twins.build_twin(twin, settings, 0)
+        model, _ = twins.train_twin(text, twin, settings, 0, data, [])
+        ids = find_btoks(model)[1]
+        rows[text] = [embed(m[0].model.get_input_embeddings(), ids) for m in (start, model)]
+        assert not np.allclose(start.encode("x"), model.encode("x"), atol=1e-3), "nothing trained"
+    assert np.array_equal(*rows["btok:train_btoks=false"]) and not np.allclose(*rows["btok"], atol=1e-4)
+
+
+def test_rows_can_learn_faster(folder, tmp_path):
+    """`row_lr`: with a multiple of 0 the rows stand still; a model without such parameters is refused."""
+    data = datasets.DatasetDict(
+        {"pairs": datasets.Dataset.from_json(str(folder / "pairs.jsonl"), cache_dir=str(tmp_path))}
+    )
+    settings = twins.TwinSettings(str(folder / "backbone"), 2, 4, learning_rate=1e-2, device="cpu")
+    moved = {}
+    for factor in (0, 1, 10):
+        twin = Twin.parse(f"btok:row_lr={factor}")
+        start, _ = twins.build_twin(twin, settings, 0)
+        model, _ = twins.train_twin("x", twin, settings, 0, data, [])
+        ids = find_btoks(model)[1]
+        before, after = (embed(m[0].model.get_input_embeddings(), ids) for m in (start, model))
+        moved[factor] = np.abs(after - before).max()
+    assert moved[0] == 0 and moved[10] > 5 * moved[1] > 0
+
+
+def embed(embeddings, ids):
+    with torch.no_grad():
+        return embeddings(torch.tensor(ids)).numpy()
 
 
 def test_options_of_a_twin_reach_the_builder_and_the_loss(folder):

@@ -144,11 +144,57 @@ def test_rows_without_btoks_are_named(qwen):
         ({"max_target_tokens": 0}, "max_target_tokens must be at least 1"),
         ({"condensation_weight": -1.0}, "at least 0"),
         ({"scale": 0.0}, "Scale must be"),
+        ({"condensation_btoks": 5}, "condensation_btoks must be 1 to 4"),
+        ({"condensation_warmup": -1}, "condensation_warmup must be at least 0"),
     ],
 )
 def test_bad_arguments_are_refused(qwen, options, message):
     with pytest.raises(ValueError, match=message):
         BTokLoss(qwen, **options)
+
+
+@pytest.mark.parametrize("loss_class", [BTokLoss, CachedBTokLoss])
+def test_a_warmup_trains_the_term_alone(qwen, loss_class):
+    """Value and gradients of the first steps are those of the term; afterwards those of both parts."""
+    features = columns(qwen, "qwen2_vl")
+    loss = loss_class(qwen, condensation_weight=0.5, condensation_warmup=3)
+    parts = BTokLoss(qwen, condensation_weight=0.5)([dict(column) for column in features])
+    qwen.zero_grad()
+    parts["condensation"].backward(retain_graph=True)
+    alone = gradients(qwen)
+    qwen.zero_grad()
+    total(parts).backward()
+    both = gradients(qwen)
+    for step, value, wanted in ((2, parts["condensation"], alone), (3, total(parts), both)):
+        loss.schedule.step = step
+        found, grads = run(loss, features)
+        torch.testing.assert_close(found, value.detach(), atol=1e-5, rtol=1e-5)
+        for name, grad in wanted.items():
+            scale = max(1.0, grad.abs().max().item())
+            torch.testing.assert_close(grads[name] / scale, grad / scale, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("loss_class", [BTokLoss, CachedBTokLoss])
+def test_a_further_token_ranks_alone(qwen, loss_class):
+    """The term of the first three of four tokens does not depend on the fourth's row."""
+    features = columns(qwen, "qwen2_vl")
+    head = qwen[0].model.get_input_embeddings().weight.detach().clone()  # apart, so that only the input changes
+    values = []
+    for _ in range(2):
+        loss = loss_class(qwen, condensation_btoks=3, lm_head=head)
+        values.append(loss([dict(column) for column in features]))
+        with torch.no_grad():
+            qwen[0].model.get_input_embeddings().weight[loss_of(loss).btoks[3]] += 1
+    assert torch.equal(values[0]["condensation"], values[1]["condensation"])
+    assert values[0]["ranking"] != values[1]["ranking"]
+    assert (
+        values[0]["condensation"]
+        != loss_class(qwen, lm_head=head)([dict(column) for column in features])["condensation"]
+    )
+
+
+def loss_of(loss):
+    return getattr(loss, "loss", loss)
 
 
 def test_config_and_citation_for_the_model_card(qwen):

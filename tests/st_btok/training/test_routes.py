@@ -229,3 +229,28 @@ def test_the_unmasked_control_is_the_plain_likelihood_of_the_joint_row(qwen):
     torch.testing.assert_close(plain["sentence_embedding"], masked["sentence_embedding"], rtol=0, atol=1e-6)
     loss = BTokLoss(qwen, route="unmasked")
     assert loss.route == "unmasked" and loss.leak is None and loss.get_config_dict()["route"] == "unmasked"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_further_token_takes_no_part_in_the_term(model, family, side):
+    """Targets that read the first two BToks only: routes agree, and the others get no gradient from them."""
+    model.tokenizer.padding_side = side
+    features, targets = case(model, family)
+    transformer, ids = find_btoks(model)
+    rows = transformer.model.get_input_embeddings().weight
+    head = rows.detach().clone()  # apart, so that the rows' gradient is that of the inputs alone
+    found = {}
+    for route in routes(model):
+        model.zero_grad()
+        whole = run(model, features, targets, route)[NLL_KEY].detach()
+        column = dict(features)
+        with condensed_forward(transformer, column, targets, ids[:2], route, head):
+            output = model(column)
+        output[NLL_KEY].sum().backward()
+        found[route] = output[NLL_KEY].detach()
+        assert (found[route] - whole).abs().max() > 1e-4, "vacuous: the other tokens never mattered"
+        assert (rows.grad[ids[:2]].abs().sum(1) > 0).all()
+        assert rows.grad[ids[2:]].abs().max() == 0
+    # The tests' sliding windows are shorter than a target: in the cache they skip the tokens that were left out.
+    if "kv" in found and not getattr(transformer.model.get_decoder().config, "sliding_window", None):
+        torch.testing.assert_close(found["kv"], found["attention"], atol=1e-5, rtol=1e-5)
