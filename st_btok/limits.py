@@ -4,7 +4,7 @@ Text alone is cut by sentence-transformers itself, exactly: the tokenizer cuts a
 tail (the turn's closing and the BToks) is written back over the end (`Transformer._restore_chat_template_suffix`, ST
 6.2). It leaves alone whatever holds media, or what it can't tell from media. Such inputs must arrive within the limit,
 and there the chat template sees to it with an upper bound: see `templates/bound.jinja`. This file measures what that
-bound adds up, by running the backbone's own processor.
+bound adds up, by running the backbone's own processor. (The checked path counts tokens instead: `inputs/fitting.py`.)
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def text_limits(transformer: Transformer, max_seq_length: int) -> dict[str, int]
 def _media_limits(transformer: Transformer) -> dict[str, Any]:
     """What `bound.jinja` adds up: tokens of the largest media, of a row's frame, and characters that grow.
 
-    A template can't see how many frames or seconds a medium has; 8 frames and 30 seconds are counted.
+    A template can't see how many seconds a sound has, nor the frames of a video unless it is a list: 30 seconds and 8
+    frames are counted.
     """
     tokenizer = tokenizer_of(transformer)
     growing, growth = growing_characters(tokenizer)

@@ -21,6 +21,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from st_btok.inputs.collate import can_collate, collate, cut_rows, last_token, num_bytes, num_tokens, signatures
+from st_btok.inputs.fitting import TooLongError, fit, without_limits
 
 BATCH_TOKENS = 4096  # padded tokens of a batch
 WINDOW_ROWS, WINDOW_BYTES = 1024, 2**26
@@ -61,6 +62,7 @@ class Preparation:
         options: Arguments of `model.preprocess`, such as the prompt.
         batch_key: Equal for inputs that the processor can take in one call.
         last_token: What every input must end in, the last BTok; None for models without BToks.
+        limit: Tokens that an input with media is fitted into; None leaves it to the model, as for texts.
     """
 
     model: SentenceTransformer
@@ -68,6 +70,7 @@ class Preparation:
     options: dict[str, Any] = field(default_factory=dict)
     batch_key: Callable[[Any], Any] = type
     last_token: int | None = None
+    limit: int | None = None
 
     def read_row(self, value: Any) -> Row:
         """One input, read; memory that can't be had is the row's fault too, as its medium is too large."""
@@ -78,9 +81,11 @@ class Preparation:
 
     def preprocess(self, rows: Sequence[Row]) -> None:
         """Give rows their features and lengths; texts come together, everything else alone."""
-        values = [row.value for row in rows]
         try:
-            features = dict(self.model.preprocess(values, **self.options))
+            features = self._features(rows)
+        except TooLongError as error:
+            rows[0].reason, rows[0].value = str(error), None
+            return
         except Exception as error:  # what processors raise differs by family
             if len(rows) > 1:
                 for row in rows:
@@ -89,13 +94,11 @@ class Preparation:
                 rows[0].reason = f"the model's processor refuses it: {str(error) or type(error).__name__}"
                 rows[0].value = None
             return
-        # Texts get their BToks back from sentence-transformers when they are cut; whatever holds media does not, and
-        # without its BToks a `mean` model would answer with the zero vector.
+        # Without its BToks a `mean` model would answer with the zero vector.
         if len(rows) == 1 and self.last_token is not None and last_token(features) != self.last_token:
             rows[0].reason = (
-                f"an input must end in its bottleneck tokens, but {num_tokens(features)} tokens are left of this one "
-                "and the tokens are cut off. Was model.max_seq_length lowered? Inputs with media need "
-                "st_btok.limits.set_max_seq_length(model[0], n)"
+                f"an input must end in its bottleneck tokens, but they are cut off and {num_tokens(features)} tokens "
+                "are left of this one. Raise model.max_seq_length"
             )
             rows[0].value = None
             return
@@ -109,6 +112,22 @@ class Preparation:
         cut = cut_rows(features) if len(rows) > 1 else [features]
         for row, own in zip(rows, cut, strict=True):
             row.features, row.length, row.value = own, num_tokens(own), None
+
+    def _features(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Features of texts together, or of one row with media, whose value is then as long as it may be."""
+        values = [row.value for row in rows]
+        if self.limit is None or len(rows) > 1 or is_text(values[0]):
+            return dict(self.model.preprocess(values, **self.options))
+        fitted = fit(values[0], lambda value: self.batch([value]), self.limit, self.model.tokenizer)
+        rows[0].value = fitted.value
+        return fitted.features
+
+    def batch(self, values: Sequence[Any]) -> dict[str, Any]:
+        """What the processor makes of inputs whose length was seen to before."""
+        options = dict(self.options)
+        if self.limit is not None and not any(map(is_text, values)):
+            options["processing_kwargs"] = without_limits(options.get("processing_kwargs"))
+        return dict(self.model.preprocess(values, **options))
 
 
 def windows(items: Iterable[tuple[int, Any]], prepare: Preparation) -> Iterator[list[Row]]:
@@ -204,7 +223,7 @@ def batches(window: Sequence[Row], prepare: Preparation, tokens: int, rows: int 
         groups.setdefault(("features", key), []).append(row)
     for row in window:
         if row.features is None and not row.reason:
-            groups.setdefault(("inputs", prepare.batch_key(row.value)), []).append(row)
+            groups.setdefault(("inputs", is_text(row.value), prepare.batch_key(row.value)), []).append(row)
     for group in groups.values():
         group.sort(key=lambda row: -row.length)
         batch: list[Row] = []
@@ -235,7 +254,7 @@ def batch_features(batch: Sequence[Row], prepare: Preparation) -> dict[str, Any]
         Features of the batch, on the CPU.
     """
     if batch[0].features is None:
-        return dict(prepare.model.preprocess([row.value for row in batch], **prepare.options))
+        return prepare.batch([row.value for row in batch])
     tokenizer = prepare.model.tokenizer
     pad = getattr(tokenizer, "pad_token_id", None)
     side = getattr(tokenizer, "padding_side", "right")

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from st_btok.inputs.batching import BATCH_TOKENS, Preparation, Row, ahead, batch_features, batches, windows
 from st_btok.inputs.collate import last_token
+from st_btok.inputs.fitting import limit_of, with_raised_limit
 from st_btok.inputs.reader import reader_for
 from st_btok.tokens import btok_ids
 
@@ -107,12 +108,17 @@ def encode_rows(
     options = {**kwargs, **({"task": task} if task else {})}
     options["processing_kwargs"] = _whole_videos(model, processing_kwargs)
     has_messages = "message" in reader.modalities
+    end = _last_btok(model)
+    limit = None if end is None else limit_of(model, processing_kwargs)
+    if limit is not None:
+        options["processing_kwargs"] = with_raised_limit(model, options["processing_kwargs"], limit)
     preparation = Preparation(
         model,
         reader.read,
         {"prompt": _prompt(model, prompt, prompt_name), **options},
         lambda value: batch_key(value, has_messages),
-        _last_btok(model),
+        end,
+        limit,
     )
     if device is not None:
         model.to(device)

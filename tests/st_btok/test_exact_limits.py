@@ -30,7 +30,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from st_btok import build_model
+from st_btok import build_model, encode_checked
 from st_btok.anatomy import find_btoks
 from st_btok.limits import set_max_seq_length
 from tests.backbones import LLAMA_TEMPLATE, QWEN_TEMPLATE, SPECIAL, TEXT, picture, tokenizer
@@ -162,6 +162,23 @@ def test_image_and_text_stay_below_it_and_use_what_the_bound_allows(stock, named
         assert len(alone) + used + grows * 30 >= 0.9 * LIMIT, script
         if named_tokenizer[0] == "byte-level":
             assert len(row) >= 0.9 * LIMIT, script
+
+
+def test_the_checked_path_uses_the_limit_to_the_token_with_an_image_too(stock):
+    """At least 90 % is asked for; a character of several tokens is dropped whole, so the last few can be missing."""
+    image = picture(448, 448)
+    for order in (("image", "text"), ("text", "image")):
+        samples = []
+        for text in TEXTS.values():
+            both = {"image": image, "text": text}
+            samples.append({kind: both[kind] for kind in order})
+        states = encode_checked(stock, samples, output_value="token_embeddings").embeddings
+        for script, row in zip(TEXTS, states, strict=True):
+            assert LIMIT - 4 <= len(row) <= LIMIT, (script, order)
+        vectors = encode_checked(stock, samples).embeddings
+        assert np.linalg.norm(vectors, axis=1).min() > 0.99
+    short = [{"image": image, "text": text[:30]} for text in TEXTS.values()]
+    np.testing.assert_allclose(encode_checked(stock, short).embeddings, stock.encode(short), atol=1e-5)
 
 
 def test_roles_instructions_and_many_turns_count(stock):

@@ -44,6 +44,15 @@ def test_the_longest_image_is_counted_not_the_square_one(qwen):
     assert lengths[1] > lengths[0] + 30 and counted >= lengths[1] - lengths[0] + 16
 
 
+def test_frames_in_a_list_are_counted(qwen):
+    set_max_seq_length(qwen[0], 1200)
+    largest = [picture(112, 112, seed) for seed in range(24)]
+    row = qwen[0].preprocess([{"video": largest, "text": "x" * 5000}])["input_ids"][0].tolist()
+    assert 12 * 16 < len(row) <= 1200 and row[-4:] == find_btoks(qwen)[1]
+    with pytest.raises(Exception, match="media must leave room"):
+        qwen[0].preprocess([{"video": largest * 4, "text": "x"}])
+
+
 def test_a_limit_without_room_is_refused(qwen):
     with pytest.raises(ValueError, match="bottleneck tokens alone take .* max_seq_length is 5"):
         set_max_seq_length(qwen[0], 5)

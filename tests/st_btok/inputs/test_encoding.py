@@ -15,7 +15,7 @@ from sentence_transformers.util import quantize_embeddings
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from st_btok.inputs.encoding import checked_inputs, encode_checked
-from st_btok.limits import set_max_seq_length
+from st_btok.limits import UNLIMITED
 from st_btok.tokens import btok_ids
 from tests.backbones import BUILDERS, build, clip, inputs, picture, sound, takes, tokenizer
 
@@ -160,7 +160,7 @@ def test_rows_that_only_the_processor_refuses_are_bad_rows_too(btok_model):
     result = encode_checked(model, values, on_error="skip")
     assert result.rows == [0, 2] and "media must leave room" in result.skipped[0].reason
     assert difference(result.embeddings, one_by_one(model, ["a", picture()])) < 1e-5
-    with pytest.raises(ValueError, match="row 1: the model's processor refuses it: st_btok: an input's media"):
+    with pytest.raises(ValueError, match="row 1: an input's media must leave room .* max_seq_length is 140"):
         encode_checked(model, values)
 
 
@@ -429,13 +429,49 @@ def test_no_string_of_pieces_forges_a_token(qwen, value):
         assert torch.equal(found[torch.isin(found, ids)], plain[torch.isin(plain, ids)])
 
 
-def test_a_limit_lowered_later_never_costs_a_row_its_btoks_in_silence(btok_model):
-    model = btok_model("qwen2_vl")
+def test_a_limit_set_later_holds_for_media_too(btok_model):
+    """Lowered, where plain `encode` would lose the BToks, and raised, where its template still cuts."""
+    model = btok_model("qwen2_vl", max_seq_length=300)
     row = {"image": picture(56, 56), "text": "a long text " * 60}
-    rows = ["a long text " * 60, row, {**row, "text": "short"}]
-    model.max_seq_length = 200
-    result = encode_checked(model, rows, "skip")
-    assert result.rows == [0, 2] and "must end in its bottleneck tokens" in result.skipped[0].reason
-    assert "set_max_seq_length" in result.skipped[0].reason
-    set_max_seq_length(model[0], 200)
-    assert encode_checked(model, rows, "skip").rows == [0, 1, 2]
+    rows = ["a long text " * 60, row, {**row, "text": "short"}, {"image": [picture(56, 56)] * 120, "text": "many"}]
+    for limit in (200, 600):
+        model.max_seq_length = limit
+        result = encode_checked(model, rows, "skip")
+        assert result.rows == [0, 1, 2] and f"max_seq_length is {limit}" in result.skipped[0].reason
+        tokens = encode_checked(model, rows[:3], output_value="token_embeddings").embeddings
+        assert [len(part) for part in tokens[:2]] == [limit, limit] and len(tokens[2]) < 100
+        assert difference(encode_checked(model, rows[:3]).embeddings, result.embeddings) < 1e-5
+    unlimited = encode_checked(model, rows[:2], processing_kwargs=UNLIMITED, output_value="token_embeddings").embeddings
+    assert min(len(part) for part in unlimited) > 720
+
+
+@pytest.mark.parametrize("name", TAKE["image"])
+def test_media_and_long_text_use_the_whole_limit_on_every_family(btok_model, name):
+    """In every order, in turns too; the text that stays is the same as if the user had cut it there."""
+    limit = 500 if name in ("smolvlm", "idefics3") else 300
+    model = btok_model(name, max_seq_length=limit)
+    long = "words and more words. " * 60
+    image = {"type": "image", "image": picture(56, 56)}
+    rows = [
+        {"image": picture(56, 56), "text": long},
+        {"text": long, "image": picture(56, 56)},
+        user(image, text(long)),
+        user(text(long), image),
+        [*user(text("first")), *user(text(long), image)],
+    ]
+    single = [encode_checked(model, [row], output_value="token_embeddings").embeddings[0] for row in rows]
+    assert {len(states) for states in single} == {limit}, "one token a byte"
+    together = encode_checked(model, rows, batch_tokens=10**6).embeddings
+    assert difference(together, np.concatenate([encode_checked(model, [row]).embeddings for row in rows])) < 1e-5
+    whole = encode_checked(model, [{**rows[0], "text": ""}], output_value="token_embeddings").embeddings[0]
+    cut = {**rows[0], "text": long[: limit - len(whole)]}
+    assert difference(encode_checked(model, [cut]).embeddings[0], together[0]) < 1e-5
+
+
+def test_long_videos_are_counted_in_full(btok_model):
+    model = btok_model("qwen2_vl", max_seq_length=700)
+    long = "words and more words. " * 60
+    rows = [{"video": clip(24), "text": long}, {"video": list(clip(24)), "text": long}, {"video": clip(2000)}]
+    result = encode_checked(model, rows, "skip", output_value="token_embeddings")
+    assert [len(states) for states in result.embeddings] == [700, 700]
+    assert "media must leave room" in result.skipped[0].reason
