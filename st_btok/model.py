@@ -30,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import quantization_config
 
 from st_btok.anatomy import tokenizer_of
+from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.limits import set_max_seq_length
 from st_btok.pooling import BTokPooling
@@ -115,6 +116,7 @@ def build_model(
     _set_processing(transformer, max_seq_length, min_pixels, max_pixels)
     _check_rows(transformer, ids)
     _check_causal(transformer)
+    frame_bare_text(transformer)
     pooling = BTokPooling(transformer.get_embedding_dimension(), ids, readout)
     modules = [transformer, *pooling.stock_modules(tokenizer), Normalize()]
     if readout == "mean":
