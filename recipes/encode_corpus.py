@@ -5,9 +5,9 @@
 What a corpus can be stands in `recipes/data/corpus.py`: JSONL, CSV, Parquet, a folder of files, a data set. Rows are
 embedded as documents, a shard at a time; a shard is a Parquet file with the columns `id`, `embedding` and `error`,
 written whole or not at all. A row that can't be read gets its reason in `error` and no embedding. Started again, the
-command goes on with the missing shards; the folder knows the corpus and the model by content, so other texts or
-retrained weights are refused, not mixed. Two processes can share a folder. `encode_corpus_ray.py` does the same on
-many devices.
+command goes on with the missing shards; the folder knows the corpus and the model by content, so other texts, changed
+pictures or retrained weights are refused, not mixed. Two processes can share a folder. `encode_corpus_ray.py` does the
+same on many devices.
 
 The embeddings are those of `encode_document` on the same dicts: keys in the order of the columns (a text before an
 image is another input than a text behind it), media by path, and the weights in the type asked for (`--dtype`).
@@ -20,7 +20,9 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from evaluation.embedding.fingerprint import fingerprint
-from recipes.data.corpus import BrokenRecordError, Corpus, as_input, open_corpus
+from recipes.data.corpus import Corpus, as_input, open_corpus
+from recipes.data.corpus_records import BrokenRecordError
 from st_btok import encode_rows
 
 _TYPES = {"float32": pa.float32(), "int8": pa.int8(), "binary": pa.int8(), "ubinary": pa.uint8()}
@@ -66,8 +69,8 @@ class Shard:
     path: str
 
 
-def plan(config: EncodeConfig, corpus: Corpus, model: SentenceTransformer) -> list[Shard]:
-    """The shards that are still missing.
+def plan(config: EncodeConfig, corpus: Corpus, model: SentenceTransformer) -> Iterator[Shard]:
+    """The shards that are still missing; of a stream they show one by one, as it is read.
 
     Args:
         config: The settings.
@@ -93,33 +96,50 @@ def plan(config: EncodeConfig, corpus: Corpus, model: SentenceTransformer) -> li
     settings = {name: settings[name] for name in EncodeConfig.__dataclass_fields__ if name in settings}
     settings |= {"corpus": corpus.digest, "num_rows": corpus.num_rows, "model": fingerprint(model)}
     manifest = folder / "corpus.json"
-    if manifest.exists():
-        found = json.loads(manifest.read_text())
-        other = {key: (found.get(key), value) for key, value in settings.items() if found.get(key) != value}
-        if other:
-            raise ValueError(
-                f"{folder} holds shards of another corpus, model or setting (there, now): {other}. Use another "
-                "--output."
-            )
-    else:
-        write_whole(manifest, lambda path: path.write_text(json.dumps(settings, indent=2)))
-    starts = range(0, corpus.num_rows, config.shard_size)
-    shards = [
-        Shard(first, min(first + config.shard_size, corpus.num_rows), str(folder / f"shard-{number:06d}.parquet"))
-        for number, first in enumerate(starts)
-    ]
-    return [shard for shard in shards if not Path(shard.path).exists()]
+    if not manifest.exists():
+        write_whole(manifest, lambda path: path.write_text(json.dumps(settings, indent=2)), may_replace=False)
+    found = json.loads(manifest.read_text())
+    other = {key: (found.get(key), value) for key, value in settings.items() if found.get(key) != value}
+    if other:
+        raise ValueError(
+            f"{folder} holds shards of another corpus, model or setting (there, now): {other}. Use another --output."
+        )
+    return _missing(config, corpus)
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash or on a full disk."""
+def _missing(config: EncodeConfig, corpus: Corpus) -> Iterator[Shard]:
+    """Ranges without a file. Where a stream ends is written down: asking it again would read all of it."""
+    end = Path(config.output) / "end.json"
+    known = json.loads(end.read_text()) if corpus.num_rows is None and end.exists() else corpus.num_rows
+    for number, first in enumerate(count(0, config.shard_size)):
+        path = Path(config.output) / f"shard-{number:06d}.parquet"
+        if known is not None and first >= known:
+            return
+        if path.exists():
+            continue
+        if not corpus.has(first):
+            write_whole(end, lambda place, rows=first: place.write_text(json.dumps(rows)))
+            return
+        stop = first + config.shard_size
+        yield Shard(first, stop if known is None else min(stop, known), str(path))
+
+
+def write_whole(path: Path, write: Any, may_replace: bool = True) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash or on a full disk.
+
+    Without `may_replace` the first of two processes wins.
+    """
     unique = f"{socket.gethostname()}.{uuid.uuid4().hex[:8]}.{os.getpid()}"
     part = path.with_name(f"{path.name}.{unique}.unfinished")
     try:
         write(part)
         with part.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(part, path)
+        if may_replace:
+            os.replace(part, path)
+        else:
+            with suppress(FileExistsError):
+                os.link(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -145,6 +165,11 @@ def encode_shard(model: SentenceTransformer, corpus: Corpus, shard: Shard, confi
     """
     ids: list[str] = []
     vectors, errors = _embed(model, corpus, shard.first, shard.stop, config, ids)
+    if corpus.num_rows is not None and len(ids) < shard.stop - shard.first:
+        raise ValueError(
+            f"the corpus must stay as it is while it is embedded: rows {shard.first} to {shard.stop} were counted, "
+            f"{len(ids)} of them are left. Start again, with another --output."
+        )
     kept = [row for row, error in enumerate(errors) if not error]
     stored: list[Any] = [None] * len(errors)
     if kept:
@@ -180,7 +205,7 @@ def _embed(
                 yield None
 
     broken: dict[int, str] = {}
-    errors = [""] * (stop - first)
+    reasons: dict[int, str] = {}
     vectors = {}
     done = encode_rows(
         model,
@@ -194,10 +219,10 @@ def _embed(
     )
     for row in done:
         if row.reason:
-            errors[row.row] = _storable(broken.get(row.row, row.reason))
+            reasons[row.row] = _storable(broken.get(row.row, row.reason))
         else:
             vectors[row.row] = row.embedding.float().cpu().numpy()
-    return vectors, errors
+    return vectors, [reasons.get(row, "") for row in range(len(ids))]  # a stream can end before `stop`
 
 
 def _storable(value: Any) -> str:
@@ -209,7 +234,7 @@ def int8_ranges(model: SentenceTransformer, corpus: Corpus, config: EncodeConfig
     """(2, D): smallest and largest values of the first thousand rows, computed once for the whole folder."""
     place = Path(config.output) / "int8_ranges.npy"
     if not place.exists():
-        vectors, _ = _embed(model, corpus, 0, min(_CALIBRATION, corpus.num_rows), config, [])
+        vectors, _ = _embed(model, corpus, 0, _CALIBRATION, config, [])
         if not vectors:
             raise ValueError(f"int8 needs a good row among the first {_CALIBRATION}, there is none. Use float32.")
         values = np.stack(list(vectors.values()))

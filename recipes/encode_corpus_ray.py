@@ -47,8 +47,14 @@ def encode(config: RayEncodeConfig) -> tuple[int, int]:
     Returns:
         Shards written, and rows in them that could not be read.
     """
-    corpus, model = open_corpus(config.corpus), load_model(config)
-    shards = plan(config, corpus, model)
+    corpus = open_corpus(config.corpus)
+    if corpus.num_rows is None:
+        raise ValueError(
+            f"actors share a corpus by its row numbers, but {config.corpus[0]!r} is a stream, which has to be read in "
+            "order. Save it first: datasets.load_dataset(...).save_to_disk(folder), or use recipes.encode_corpus."
+        )
+    model = load_model(config)
+    shards = list(plan(config, corpus, model))
     if shards and config.precision == "int8":
         int8_ranges(model, corpus, config)  # before the actors, which would each compute them
     del model

@@ -8,10 +8,13 @@ import signal
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
@@ -48,7 +51,7 @@ def config_for(tmp_path, *corpus, **options) -> EncodeConfig:
 
 def run(config, model, limit=None):
     corpus = open_corpus(config.corpus)
-    return [encode_shard(model, corpus, shard, config) for shard in plan(config, corpus, model)[:limit]]
+    return [encode_shard(model, corpus, shard, config) for shard in islice(plan(config, corpus, model), limit)]
 
 
 def test_shards_hold_what_encode_document_gives_and_name_broken_rows(corpus, tmp_path, qwen):
@@ -95,6 +98,114 @@ def test_a_folder_of_files(tmp_path, qwen):
     rows = {row["id"]: row for row in read_embeddings(config.output)}
     assert list(rows) == ["b.txt", "c.bin", "deep/a.png"] and "tells no image" in rows["c.bin"]["error"]
     np.testing.assert_allclose(rows["deep/a.png"]["embedding"], qwen.encode(picture(56, 28, 1)), atol=1e-5)
+
+
+class Counting:
+    """Counts how many records were asked of a corpus."""
+
+    def __init__(self, records):
+        self.records, self.read = records, 0
+
+    def __call__(self, first):
+        for record in self.records(first):
+            self.read += 1
+            yield record
+
+
+def test_a_hub_data_set_is_streamed(tmp_path, qwen, monkeypatch):
+    """All but the name is real: `datasets` streams a file, whose end only shows when it is read."""
+    rows = {"id": [f"d{i}" for i in range(10)], "image": [{"bytes": jpeg(i), "path": None} for i in range(10)]}
+    features = Features({"id": Value("string"), "image": Image()})
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "hub.parquet"))
+    asked = []
+
+    def builder(name):
+        asked.append(name)
+        return datasets.load_dataset_builder("parquet", data_files={"part": str(tmp_path / "hub.parquet")})
+
+    monkeypatch.setattr("recipes.data.corpus.load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("downloaded whole"))
+    config = config_for(tmp_path, "someone/pages:part", shard_size=4)
+    corpus = open_corpus(config.corpus)
+    corpus._start = counting = Counting(corpus._start)
+    assert corpus.num_rows is None and asked == ["someone/pages"]
+    shards = plan(config, corpus, qwen)
+    encode_shard(qwen, corpus, next(shards), config)
+    assert counting.read <= 5, "a shard is all that was read"
+    assert run(config, qwen) == [0, 0] and run(config, qwen) == []
+    found = list(read_embeddings(config.output))
+    assert [row["id"] for row in found] == rows["id"]
+    pages = [Image().decode_example({"bytes": jpeg(i), "path": None}) for i in range(10)]
+    np.testing.assert_allclose([row["embedding"] for row in found], qwen.encode_document(pages), atol=1e-5)
+    corpus = open_corpus(config.corpus)
+    corpus._start = counting = Counting(corpus._start)
+    assert not list(plan(config, corpus, qwen)) and not counting.read, "where it ends is known"
+    digest = corpus.digest
+    os.utime(tmp_path / "hub.parquet", (1, 1))  # on the hub: another revision
+    assert open_corpus(config.corpus).digest != digest
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved", "folder"])
+def test_a_corpus_read_in_order_is_read_once(tmp_path, kind):
+    table = Dataset.from_dict({"text": [f"{i:02}" for i in range(30)]})
+    if kind == "folder":
+        (tmp_path / "folder").mkdir()
+        for i in range(30):
+            (tmp_path / "folder" / f"{i:02}.txt").write_text(f"{i:02}")
+    elif kind == "saved":
+        table.save_to_disk(str(tmp_path / kind))
+    else:
+        getattr(table, {"jsonl": "to_json", "csv": "to_csv", "parquet": "to_parquet"}[kind])(
+            str(tmp_path / f"c.{kind}")
+        )
+    corpus = open_corpus([str(tmp_path / (kind if kind in ("folder", "saved") else f"c.{kind}"))])
+    corpus._start = counting = Counting(corpus._start)
+    assert corpus.num_rows == 30
+    for first in (0, 7, 14, 24):
+        expected = [f"{i:02}" for i in range(first, first + 5)]
+        assert [record["text"] for record in corpus.records(first, first + 5)] == expected
+    assert counting.read <= 30
+    assert [record["text"] for record in corpus.records(3, 5)] == ["03", "04"], "backwards it begins anew"
+
+
+def test_a_changed_picture_under_the_same_path_is_refused(tmp_path, qwen):
+    """In every table that names it; its size and time count, so that nothing is read for it."""
+    picture(28, 28, 1).save(tmp_path / "a.png")
+    table = Dataset.from_dict({"image": ["a.png"], "text": ["one"]})
+    table.to_json(str(tmp_path / "c.jsonl"))
+    table.to_csv(str(tmp_path / "c.csv"), index=False)
+    table.to_parquet(str(tmp_path / "c.parquet"))
+    lists = Dataset.from_dict({"image": [["a.png", "a.png"]]})
+    lists.to_parquet(str(tmp_path / "lists.parquet"))
+    Dataset.from_dict({"image": [str(tmp_path / "a.png")]}).save_to_disk(str(tmp_path / "saved"))
+    struct = pa.table({"image": [{"bytes": None, "path": "a.png"}]})
+    pq.write_table(struct, tmp_path / "struct.parquet")
+    names = ["c.jsonl", "c.csv", "c.parquet", "lists.parquet", "struct.parquet", "saved"]
+    config = config_for(tmp_path, tmp_path / "c.jsonl")
+    run(config, qwen)
+    before = [open_corpus([str(tmp_path / name)]).digest for name in names]
+    assert before == [open_corpus([str(tmp_path / name)]).digest for name in names]
+    facts = (tmp_path / "a.png").stat()
+    picture(28, 28, 2).save(tmp_path / "a.png")
+    after = [open_corpus([str(tmp_path / name)]).digest for name in names]
+    assert not set(before) & set(after)
+    with pytest.raises(ValueError, match="there, now.: {'corpus'"):
+        run(config, qwen)
+    picture(28, 28, 1).save(tmp_path / "a.png")
+    os.utime(tmp_path / "a.png", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert run(config, qwen) == [], "the same picture with its time is the same corpus"
+
+
+def test_a_corpus_that_shrinks_while_it_is_embedded_is_an_error(tmp_path, qwen):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    config = config_for(tmp_path, path, shard_size=1)
+    corpus = open_corpus(config.corpus)
+    shards = plan(config, corpus, qwen)
+    path.write_text('{"text": "one"}\n')
+    encode_shard(qwen, corpus, next(shards), config)
+    with pytest.raises(ValueError, match="must stay as it is while it is embedded: rows 1 to 2 .* 0 of them"):
+        encode_shard(qwen, corpus, next(shards), config)
 
 
 def test_no_row_ends_the_job(tmp_path, qwen):

@@ -441,8 +441,8 @@ def test_a_limit_set_later_holds_for_media_too(btok_model):
         tokens = encode_checked(model, rows[:3], output_value="token_embeddings").embeddings
         assert [len(part) for part in tokens[:2]] == [limit, limit] and len(tokens[2]) < 100
         assert difference(encode_checked(model, rows[:3]).embeddings, result.embeddings) < 1e-5
-    unlimited = encode_checked(model, rows[:2], processing_kwargs=UNLIMITED, output_value="token_embeddings").embeddings
-    assert min(len(part) for part in unlimited) > 720
+    whole = encode_checked(model, rows[:2], processing_kwargs=UNLIMITED, output_value="token_embeddings").embeddings
+    assert min(len(part) for part in whole) > 720
 
 
 @pytest.mark.parametrize("name", TAKE["image"])
