@@ -163,15 +163,21 @@ class _Watch(TrainerCallback):
     """A progress bar with the parts of the loss, and the time of every step."""
 
     def __init__(self, title: str) -> None:
-        self.title, self.times, self.bar = title, [time.perf_counter()], None
+        self.title, self.bar = title, None
+        self.times: list[float] = []
+        self.cpu_times: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times = [time.perf_counter()]
+        self._take()
         self.bar = tqdm(total=state.max_steps, desc=self.title, unit="step", leave=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
+        self._take()
         self.bar.update()
+
+    def _take(self) -> None:
+        self.times.append(time.perf_counter())
+        self.cpu_times.append(time.process_time())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         parts = {name: f"{logs[name]:.2f}" for name in ("loss", "ranking", "condensation_nll") if name in logs}
@@ -216,8 +222,56 @@ def train_twin(
                 "Lower --batch_size."
             )
     model, loss = build_twin(twin, settings, seed)
-    model.model_card_data.generate_widget_examples = False  # they would decode a thousand rows
     before = {search.name: search.ranks(model) for search in searches}
+    training = fit_twin(model, loss, twin, settings, seed, data, title or name, callbacks)
+    del loss
+    after = {search.name: search.ranks(model) for search in searches}
+    seconds = float(np.median(np.diff(training.times)))
+    run = Run(name, seed, before, after, settings.steps, seconds, training.times[-1] - training.times[0], training.log)
+    return model, run
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training took and logged.
+
+    Args:
+        times: Clock at the start and after each step, in seconds.
+        cpu_times: Processor time of this process at the same moments, which other processes don't lengthen.
+        log: Loss and its parts by step.
+    """
+
+    times: Sequence[float]
+    cpu_times: Sequence[float]
+    log: Sequence[Mapping[str, float]]
+
+
+def fit_twin(
+    model: SentenceTransformer,
+    loss: torch.nn.Module,
+    twin: Twin,
+    settings: TwinSettings,
+    seed: int,
+    data: DatasetDict,
+    title: str = "",
+    callbacks: Callable[[SentenceTransformer], list[TrainerCallback]] = lambda model: [],
+) -> Training:
+    """Train a model that `build_twin` made.
+
+    Args:
+        model: The model.
+        loss: Its loss.
+        twin: What it was made from.
+        settings: What it shares with the others.
+        seed: Of the order of the pairs and of dropout.
+        data: Data sets of pairs by name.
+        title: Label of the progress bar.
+        callbacks: Further callbacks of the Trainer, for the model that it trains.
+
+    Returns:
+        What it took and logged.
+    """
+    model.model_card_data.generate_widget_examples = False  # they would decode a thousand rows
     rates = {}
     if "row_lr" in twin.options:
         rates = {r"trainable_tokens_delta": twin.options["row_lr"] * settings.learning_rate}
@@ -239,7 +293,7 @@ def train_twin(
         use_cpu=settings.device == "cpu",
         disable_tqdm=True,
     )
-    watch = _Watch(title or name)
+    watch = _Watch(title)
     # In this order: the bar shows what the first one logs.
     followers = [BTokCallback(), watch, *callbacks(model)]
     trainer = SentenceTransformerTrainer(
@@ -248,14 +302,11 @@ def train_twin(
     trainer.remove_callback(PrinterCallback)  # which prints a dictionary for every step
     trainer.train()
     folder.cleanup()
-    after = {search.name: search.ranks(model) for search in searches}
     kept = ("step", "loss", "ranking", "condensation_nll")
     log = [{key: row[key] for key in kept if key in row} for row in trainer.state.log_history if "loss" in row]
-    seconds = float(np.median(np.diff(watch.times)))
-    run = Run(name, seed, before, after, settings.steps, seconds, watch.times[-1] - watch.times[0], log)
-    del trainer, loss
+    del trainer
     gc.collect()  # the Trainer refers to itself: the next model would stand beside this one
-    return model, run
+    return Training(watch.times, watch.cpu_times, log)
 
 
 def quiet() -> None:

@@ -1,0 +1,80 @@
+"""What is compared: each arm is one answer to one question about the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from recipes.twins import Twin
+
+BASELINE = "last token"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train an embedder.
+
+    Args:
+        twin: The model and its loss, as on the command line of `recipes.compare`.
+        question: What it answers.
+        term_first: Share of the steps that train the term alone, before the ranking begins.
+        unlabelled: Whether these steps read documents without queries, each generated from its own BToks.
+    """
+
+    twin: str
+    question: str
+    term_first: float = 0.0
+    unlabelled: bool = False
+
+    def build(self, steps: int) -> Twin:
+        """The twin for a training of so many steps."""
+        twin = Twin.parse(self.twin)
+        if self.term_first and not self.unlabelled:
+            return replace(twin, options={**twin.options, "condensation_warmup": self.first_steps(steps)})
+        return twin
+
+    def first_steps(self, steps: int) -> int:
+        """Steps of the first phase."""
+        return round(self.term_first * steps)
+
+    @property
+    def term(self) -> bool:
+        """Whether it trains the condensation term."""
+        twin = Twin.parse(self.twin)
+        return twin.pooling == "btok" and twin.options.get("condensation_weight", 0.2) > 0
+
+
+_END = "btok:num_btoks=1,readout=last,train_btoks=false"
+
+ARMS = {
+    BASELINE: Arm("lasttoken", "The state of the last token: what others do."),
+    "mean": Arm("mean", "The mean over all tokens, which needs no token of its own."),
+    "end token": Arm(f"{_END},condensation_weight=0", "One end-of-turn token behind every input, its row untrained."),
+    "end token, term 0.2": Arm(f"{_END},condensation_weight=0.2", "The term without bottleneck tokens."),
+    "BToks": Arm("btok:condensation_weight=0", "Four tokens, read as their mean, without the term."),
+    "BToks, last": Arm("btok:readout=last,condensation_weight=0", "Four tokens, the last one is read."),
+    "BToks, rows untrained": Arm(
+        "btok:train_btoks=false,condensation_weight=0", "Are four more positions enough, without learning them?"
+    ),
+    "BToks, rows x10": Arm("btok:row_lr=10,condensation_weight=0", "Do the new rows need a higher learning rate?"),
+    "BToks, term 0.05": Arm("btok:condensation_weight=0.05", "A little of the term."),
+    "BToks, term 0.2": Arm("btok:condensation_weight=0.2", "The default of `BTokLoss`."),
+    "BToks, term 1": Arm("btok:condensation_weight=1", "The term as much as the ranking."),
+    "BToks, last, term 0.2": Arm("btok:readout=last,condensation_weight=0.2", "The term with the last one read."),
+    "no mask": Arm("btok:route=unmasked,condensation_weight=0.2", "Is it the mask, or just one more task?"),
+    "prefix route": Arm("btok:route=prefix,condensation_weight=0.2", "Targets read what is pooled, and nothing else."),
+    "K = 1": Arm("btok:num_btoks=1,condensation_weight=0.2", "One token with the term."),
+    "K = 16": Arm("btok:num_btoks=16,condensation_weight=0.2", "Sixteen tokens with the term."),
+    "further token": Arm(
+        "btok:num_btoks=5,condensation_btoks=4,readout=last,condensation_weight=0.2",
+        "Four tokens for the term, a fifth for the ranking (LaME).",
+    ),
+    "term first": Arm("btok:condensation_weight=0.2", "A third of the steps for the term alone.", term_first=1 / 3),
+    "unlabelled first": Arm(
+        "btok:condensation_weight=0",
+        "A third of the steps on documents without queries.",
+        term_first=1 / 3,
+        unlabelled=True,
+    ),
+}
+# What an adopter asks first; the rest are controls.
+HEADLINES = [BASELINE, "mean", "end token", "BToks", "BToks, last", "BToks, term 0.2"]

