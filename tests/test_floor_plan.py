@@ -20,7 +20,7 @@ ROOMS = {
         "embedding": {""},
         "reporting": {"", "mmeb_v2"},  # the names of the 78 data sets, which an average must be complete over
     },
-    "recipes": {"": {"data", "toy", "search"}, "data": {""}, "toy": {""}, "search": {"toy"}},
+    "recipes": {"": {"data", "toy", "search"}, "data": {""}, "toy": {""}, "search": {"toy"}, "study": {"", "data"}},
 }
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
 
