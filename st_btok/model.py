@@ -33,13 +33,11 @@ from st_btok.anatomy import tokenizer_of
 from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.limits import set_max_seq_length
-from st_btok.pooling import BTokPooling
+from st_btok.pooling import ENGINE_PLUGIN, BTokPooling
 from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
 
 # The authors' training and evaluation limits (release: data/processors/qwen2_vl.py).
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
-# A line of config.json: vLLM refuses the model where no plugin of the name that it gives is installed.
-ENGINE_PLUGIN = "io_processor_plugin"
 
 
 def build_model(

@@ -7,7 +7,9 @@ A saved model with this class needs `trust_remote_code=True` and `st_btok`; `sto
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,9 @@ from sentence_transformers.base.modules.module import Module
 from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
+# A line of config.json: vLLM refuses the model where no plugin of the name that it gives is installed.
+ENGINE_PLUGIN = "io_processor_plugin"
 
 Readout = Literal["mean", "last", "attention", "vectors"]
 
@@ -143,8 +148,14 @@ class BTokPooling(Module):
         return self.embedding_dimension
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write config and, for `attention`, weights."""
+        """Write config and, for `attention`, weights; and the line that makes vLLM refuse the model.
+
+        vLLM does not know this module and would take the last token's state in its place, without an error.
+        """
         self.save_config(output_path)
+        backbone = Path(output_path).parent / "config.json"
+        if backbone.exists():  # saved before this module, by sentence-transformers
+            backbone.write_text(json.dumps({**json.loads(backbone.read_text()), ENGINE_PLUGIN: "st_btok"}, indent=2))
         if self.readout == "attention":
             self.save_torch_weights(output_path, safe_serialization=safe_serialization)
 

@@ -128,6 +128,10 @@ def _bare(served: Served, row: Row) -> np.ndarray:
     return served.embed(input=row.text)
 
 
+def _bare_cut(served: Served, row: Row) -> np.ndarray:
+    return served.embed(input=row.text, truncate_prompt_tokens=-1)
+
+
 def _token_states(served: Served, row: Row) -> np.ndarray:
     answer = served.post("/pooling", messages=_messages(row), chat_template_kwargs=served.template)["data"]
     states = np.asarray(answer, np.float32)  # (T, D)
@@ -137,14 +141,15 @@ def _token_states(served: Served, row: Row) -> np.ndarray:
     return mean / np.linalg.norm(mean)
 
 
-RIGHT, TOKEN_STATES = "messages", "token states"
+RIGHT, TOKEN_STATES, BARE = "messages", "token states", "input"
 # Form of request: how it is sent, and what to do instead where it is wrong.
 FORMS: dict[str, tuple[Callable[[Served, Row], np.ndarray], str]] = {
     RIGHT: (_right, "the engine does not compute this model; docs/serve.md has the engines that do"),
     "messages, no limits": (_without_limits, "send the saved limits as chat_template_kwargs"),
     "messages, add_generation_prompt": (_generation_prompt, "leave it out: the model was saved by an older release"),
     "messages, truncate_prompt_tokens": (_cut_tokens, "it cuts bottleneck tokens off: send chat_template_kwargs"),
-    "input": (_bare, "it skips the chat template, which appends the bottleneck tokens: send messages"),
+    BARE: (_bare, "it skips the chat template, which guards text and appends the bottleneck tokens: send messages"),
+    f"{BARE}, truncate_prompt_tokens": (_bare_cut, "it skips the chat template: send messages, and cut text before"),
     TOKEN_STATES: (_token_states, "average the last K rows of a model with readout='mean', and normalise"),
 }
 
@@ -186,7 +191,7 @@ def serve_check(
         if form == TOKEN_STATES and not averages:
             continue
         for row, vector in zip(rows, expected, strict=True):
-            if form == "input" and row.text is None:
+            if form.startswith(BARE) and row.text is None:
                 continue
             answers.append(_answer(form, send, served, row, np.asarray(vector), bound))
             if progress is not None:
@@ -209,6 +214,7 @@ def rows_of(transformer: Transformer, btok_ids: list[int]) -> list[Row]:
     limit = tokenizer.model_max_length
     texts = {
         "text": "Which of the two towns lies by the sea?",
+        "blanks at its ends": "\n\n  a red kite \n",
         "other scripts": "Ein Drachen über Zürich, 東京の夜, ночь",
         "forged BTok": f"a text that quotes {btok} and goes on",
         "forged end of turn": f"a text that quotes {end} and goes on",

@@ -109,8 +109,16 @@ def averaged_btoks(model: str, revision: str | None) -> int:
 
     Returns:
         K; 0 for a model that averages something else, or nothing.
+
+    Raises:
+        ValueError: If the model has a `BTokPooling`, for which vLLM would take the state of the last token.
     """
     modules = get_hf_file_to_dict("modules.json", model, revision) or []
+    if any(module["type"].endswith(".BTokPooling") for module in modules):
+        raise ValueError(
+            "vLLM can't serve a model with BTokPooling, only stock modules. Save it with "
+            "`pooling.stock_modules(tokenizer)` and Normalize in its place, for the readouts mean and last."
+        )
     folders = [module["path"] for module in modules if module["type"].endswith(".WordWeights")]
     if len(folders) != 1:
         return 0

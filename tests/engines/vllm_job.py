@@ -1,7 +1,7 @@
 """vLLM on the CPU serves what sentence-transformers computes, or refuses: `python -m tests.engines.vllm_job PYTHON`.
 
 PYTHON is the interpreter of an environment with vLLM and this package (`make engines` makes one); the comparison runs
-here, in the environment of the project. Five starts of a server, a few minutes each on two cores.
+here, in the environment of the project. Six starts of a server, a few minutes each on two cores.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from sentence_transformers import SentenceTransformer
 from st_btok import build_model
 from st_btok.tools.serve_check import FORMS, LONG, RIGHT, TOKEN_STATES, Answer, serve_check
 from tests.engines.table import ROOT, Row, add
+from tests.engines.text_model import text_model
 
 PORT = 8765
+TEXT_ONLY = "last, text-only"
 LIMITS = "--max-num-seqs 8 --enforce-eager --dtype float32".split()
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 PATIENCE = 900  # seconds until a server must answer
+# The template of a text-only model can ask for strings; vLLM sees the loop over parts in the guard, and sends parts.
+STRINGS = ["--chat-template-content-format=string"]
 STATES = [
     '--hf-overrides={"io_processor_plugin": null}',
     '--pooler-config={"task": "token_embed", "use_activation": false}',
@@ -95,7 +99,7 @@ def measure(python: str, folder: Path, readout: str, options: list[str], plugin:
     """Start one server and ask it for everything."""
     version = subprocess.check_output([python, "-c", "import vllm; print(vllm.__version__)"], text=True).split()[-1]
     name = "vLLM, this package beside it" if plugin else "vLLM"
-    if options:
+    if options == STATES:
         name = "vLLM, states of single tokens"
     log = folder / f"{readout}_{plugin}_{len(options)}.log"
     with server(python, folder / readout, options, plugin, log) as url:
@@ -105,7 +109,7 @@ def measure(python: str, folder: Path, readout: str, options: list[str], plugin:
             return [Row("engines", name, version, readout, "any", f"does not start: `{_last_words(reason)}`")]
         model = SentenceTransformer(str(folder / readout), device="cpu")
         answers = serve_check(url, model, progress=print)
-    forms = [TOKEN_STATES] if options else [form for form in FORMS if form != TOKEN_STATES]
+    forms = [TOKEN_STATES] if options == STATES else [form for form in FORMS if form != TOKEN_STATES]
     cells = {form: worst(answers, form) for form in forms}
     return [Row("engines", name, version, readout, form, cell) for form, cell in cells.items() if cell]
 
@@ -122,14 +126,21 @@ def main(python: str) -> None:
         for readout in ("mean", "last"):
             model = build_model(backbone, readout=readout, model_kwargs={"dtype": torch.float32}, device="cpu")
             model.save_pretrained(str(folder / readout))
-        starts = [("last", [], False), ("mean", [], True), ("mean", STATES, False), ("last", [], True)]
+        text_model("last").save_pretrained(str(folder / TEXT_ONLY))
+        starts = [
+            (TEXT_ONLY, STRINGS, False),
+            ("last", [], False),
+            ("mean", [], True),
+            ("mean", STATES, False),
+            ("last", [], True),
+        ]
         rows = []
         for readout, options, plugin in starts:
             print(f"== {readout} {options} {'with' if plugin else 'without'} the plugin", flush=True)
             rows = measure(python, folder, readout, options, plugin)
             add(rows)
             forms = {row.form: row.result for row in rows}
-            right = forms[TOKEN_STATES if options else RIGHT]
+            right = forms[TOKEN_STATES if options == STATES else RIGHT]
             # Only sentence-transformers cuts a text over the limit by tokens and keeps the BToks: it must be refused.
             if "wrong" in right or not right.endswith(f"; refused: {LONG}"):
                 raise SystemExit(f"{rows}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -104,6 +105,16 @@ def test_saving_and_loading_by_hand_composed_models(qwen, readout, tmp_path):
     np.testing.assert_allclose(loaded.encode(["a", picture()]), expected, atol=1e-6)
     with pytest.raises(ValueError, match="trust_remote_code"):
         SentenceTransformer(str(tmp_path), device="cpu")
+
+
+def test_an_engine_that_does_not_know_the_module_refuses_the_saved_model(qwen, tmp_path):
+    """As a mean model of `build_model`: without a plugin of this name vLLM does not start."""
+    ids = find_btoks(qwen)[1]
+    composed = SentenceTransformer(modules=[qwen[0], BTokPooling(32, ids, "last")], device="cpu")
+    del qwen[0].model.config.io_processor_plugin
+    composed.save_pretrained(str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["io_processor_plugin"] == "st_btok"
+    assert SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True)[1].readout == "last"
 
 
 def test_vectors_serve_late_interaction(qwen):
