@@ -140,8 +140,8 @@ def main() -> None:
     searches = pairs.searches(config.split, size)
     print(f"1. Train on pairs from {len(scenes.words('train'))} words; score on {size} others.", flush=True)
     model, runs = train_all(config, searches)
-    text = table(runs, "last token", {search.name: size for search in searches})
-    print(f"\nHeld-out words, {size} candidates:\n\n{text}\n")
+    text = table(runs, "last token", {search.name: len(search.documents) for search in searches})
+    print(f"\n{size} held-out words, captions among {2 * size} candidates (each word in two inks):\n\n{text}\n")
     print(f"2. Save {output}/ and load it with plain sentence-transformers, in a process without st_btok.")
     # sentence-transformers 6.2 takes pictures for texts where a column holds dicts, and then writes no model card
     model.model_card_data.widget = []

@@ -1,7 +1,8 @@
 """Pairs to train and score an embedder on, drawn from the scenes: captions of words, answers to questions about pages.
 
 `captions`: the picture of a coloured word -> "red kitten". `questions`: a page of key/value lines with "what city?" ->
-the value, where the page's other values are candidates too. Words come from one split only, so nothing a model is
+the value, where the page's other values are candidates too. Searched among the captions is every word in a second ink
+too, so that a model has to know the letters and the ink. Words come from one split only, so nothing a model is
 scored on was drawn in pre-training or training.
 """
 
@@ -19,6 +20,16 @@ def captions(split: str, size: int, seed: int) -> tuple[list[PILImage.Image], li
     """Pictures of `size` words of a split, each word once while they last, and their captions."""
     rng = np.random.default_rng(seed)
     drawn = [scenes.word_scene(rng, word) for word in _words(rng, split, size)]
+    return [scene.image for scene in drawn], [scene.caption for scene in drawn]
+
+
+def in_another_ink(texts: list[str], seed: int) -> tuple[list[PILImage.Image], list[str]]:
+    """The same words, each in another ink than its caption says: pictures and captions."""
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for text in texts:
+        ink, word = text.split(" ")
+        drawn.append(scenes.word_scene(rng, word, [other for other in scenes.INKS if other != ink]))
     return [scene.image for scene in drawn], [scene.caption for scene in drawn]
 
 
@@ -58,10 +69,11 @@ def searches(split: str, size: int | None = None, seed: int = 7) -> list[Search]
     """Search in both directions and question answering over the words of a split (all of them by default)."""
     size = size or len(scenes.words(split))
     images, texts = captions(split, size, seed)
+    other_images, other_texts = in_another_ink(texts, seed + 2)
     pages, answers = questions(split, size, seed + 1)
     right = [{number} for number in range(size)]
     return [
-        Search("image -> text", images, texts, right, batch_size=64),
-        Search("text -> image", texts, images, right, batch_size=64),
+        Search("image -> text", images, texts + other_texts, right, batch_size=64),
+        Search("text -> image", texts, images + other_images, right, batch_size=64),
         Search("image + question -> answer", pages, answers, right, batch_size=64),
     ]

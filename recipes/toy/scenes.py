@@ -16,7 +16,7 @@ import re
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -115,9 +115,9 @@ def _write(pixels: np.ndarray, text: str, line: int, cell: int, ink: str) -> Non
         _paint(pixels, _letter(char), line * LINE_HEIGHT, (cell + offset) * CELL_WIDTH, ink)
 
 
-def word_scene(rng: np.random.Generator, word: str) -> Scene:
-    """One word of at most 8 letters in a random ink at a random cell of a 112 x 28 px strip."""
-    ink = str(rng.choice(list(INKS)))
+def word_scene(rng: np.random.Generator, word: str, inks: Sequence[str] = tuple(INKS)) -> Scene:
+    """One word of at most 8 letters in one of the inks, at a random cell of a 112 x 28 px strip."""
+    ink = str(rng.choice(list(inks)))
     pixels = _canvas(LINE_HEIGHT, WORD_CELLS * CELL_WIDTH)
     _write(pixels, word, 0, int(rng.integers(0, WORD_CELLS - len(word) + 1)), ink)
     questions = (("what word?", word), ("what colour?", ink))

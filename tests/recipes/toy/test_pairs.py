@@ -50,12 +50,22 @@ def test_train_dataset_columns():
     assert set(data["questions"][0]["query"]) == {"image", "text"}
 
 
+def test_every_caption_is_searched_beside_the_same_word_in_another_ink():
+    image_search, text_search, _ = pairs.searches("test", 12)
+    assert len(image_search.queries) == 12 and len(image_search.documents) == len(text_search.documents) == 24
+    assert len(set(image_search.documents)) == 24
+    for mine, other in zip(image_search.documents[:12], image_search.documents[12:], strict=True):
+        assert mine.split()[1] == other.split()[1] and mine.split()[0] != other.split()[0]
+    colours = [np.asarray(picture).reshape(-1, 3).min(0) for picture in text_search.documents]
+    assert all(np.abs(colours[n].astype(int) - colours[12 + n]).max() > 20 for n in range(12)), "the ink is drawn"
+
+
 def test_ranks_of_an_oracle_and_of_a_constant(qwen):
     class Oracle:
         """Embeds the i-th query and the i-th document alike."""
 
         def encode_query(self, inputs, **kwargs):
-            return np.eye(8)[: len(inputs)]
+            return np.eye(16)[: len(inputs)]
 
         encode_document = encode_query
 
