@@ -20,7 +20,10 @@ from tests.backbones import build, inputs, total
 def joint(model, family):
     """Joint rows of every modality that a family takes."""
     samples = inputs(family)[:-1]
-    texts = [torch.tensor(model.tokenizer(f"target number {i}")["input_ids"]) for i in range(len(samples))]
+    texts = [
+        torch.tensor(model.tokenizer(f"target number {i}", add_special_tokens=False)["input_ids"])
+        for i in range(len(samples))
+    ]
     return join_targets(model.preprocess(samples), texts, find_btoks(model)[1])
 
 
