@@ -213,3 +213,33 @@ def test_the_command_survives_kills(tmp_path, qwen, folder, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
     with pytest.raises(SystemExit, match="give a text"):
         command.main(["query", str(tmp_path / "index"), "--model", str(tmp_path / "model")])
+
+
+def test_a_video_is_indexed_with_the_frame_in_its_middle(tmp_path, qwen):
+    av = pytest.importorskip("av")
+    root = tmp_path / "clips"
+    root.mkdir()
+    with av.open(str(root / "clip.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 56
+        for number in range(9):
+            frame = np.full((56, 56, 3), 255 if number in (3, 4, 5) else 0, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    store = LanceStore(str(tmp_path / "lance"), 32)
+    report = update(store, qwen, root, progress=False)
+    (hit,) = find(store, qwen, "a", 5, ["video"])
+    assert hit.row["path"] == "clip.mp4" and not report.left_out
+    thumbnail = Image.open(io.BytesIO(hit.row["thumbnail"]))
+    assert thumbnail.size == (56, 56) and np.asarray(thumbnail).mean() > 128
+
+
+def test_fewer_dimensions(tmp_path, qwen, folder, capsys):
+    qwen.save_pretrained(str(tmp_path / "model"))
+    rest = ["--model", str(tmp_path / "model")]
+    command.main(["index", str(folder), "--to", str(tmp_path / "index"), *rest, "--truncate-dim", "16"])
+    capsys.readouterr()
+    command.main(["query", str(tmp_path / "index"), "What is the city?", *rest, "--truncate-dim", "16", "--json"])
+    assert '"sub/note.txt"' in capsys.readouterr().out.splitlines()[0]
+    with pytest.raises(SystemExit, match="another model"):
+        command.main(["query", str(tmp_path / "index"), "What is the city?", *rest])
