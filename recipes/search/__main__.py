@@ -1,6 +1,6 @@
 """Search one's own files.
 
-    python -m recipes.search index FOLDER --model MODEL --to INDEX
+    python -m recipes.search index FOLDER_OR_CORPUS --model MODEL --to INDEX
     python -m recipes.search query INDEX "a query" --model MODEL         (or --image picture.png)
     python -m recipes.search serve INDEX --model MODEL                   (a page in the browser)
 
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = root.add_subparsers(dest="command", required=True)
     add = commands.add_parser("index", help="make an index of a folder, or bring it up to date")
-    add.add_argument("folder", type=Path, help="folder of texts, images, PDF files and videos")
+    add.add_argument("folder", type=Path, help="folder of texts, images, PDF files and videos, or a corpus (.jsonl)")
     add.add_argument("--to", type=Path, required=True, help="folder of the index")
     add.add_argument("--batch-size", type=int, default=32, help="items in a forward pass (default 32)")
     add.add_argument("--half", action="store_true", help="store float16: half the size")

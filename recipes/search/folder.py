@@ -1,12 +1,14 @@
 """Files of a folder, and the items in them: what one row of the index stands for.
 
-A text file becomes passages, a PDF its pages, an image or a video one item each. Nothing is opened before an item is
-asked for, so that a folder of a million files can be listed at once.
+A text file becomes passages, a PDF its pages, a corpus (`.jsonl`) its rows, an image or a video one item each. Nothing
+is opened before an item is asked for, so that a folder of a million files can be listed at once. In the place of a
+folder stands a corpus alone, whose media lie in its folder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +23,8 @@ KINDS = {
     "page": (".pdf",),
     "video": (".mp4", ".webm", ".mkv", ".mov", ".avi"),
 }
-KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
+CORPUS = ".jsonl"
+KIND_OF_SUFFIX = {CORPUS: "text"} | {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
 # About what an embedder of 256 to 512 tokens reads whole; a passage ends at a paragraph where there is one.
 PASSAGE_CHARS = 1000
 LARGEST_TEXT = 16 * 2**20
@@ -41,30 +44,32 @@ class Item:
     """One row to be: where it stands in its file, what the model reads, and what a person is shown.
 
     Attributes:
-        place: `"page 3"`, `"line 120"`; empty where the file is one item.
+        place: `"page 3"`, `"line 120"`, `"row 7"`; empty where the file is one item.
         value: The model's input: a text, or a dict with a medium.
         text: What is shown of a text, at most a passage.
         last: Whether it is the last one of its file.
+        kind: Where it is another than its file's: a corpus holds items of any kind.
     """
 
     place: str
     value: Any
     text: str = ""
     last: bool = False
+    kind: str = ""
 
 
 def list_sources(folder: str | Path, known: dict[str, tuple[int, int, str]] | None = None) -> Iterator[Source]:
     """All files of a kind that can be searched, in the order of their paths; hidden ones and links out are left out.
 
     Args:
-        folder: Where to look, subfolders included.
+        folder: Where to look, subfolders included; or a corpus.
         known: Size, modification time (ns) and hash by path, from an earlier run: an unchanged file is not read again.
 
     Yields:
         One source per file.
     """
-    root = Path(folder).resolve()
-    for directory, folders, names in os.walk(root):
+    root, only = root_of(folder).resolve(), Path(folder).name if Path(folder).is_file() else None
+    for directory, folders, names in [(str(root), [], [only])] if only else os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             file = Path(directory, name)
@@ -78,6 +83,11 @@ def list_sources(folder: str | Path, known: dict[str, tuple[int, int, str]] | No
             if (size, changed) != (stat.st_size, stat.st_mtime_ns):
                 content = file_hash(file)
             yield Source(path, kind, content)
+
+
+def root_of(folder: str | Path) -> Path:
+    """Where paths start from: a folder, or that of a corpus."""
+    return Path(folder).parent if Path(folder).is_file() else Path(folder)
 
 
 def inside(root: str | Path, path: str | Path) -> bool:
@@ -95,17 +105,21 @@ def items_of(folder: str | Path, source: Source) -> Iterator[Item]:
     """What a file holds, one after the other.
 
     Args:
-        folder: Where the path of the source starts.
+        folder: Where the path of the source starts, or the corpus.
         source: From `list_sources`.
 
     Yields:
         Items; texts are cut into passages, PDF pages drawn one at a time.
 
     Raises:
-        ValueError: If a text is too large or not UTF-8, or a PDF can't be read.
+        ValueError: If a text is too large or not UTF-8, a PDF can't be read, or a row of a corpus is no object with a
+            text, an image or a video below the folder.
     """
-    path = str(Path(folder) / source.path)
-    if source.kind == "text":
+    root = root_of(folder)
+    path = str(root / source.path)
+    if source.path.lower().endswith(CORPUS):
+        found = _records(root, Path(path))
+    elif source.kind == "text":
         found = _passages(Path(path))
     elif source.kind == "page":
         found = (Item(f"page {number}", {"image": page}) for number, page in enumerate(pdf_pages(path), 1))
@@ -118,6 +132,29 @@ def items_of(folder: str | Path, source: Source) -> Iterator[Item]:
         held = item
     if held is not None:
         yield replace(held, last=True)
+
+
+def _records(root: Path, file: Path) -> Iterator[Item]:
+    """Rows of a corpus: what stands under `text`, `image` and `video`, in this order of the row's own keys."""
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"row {number}"
+            try:
+                record = dict(json.loads(line))
+                value = {key: record[key] for key in record if key in ("text", "image", "video") and record[key]}
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"every row of {file} must be a JSON object, {where} is not: {error}.") from error
+            media = [key for key in value if key != "text"]
+            for key in media:
+                value[key] = str(file.parent / str(value[key]))
+                if not inside(root, value[key]):
+                    raise ValueError(f"media of {file} must lie in {root}, that of {where} does not: {value[key]}.")
+            if not value:
+                raise ValueError(f"every row of {file} must have a text, image or video, {where} has {list(record)}.")
+            kind = media[0] if media else "text"
+            yield Item(where, value if media else value["text"], str(value.get("text", ""))[:PASSAGE_CHARS], kind=kind)
 
 
 def _passages(path: Path) -> Iterator[Item]:

@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from evaluation.embedding.fingerprint import fingerprint
-from recipes.search.folder import Item, Source, items_of, list_sources
+from recipes.search.folder import Item, Source, items_of, list_sources, root_of
 from recipes.search.store import LanceStore, Store
 from st_btok import checked_inputs, encode_checked
 
@@ -54,7 +54,7 @@ def open_index(
     Args:
         to: Folder of the index.
         model: The model that embeds queries and files.
-        folder: The folder that is indexed; needed for a new index.
+        folder: The folder, or corpus (`.jsonl`), that is indexed; needed for a new index.
         half: For a new index: store float16.
 
     Returns:
@@ -163,13 +163,13 @@ def _write(
     for number in result.rows:
         source, part, item = waiting[number]
         report.written.add(source.path)
-        stat = (folder / source.path).stat()
+        stat = (root_of(folder) / source.path).stat()
         identity = hashlib.sha256(f"{source.path}\0{source.content}\0{part}".encode()).hexdigest()[:32]
         rows.append(
             {
                 "id": identity,
                 "path": source.path,
-                "kind": source.kind,
+                "kind": item.kind or source.kind,
                 "place": item.place,
                 "text": item.text,
                 "content": source.content,
@@ -198,7 +198,9 @@ def thumbnail(value: Any, model: SentenceTransformer, longest: int = 256) -> byt
         return b""
     # Through the checked reader, which bounds what a hostile file can cost; the first time was for the model.
     (read,) = checked_inputs([value], model, max_pixels=4 * longest**2).inputs
-    medium = next(iter(read.values())) if isinstance(read, dict) and "array" not in read else read
+    medium = read
+    if isinstance(read, dict) and "array" not in read:  # not the text that may stand beside it
+        medium = next(read[key] for key in ("image", "video") if key in read)
     if isinstance(medium, dict):  # a video with its metadata: the frame in the middle
         medium = medium["array"]
     if not isinstance(medium, Image.Image):

@@ -18,7 +18,7 @@ import gradio as gr
 from PIL import Image, ImageDraw, ImageFont
 from sentence_transformers import SentenceTransformer
 
-from recipes.search.folder import KINDS, Source, file_hash, inside, items_of
+from recipes.search.folder import KINDS, Source, file_hash, inside, items_of, root_of
 from recipes.search.lookup import find, query_of
 from recipes.search.store import Hit, Store
 from st_btok import btok_attention, btok_ids, checked_inputs, decode_btoks, draw_attention
@@ -38,7 +38,7 @@ class Page:
     """
 
     def __init__(self, store: Store, model: SentenceTransformer, folder: Path) -> None:
-        self.store, self.model, self.folder = store, model, folder
+        self.store, self.model, self.folder = store, model, root_of(folder)
         tokenizer = getattr(model[0], "tokenizer", None)
         self.explains = tokenizer is not None and bool(btok_ids(tokenizer))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from recipes.search import folder as module
@@ -60,3 +62,37 @@ def test_a_text_that_is_not_utf8_says_so(folder):
     (folder / "latin.txt").write_bytes("ä".encode("latin-1"))
     with pytest.raises(ValueError, match="must be UTF-8.*latin.txt"):
         list(items_of(folder, Source("latin.txt", "text", "")))
+
+
+def corpus(folder, *rows) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_rows_of_a_corpus_are_items_of_their_own_kinds(folder):
+    path = corpus(
+        folder, {"id": 7, "text": "a city"}, "", {"text": "what?", "image": "p0.png"}, {"video": "sub/v.mp4"}
+    )
+    (source,) = list_sources(path)  # alone, without the other files of its folder
+    items = list(items_of(path, source))
+    assert [(item.place, item.kind, item.last) for item in items] == [
+        ("row 1", "text", False), ("row 3", "image", False), ("row 4", "video", True),
+    ]  # fmt: skip
+    assert items[0].value == "a city"
+    assert list(items[1].value.items()) == [("text", "what?"), ("image", str(folder / "p0.png"))]
+    assert items == list(items_of(folder, source))  # the same inside a folder
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "../outside.png"}, "must lie in"),
+        ({"title": "a"}, "must have a text, image or video, row 1 has .'title'"),
+        ("[1]", "must be a JSON object, row 1 is not"),
+        ("{", "must be a JSON object, row 1 is not"),
+    ],
+)
+def test_a_bad_row_of_a_corpus_says_which(folder, row, message):
+    with pytest.raises(ValueError, match=message):
+        list(items_of(folder, Source(corpus(folder, row).name, "text", "")))

@@ -81,3 +81,17 @@ def test_names_are_text_and_never_markup(page, folder):
 
 def test_the_page_is_built(page, folder):
     assert isinstance(build_page(page.store, page.model, folder), gr.Blocks)
+
+
+def test_a_corpus_in_the_place_of_a_folder(tmp_path, qwen, folder):
+    path = folder / "rows.jsonl"
+    path.write_text('{"text": "What is the city?"}\n{"text": "red kitten", "image": "p1.png"}\n')
+    store, root = open_index(tmp_path / "index", qwen, path)
+    report = update(store, qwen, root, progress=False)
+    assert report.new == 1 and store.count() == 2 and not report.left_out
+    page = Page(store, qwen, root)
+    gallery, hits, *_ = page.search("What is the city?", None, [], "")
+    assert [(hit.row["place"], hit.row["kind"]) for hit in hits] == [("row 1", "text"), ("row 2", "image")]
+    assert gallery[1][0].size == (56, 56)
+    assert page.details(hits, SimpleNamespace(index=1))[2].size == (56, 56)
+    assert update(store, qwen, root, progress=False).unchanged == 1
