@@ -23,7 +23,7 @@ _WORDS = "a cat on the mat reads some long paper about tokens and limits every d
 _BATCH = 32
 
 
-def _own(backbone: str, limit: int) -> Transformer:
+def own_template(backbone: str, limit: int) -> Transformer:
     """The backbone with its own template, through which texts go as messages, as in a BTok model."""
     transformer = Transformer(backbone)
     transformer.max_seq_length = limit
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--max-seq-length", type=int, default=512, help="limit of both, in tokens (default 512)")
     parser.add_argument("--rounds", type=int, default=9, help="paired rounds (default 9)")
     options = parser.parse_args()
-    own = _own(options.backbone, options.max_seq_length)
+    own = own_template(options.backbone, options.max_seq_length)
     btok = build_model(options.backbone, device="cpu", max_seq_length=options.max_seq_length)[0]
     draw = random.Random(0)
     short = [" ".join(draw.choices(_WORDS, k=draw.randint(5, 20))) for _ in range(1000)]

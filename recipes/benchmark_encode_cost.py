@@ -1,0 +1,113 @@
+"""What the K bottleneck tokens cost an encode: a BTok model beside a stock embedder of the same backbone.
+
+    python -m recipes.benchmark encode_cost
+
+K more tokens of L should cost (L + K) / L. The backbone is a Qwen2 of random weights with the tokenizer of the shipped
+one; the stock side is the same backbone with its own chat template, pooled at its last token. All texts of a length
+have that many tokens in the stock model, so nothing is padded. Sides take turns within a round, in CPU time of one
+thread; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from recipes.benchmark_encode import spread, texts
+from recipes.benchmark_preprocess import own_template
+from st_btok import build_model
+
+_BACKBONE = Path(__file__).parent / "backbone"
+_LIMIT = 2048
+_BATCH = 16
+
+
+@dataclass
+class CostConfig:
+    """Sizes of the benchmark."""
+
+    hidden: list[int] = field(default_factory=lambda: [448, 768], metadata={"help": "Widths of the backbones."})
+    layers: int = field(default=12, metadata={"help": "Layers of the backbones."})
+    lengths: list[int] = field(default_factory=lambda: [65, 128], metadata={"help": "L, tokens of an input."})
+    btoks: int = field(default=4, metadata={"help": "K."})
+    rows: int = field(default=32, metadata={"help": "Inputs, in batches of 16."})
+    rounds: int = field(default=5, metadata={"help": "Paired repetitions."})
+    output: str = field(default="recipes/results/encode_cost.md", metadata={"help": "Where the table goes."})
+
+
+def pair(hidden: int, layers: int, btoks: int, folder: Path) -> tuple[SentenceTransformer, SentenceTransformer, float]:
+    """The stock embedder, the BTok model, and the backbone's parameters in millions."""
+    # The shipped tokenizer alone, without the image processor that its own class would ask for.
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_BACKBONE / "tokenizer.json"), **special)
+    tokenizer.chat_template = (_BACKBONE / "chat_template.jinja").read_text()
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
+    config = Qwen2Config(vocab_size=len(tokenizer) + 8, hidden_size=hidden, intermediate_size=4 * hidden, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformer = own_template(str(folder), _LIMIT)
+    pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
+    stock = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
+    model = build_model(str(folder), num_btoks=btoks, max_seq_length=_LIMIT, device="cpu")
+    return stock.float(), model.float(), sum(p.numel() for p in stock.parameters()) / 1e6
+
+
+def inputs_of(stock: SentenceTransformer, length: int, count: int) -> list[str]:
+    """Texts that have so many tokens in the stock model; the tokenizer makes one of each byte."""
+    frame = stock.preprocess(["a"])["input_ids"].shape[1] - 1
+    long = texts(count, length, length)
+    return [text[: length - frame] for text in long]
+
+
+def seconds(model: SentenceTransformer, rows: list[str]) -> float:
+    """CPU seconds of one encode."""
+    start = time.process_time()
+    model.encode(rows, batch_size=_BATCH)
+    return time.process_time() - start
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and write its table."""
+    (config,) = HfArgumentParser(CostConfig).parse_args_into_dataclasses(arguments)
+    torch.set_num_threads(1)
+    lines = [
+        f"`python -m recipes.benchmark encode_cost`, K = {config.btoks}, {config.rows} inputs, {config.rounds} paired "
+        "rounds, one thread.",
+        "",
+        "| parameters | L | (L + K) / L | time / stock | ms an input, stock |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for hidden in config.hidden:
+        with tempfile.TemporaryDirectory() as folder:
+            stock, model, millions = pair(hidden, config.layers, config.btoks, Path(folder))
+        for length in config.lengths:
+            rows = inputs_of(stock, length, config.rows)
+            lengths = {stock.preprocess(rows)["input_ids"].shape[1], model.preprocess(rows)["input_ids"].shape[1]}
+            if lengths != {length, length + config.btoks}:
+                raise ValueError(f"the two models must differ by K tokens, got lengths {sorted(lengths)}.")
+            ratios, times = [], []
+            for number in range(config.rounds + 1):  # the first round warms both up
+                order = (stock, model) if number % 2 else (model, stock)
+                took = {side: seconds(side, rows) for side in order}
+                if number:
+                    ratios.append(took[model] / took[stock])
+                    times.append(1000 * took[stock] / len(rows))
+            expected = (length + config.btoks) / length
+            lines.append(
+                f"| {millions:.0f} M | {length} | {expected:.3f} | {spread(ratios, 3)} | {np.median(times):.0f} |"
+            )
+            print(lines[-1], flush=True)
+    Path(config.output).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Time per row and peak memory of `encode_checked` and `encode_corpus` as the rows grow: both should stay flat.
+
+    python -m recipes.benchmark encode_scale
+
+Rows are short texts, every tenth with a small picture by path; none equals another. Each size runs in a process of its
+own, where the model is loaded and warm; memory is what encoding adds to it at its peak. `encode_checked` returns all
+embeddings at once, so what they take is shown apart: while they are put together they are there twice. Time is CPU
+time of one thread and its helpers, which a busy machine hardly changes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import HfArgumentParser
+
+from recipes.benchmark_encode import load_model, resident, texts
+from recipes.data.corpus import open_corpus
+from recipes.encode_corpus import EncodeConfig, encode_shard, plan
+from st_btok import encode_checked
+
+_PICTURES = 100
+_WAYS = ("encode_checked", "encode_corpus")
+
+
+@dataclass
+class ScaleConfig:
+    """Sizes of the benchmark."""
+
+    rows: list[int] = field(default_factory=lambda: [1000, 10_000, 50_000], metadata={"help": "Numbers of rows."})
+    ways: list[str] = field(default_factory=lambda: list(_WAYS), metadata={"help": "What is measured."})
+    output: str = field(default="recipes/results/encode_scale.md", metadata={"help": "Where the table goes."})
+    worker: str = field(default="", metadata={"help": "Used by the command itself: one way to run in this process."})
+
+
+def rows_of(count: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Different rows; pictures repeat, the texts beside them do not."""
+    for number in range(_PICTURES):
+        noise = np.random.default_rng(number).integers(0, 255, (56, 84, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+    for number, text in enumerate(texts(count, 2, 8)):
+        row = {"text": f"{number} {text}"}
+        yield {"image": str(folder / f"{number // 10 % _PICTURES}.png"), **row} if number % 10 == 0 else row
+
+
+def run(way: str, model: Any, rows: Iterator[dict[str, Any]], folder: Path) -> tuple[float, float]:
+    """CPU seconds, and MiB that are returned."""
+    if way == "encode_checked":
+        listed = list(rows)
+        start = time.process_time()
+        found = encode_checked(model, listed).embeddings
+        return time.process_time() - start, found.nbytes / 2**20
+    path = folder / "corpus.jsonl"
+    with path.open("w") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    start = time.process_time()
+    config = EncodeConfig("", [str(path)], str(folder / "embeddings"))
+    corpus = open_corpus(config.corpus)
+    for shard in plan(config, corpus, model):
+        encode_shard(model, corpus, shard, config)
+    return time.process_time() - start, 0.0
+
+
+def measure(way: str, count: int) -> tuple[float, float, float]:
+    """Milliseconds a row, MiB added at the peak, and MiB of them that are returned; for a process of its own."""
+    model = load_model()
+    with tempfile.TemporaryDirectory() as warm, tempfile.TemporaryDirectory() as folder:
+        run(way, model, rows_of(200, Path(warm)), Path(warm))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident()
+        seconds, returned = run(way, model, rows_of(count, Path(folder)), Path(folder))
+    status = Path("/proc/self/status").read_text()
+    highest = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return 1000 * seconds / count, highest / 2**10 - before, returned
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the benchmark and write its table."""
+    (config,) = HfArgumentParser(ScaleConfig).parse_args_into_dataclasses(arguments)
+    if config.worker:
+        print(*measure(config.worker, config.rows[0]))
+        return
+    lines = [
+        f"`python -m recipes.benchmark encode_scale --rows {' '.join(map(str, config.rows))}`, one thread.",
+        "",
+        "| way | rows | CPU ms a row | peak MiB | of them embeddings that are returned, twice |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for way in config.ways:
+        for count in config.rows:
+            command = [sys.executable, "-m", "recipes.benchmark_encode_scale", "--worker", way, "--rows", str(count)]
+            out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+            took, peak, returned = map(float, out.split()[-3:])
+            lines.append(f"| {way} | {count:,} | {took:.2f} | {peak:.0f} | {2 * returned:.0f} |")
+            print(lines[-1], flush=True)
+    Path(config.output).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
