@@ -1,7 +1,7 @@
 """The benchmarks by name: each is a module `recipes.benchmark_NAME` with a `main()` and its own `--help`.
 
-`python -m recipes.benchmark step` times a training step, `python -m recipes.benchmark encode` the encoding, beside which
-`encode_scale` shows that time per row and memory stay flat, and `encode_cost` what the BToks cost.
+`python -m recipes.benchmark step` times a training step, `python -m recipes.benchmark encode` the encoding;
+`encode_scale` shows that time per row and memory stay flat, `encode_cost` what the BToks cost.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.budgets import read_budget
     from st_btok.chat_template import append_btoks, plain_template
     from st_btok.inputs.encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
-    from st_btok.inputs.images import rgb_image
+    from st_btok.inputs.images import open_image, rgb_image
     from st_btok.inputs.pdf import pdf_pages
     from st_btok.inputs.vectors import EncodedRow, encode_rows
     from st_btok.inputs.videos import read_video
@@ -62,6 +62,7 @@ __all__ = [
     "encode_checked",
     "encode_rows",
     "merge_adapters",
+    "open_image",
     "pdf_pages",
     "plain_template",
     "read_budget",
@@ -84,7 +85,7 @@ _MODULES = {
         "checked_inputs",
         "encode_checked",
     ),
-    "st_btok.inputs.images": ("rgb_image",),
+    "st_btok.inputs.images": ("open_image", "rgb_image"),
     "st_btok.inputs.pdf": ("pdf_pages",),
     "st_btok.inputs.vectors": ("EncodedRow", "encode_rows"),
     "st_btok.inputs.videos": ("read_video",),

@@ -6,7 +6,9 @@ does not, or not soundly, this module differs:
 
 * identify, open: by content, from a list of formats; PostScript is refused, as loading it starts another program.
   `encode` fails on BMP, TIFF and animations, and ends the process on some corrupt PNGs.
-* bound: more than `LARGEST_IMAGE` pixels are refused by the header; `encode` decodes them.
+* bound: more than `LARGEST_IMAGE` pixels are refused by the header; `encode` decodes them. Images of more than
+  `LARGE_IMAGE` pixels are decoded one at a time and shrunk by a whole factor at once, strip by strip: whole, each
+  would be held several times over, and 4 bytes a value in the processor.
 * decode: truncated files are errors that name the file. Of an animation the first frame is taken. Where a GIF is
   transparent, its own hidden colour shows; `encode` shows another.
 * normalise: EXIF orientation is applied (`encode` forgets it for WebP, and for PIL images); transparency is dropped as
@@ -16,15 +18,18 @@ does not, or not soundly, this module differs:
 
 from __future__ import annotations
 
+import math
+import threading
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps
 
-from st_btok.inputs.pixels import LARGEST_IMAGE, eight_bits, image_of_array
+from st_btok.inputs.pixels import LARGEST_DEEP_IMAGE, LARGEST_IMAGE, eight_bits, image_of_array, is_deep
 from st_btok.inputs.sources import read_source, source_name
 
 # What is opened. Not on the list: formats whose plugins start programs (EPS), open what they hold as a file of any
@@ -33,9 +38,21 @@ _FORMATS = (
     "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "ICNS", "CUR", "DIB", "PPM", "TGA", "PCX",
     "SGI", "QOI", "DDS", "PSD", "IM", "MSP", "XBM", "XPM", "SUN", "BLP", "FITS", "SPIDER", "PIXAR", "DCX",
 )  # fmt: skip
+LARGE_IMAGE = 2**24  # pixels; more than most cameras make, and 16 times what a model of this package takes by default
 LONGEST_RATIO = 200  # the Qwen processors raise beyond
 _PADDED_PIXELS = 2**22  # of a thin image that has to be padded; a longer one is shrunk first
-_STRIP = 256  # rows that are laid over a background at a time
+_STRIP = 256  # rows that are laid over a background, or shrunk, at a time
+_ONE_LARGE_IMAGE = threading.Lock()  # the threads that read ahead would hold several at once
+# How each value of EXIF's orientation is turned upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @cache
@@ -65,9 +82,12 @@ def open_image(source: Any, allow_urls: bool = False) -> Image.Image:
         raise ValueError(f"{source_name(source)} is PostScript. Convert it to PNG")
     if not image.width * image.height:
         raise ValueError(f"{source_name(source)} has no pixels ({image.width} x {image.height}). Leave it out")
-    if image.width * image.height > LARGEST_IMAGE:
+    largest = LARGEST_DEEP_IMAGE if is_deep(image) else LARGEST_IMAGE
+    if image.width * image.height > largest:
         size = f"{image.width} x {image.height}"
-        raise ValueError(f"{source_name(source)} has {size} pixels, more than {LARGEST_IMAGE}. Shrink it first")
+        raise ValueError(
+            f"{source_name(source)} has {size} pixels of mode {image.mode}, more than {largest}. Shrink it first"
+        )
     return image
 
 
@@ -133,22 +153,26 @@ def rgb_image(
 
 def _decoded(source: Any, opened: Image.Image, background: str | None) -> Image.Image:
     """The pixels of an opened image, its first frame."""
-    place = opened.tell()
-    try:
-        if place:
-            opened.seek(0)
-        opened.load()
-        image = normalise(opened, background)
-        if place:
-            opened.seek(place)  # the caller's image is left as it was
-    except (MemoryError, ImportError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{source_name(source)} can't be decoded: {error}. Make the file again") from error
-    finally:
-        if opened is not source:
-            opened.close()
-    return image
+    factor = _factor(opened)
+    with _ONE_LARGE_IMAGE if factor > 1 else nullcontext():
+        place = opened.tell()
+        try:
+            if place:
+                opened.seek(0)
+            if factor > 1 and opened is not source:
+                opened.draft(None, (opened.width // factor, opened.height // factor))  # JPEG: decoded smaller
+            opened.load()
+            image = normalise(opened, background)
+            if place:
+                opened.seek(place)  # the caller's image is left as it was
+        except (MemoryError, ImportError):
+            raise
+        except Exception as error:
+            raise ValueError(f"{source_name(source)} can't be decoded: {error}. Make the file again") from error
+        finally:
+            if opened is not source:
+                opened.close()
+        return image
 
 
 def normalise(image: Image.Image, background: str | None = None) -> Image.Image:
@@ -159,18 +183,43 @@ def normalise(image: Image.Image, background: str | None = None) -> Image.Image:
         background: See `rgb_image`.
 
     Returns:
-        An RGB image.
+        An RGB image, of at most `LARGE_IMAGE` pixels.
     """
+    if (factor := _factor(image)) > 1:
+        return _shrunk_by_strips(image, factor, background)
     image = eight_bits(ImageOps.exif_transpose(image))
     if background is None or not image.has_transparency_data:
         return image.convert("RGB")
     ground = Image.new("RGB", image.size)
-    colour = (*ImageColor.getrgb(background)[:3], 255)
     for top in range(0, image.height, _STRIP):  # whole, this would hold the image three times more
-        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height))).convert("RGBA")
-        under = Image.new("RGBA", strip.size, colour)
-        ground.paste(Image.alpha_composite(under, strip).convert("RGB"), (0, top))
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        ground.paste(_without_transparency(strip, background), (0, top))
     return ground
+
+
+def _without_transparency(strip: Image.Image, background: str) -> Image.Image:
+    strip = strip.convert("RGBA")
+    under = Image.new("RGBA", strip.size, (*ImageColor.getrgb(background)[:3], 255))
+    return Image.alpha_composite(under, strip).convert("RGB")
+
+
+def _factor(image: Image.Image) -> int:
+    """By what the sides of an image are divided to leave `LARGE_IMAGE` pixels, rounded up; 1 for nearly all images."""
+    return math.ceil((image.width * image.height / LARGE_IMAGE) ** 0.5)
+
+
+def _shrunk_by_strips(image: Image.Image, factor: int, background: str | None) -> Image.Image:
+    """A large image as a small upright RGB one, with little memory beside its own pixels."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    lies_over = background if image.has_transparency_data else None
+    image = eight_bits(image)
+    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, _STRIP * factor):
+        strip = image.crop((0, top, image.width, min(top + _STRIP * factor, image.height)))
+        strip = strip.convert("RGB") if lies_over is None else _without_transparency(strip, lies_over)
+        small.paste(strip.reduce(factor), (0, top // factor))
+    turn = _UPRIGHT.get(orientation)
+    return small if turn is None else small.transpose(turn)
 
 
 def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:

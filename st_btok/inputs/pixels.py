@@ -11,6 +11,7 @@ from PIL import Image
 
 # Pixels. Pillow's own limit for refusing a file as a decompression bomb, held also where a program has lifted it.
 LARGEST_IMAGE = 178_956_970
+LARGEST_DEEP_IMAGE = 2**25  # of 16 or 32 bits a value, which take several copies to bring to 8
 
 
 def to_bytes(values: Any, what: str) -> np.ndarray:
@@ -106,6 +107,18 @@ def image_of_array(source: np.ndarray | torch.Tensor) -> Image.Image:
         values = channels_last(values, isinstance(source, torch.Tensor), what)
         values = values[..., 0] if values.shape[-1] == 1 else values
     return Image.fromarray(np.ascontiguousarray(values))
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has one channel of 16 or 32 bits.
+
+    Args:
+        image: Any image.
+
+    Returns:
+        True for the modes that `eight_bits` changes.
+    """
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

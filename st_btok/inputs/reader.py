@@ -23,6 +23,7 @@ from sentence_transformers.base.modality import (
     is_message_dict,
     is_video_url_or_path,
 )
+from transformers import PreTrainedTokenizerBase
 
 from st_btok.inputs.images import open_image, rgb_image
 from st_btok.inputs.sources import is_url, read_source
@@ -264,7 +265,8 @@ def reader_for(model: SentenceTransformer, **options: Any) -> InputReader:
 def _unguarded_placeholders(model: SentenceTransformer) -> tuple[str, ...]:
     """Media tokens that text could forge; none for BTok models, whose chat template guards text itself."""
     processor, tokenizer = getattr(model[0], "processor", None), getattr(model[0], "tokenizer", None)
-    if tokenizer is None or btok_ids(tokenizer):
+    # Bags of words and static embeddings have tokenizers of their own kind, without media.
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or btok_ids(tokenizer):
         return ()
     names = [getattr(processor, f"{kind}_token", None) for kind in _MEDIA]
     return tuple(name for name in names if isinstance(name, str) and len(name) > 1)

@@ -20,12 +20,16 @@ import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
 from st_btok.inputs.images import formats, is_postscript, normalise, rgb_image, shrink
-from st_btok.inputs.pixels import LARGEST_IMAGE, channels_last, to_bytes
+from st_btok.inputs.pixels import channels_last, to_bytes
 from st_btok.inputs.sources import read_source, source_name
 
 # FFmpeg's names. Not on the list: playlists (hls, concat, dash), numbered images, text drawn as a terminal (tty).
 CONTAINERS = "mov,mp4,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,m4v,h264,hevc,av1,ivf,nut,mxf,dv,rm,wav"
 FILE_FRAMES = 8  # the authors' count, and what `limits.py` reserves room for
+LARGEST_FRAME = 2**25  # pixels; 8K. A decoder holds several whole frames
+# Pixels of all chosen frames of a file: eight of 4 million, as processors hold each 12 bytes. More frames than eight
+# are asked for by the user, who gets each in at least half a million.
+_FILE_PIXELS, _LEAST_PIXELS = 2**25, 2**19
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def read_video(
             around an array or list.
         num_frames: At most this many frames (at least 1), as `evenly` chooses them. Default: 8 of a file, every frame
             of an array or list.
-        max_pixels: Largest area of one frame; larger ones are shrunk. Default: no shrinking.
+        max_pixels: Largest area of one frame; larger ones are shrunk. Default: of a file 2^25 pixels over the number
+            of frames (4 million at 8 frames), else no shrinking.
         allow_urls: Fetch URLs.
         background: See `rgb_image`.
 
@@ -178,6 +183,8 @@ def _from_file(
     source: str | Path | bytes, num_frames: int, max_pixels: int | None, allow_urls: bool, background: str | None
 ) -> tuple[np.ndarray, dict[str, Any] | None]:
     opened = read_source(source, allow_urls)
+    room = max(_FILE_PIXELS // num_frames, _LEAST_PIXELS)
+    max_pixels = room if max_pixels is None else min(max_pixels, room)
     try:
         with Image.open(opened, formats=formats()) as image:
             _check_size(image.width, image.height, source)
@@ -245,10 +252,10 @@ def _refuse_postscript(opened: Any, source: Any) -> None:
 
 
 def _check_size(width: int, height: int, source: Any) -> None:
-    if not 1 <= width * height <= LARGEST_IMAGE:
+    if not 1 <= width * height <= LARGEST_FRAME:
         raise ValueError(
             f"{source_name(source)} has frames of {width} x {height} pixels; at least 1 and at most "
-            f"{LARGEST_IMAGE} can be read. Shrink it first"
+            f"{LARGEST_FRAME} can be read. Shrink it first"
         )
 
 

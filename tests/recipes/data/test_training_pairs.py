@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import datasets
@@ -16,6 +17,7 @@ from recipes.data.training_pairs import Side, check_source
 from st_btok import build_model, checked_inputs, encode_checked
 from tests.backbones import build, picture
 from tests.mmeb_train_files import jpeg, put
+from tests.st_btok.inputs.test_images import png_header
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,23 @@ def test_broken_rows_are_left_out_with_their_reason(table, tmp_path, caplog):
     row = source.dataset()[3]
     assert row["query"]["image"].size == (56, 28) and list(row["query"]) == ["image", "text"]
     assert row["positive"] == {"text": "text 3"}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is PostScript"),
+        (png_header(50_000, 50_000), "too large|more than"),
+        (png_header(0, 5), "not an image|no pixels"),
+        (b"", "is not an image"),
+    ],
+)
+def test_headers_are_read_as_encoding_reads_them(tmp_path, content, reason):
+    """Also where nothing is decoded: the formats that are opened are the checked path's."""
+    put(tmp_path / "a.png", content)
+    table = Dataset.from_dict({"image": ["a.png"], "text": ["t"], "neg": [""]})
+    source = check_source("mine", table, partial(read, folder=tmp_path), check_media="header")
+    assert re.search(reason, source.broken[0].reason)
 
 
 def test_a_second_check_reads_no_file(table, tmp_path, monkeypatch):

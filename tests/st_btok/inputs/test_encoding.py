@@ -10,8 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import BoW, Pooling, StaticEmbedding, WordEmbeddings
+from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 from sentence_transformers.util import quantize_embeddings
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from st_btok.inputs.encoding import checked_inputs, encode_checked
@@ -213,6 +217,26 @@ def test_plain_models_without_btoks(tmp_path):
     assert result.rows == [0, 3]
     assert difference(result.embeddings, one_by_one(model, ["a", "bb"])) < 1e-5
     assert "takes text, not image" in result.skipped[0].reason and "no chat template" in result.skipped[1].reason
+
+
+@pytest.mark.parametrize("kind", ["bag of words", "static", "word vectors"])
+def test_models_without_a_transformer(kind):
+    """Their tokenizers are not those of transformers."""
+    if kind == "bag of words":
+        modules = [BoW(["cat", "dog", "mat"])]
+    elif kind == "static":
+        backend = Tokenizer(WordLevel({"cat": 0, "dog": 1, "mat": 2, "[UNK]": 3}, unk_token="[UNK]"))
+        backend.pre_tokenizer = Whitespace()
+        modules = [StaticEmbedding(backend, embedding_weights=np.eye(4, 3, dtype=np.float32))]
+    else:
+        words = WordEmbeddings(WhitespaceTokenizer(["cat", "dog", "mat"]), np.eye(3, dtype=np.float32))
+        modules = [words, Pooling(3)]
+    model = SentenceTransformer(modules=modules, device="cpu")
+    values = ["cat dog", "mat", "dog dog dog mat", "cat dog"]
+    result = encode_checked(model, [*values, picture(), 3], on_error="skip")
+    assert result.rows == [0, 1, 2, 3] and "takes text, not image" in result.skipped[0].reason
+    assert difference(result.embeddings, model.encode(values)) < 1e-6
+    assert len(np.unique(result.embeddings, axis=0)) == 3
 
 
 def test_models_without_a_chat_template_get_one_modality_a_batch(tmp_path):

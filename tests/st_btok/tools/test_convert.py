@@ -393,6 +393,49 @@ def test_adapters_that_do_not_fit_are_refused(authors, tmp_path, case):
     assert not (tmp_path / "dst").exists()
 
 
+CODE = """
+from pathlib import Path
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+(Path(__file__).parent / "ran").touch()
+class Config(PreTrainedConfig):
+    model_type = "mystery"
+class Model(PreTrainedModel):
+    config_class = Config
+class Processor(ProcessorMixin):
+    pass
+"""
+
+
+@pytest.mark.parametrize("place", ["the base's model", "the weights' model", "the processor"])
+def test_code_in_a_checkpoint_never_runs_and_is_never_offered(authors, tmp_path, monkeypatch, place):
+    """transformers would ask on a terminal whether to run it; here it is refused, or the stock class is taken."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in ("btoks_full", "tiny_qwen2vl", "btoks_peft_adapter"):
+        (authors / name / "code.py").write_text(CODE)
+    custom = {"AutoConfig": "code.Config", "AutoModelForImageTextToText": "code.Model"}
+    source = authors / "btoks_full"
+    if place == "the base's model":
+        source = authors / "btoks_peft_adapter"
+        edit(authors / "tiny_qwen2vl/config.json", lambda c: c.update(model_type="mystery", auto_map=custom))
+    elif place == "the weights' model":
+        change = {"model_type": "mystery", "auto_map": custom}
+        edit(source / "config.json", lambda c: c["modules"]["backbone"]["backbone_config"].update(change))
+    else:
+        for name in ("processor_config.json", "tokenizer_config.json"):
+            if (source / name).exists():
+                own = {"AutoProcessor": "code.Processor", "AutoTokenizer": ["code.Processor", None]}
+                edit(source / name, lambda c, own=own: c.update(auto_map=own))
+    try:
+        convert(source, tmp_path / "dst")
+    except (ValueError, OSError) as error:
+        assert "mystery" in str(error) or "execute" in str(error)
+        assert place != "the processor" and not (tmp_path / "dst").exists()
+    else:
+        assert place == "the processor", "the class that transformers knows is there"
+    assert not list(tmp_path.rglob("ran"))
+
+
 def test_a_reference_directory_alone_has_nothing_to_convert(authors, tmp_path):
     with pytest.raises(ValueError, match="reference-mode directory.*Convert the adapter"):
         convert(authors / "btoks_reference", tmp_path / "dst")
