@@ -218,7 +218,7 @@ def _shrunk_by_strips(image: Image.Image, factor: int, background: str | None) -
         strip = image.crop((0, top, image.width, min(top + _STRIP * factor, image.height)))
         strip = strip.convert("RGB") if lies_over is None else _without_transparency(strip, lies_over)
         small.paste(strip.reduce(factor), (0, top // factor))
-    turn = _UPRIGHT.get(orientation)
+    turn = _UPRIGHT.get(orientation or 1)
     return small if turn is None else small.transpose(turn)
 
 
