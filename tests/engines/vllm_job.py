@@ -1,7 +1,7 @@
 """vLLM on the CPU serves what sentence-transformers computes, or refuses: `python -m tests.engines.vllm_job PYTHON`.
 
 PYTHON is the interpreter of an environment with vLLM and this package (`make engines` makes one); the comparison runs
-here, in the environment of the project. Six starts of a server, a few minutes each on two cores.
+here, in the environment of the project. Seven starts of a server, a few minutes each on two cores.
 """
 
 from __future__ import annotations
@@ -84,15 +84,16 @@ def worst(answers: list[Answer], form: str) -> str | None:
     wrong = [answer for answer in own if answer.verdict == "WRONG"]
     if not own:
         return None
+    equal = {answer.row: answer.difference or 0.0 for answer in own if answer.verdict == "equal"}
     if wrong:
         cosines = [answer.cosine for answer in wrong if answer.cosine is not None]
         names = ", ".join(answer.row for answer in wrong)
-        return f"**wrong, no error**: cosine {min(cosines):.2f} to {max(cosines):.2f} ({names})"
-    equal = [answer.difference or 0.0 for answer in own if answer.verdict == "equal"]
+        right = f"; {max(equal.values()):.1e}: {', '.join(equal)}" if equal else ""
+        return f"**wrong, no error**: cosine {min(cosines):.2f} to {max(cosines):.2f} ({names}){right}"
     refused = [answer.row for answer in own if answer.verdict == "refused"]
     if not equal:
         return "refused, HTTP 400"
-    return f"{max(equal):.1e} ({len(equal)} rows)" + (f"; refused: {', '.join(refused)}" if refused else "")
+    return f"{max(equal.values()):.1e} ({len(equal)} rows)" + (f"; refused: {', '.join(refused)}" if refused else "")
 
 
 def measure(python: str, folder: Path, readout: str, options: list[str], plugin: bool) -> list[Row]:
@@ -129,6 +130,7 @@ def main(python: str) -> None:
         text_model("last").save_pretrained(str(folder / TEXT_ONLY))
         starts = [
             (TEXT_ONLY, STRINGS, False),
+            (TEXT_ONLY, STRINGS, True),
             ("last", [], False),
             ("mean", [], True),
             ("mean", STATES, False),
