@@ -16,6 +16,7 @@ moved them, loading fails, and a mean model is refused.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +93,10 @@ def register() -> None:
 
     def render(self: PoolingIOProcessor, render_params: Any) -> Any:
         rendered = stock_render(self, render_params)
-        check_prompt(rendered["prompts"].get("prompt_token_ids"), btok_ids(self.renderer.tokenizer))
+        ids, tokenizer = rendered["prompts"].get("prompt_token_ids"), self.renderer.tokenizer
+        check_prompt(ids, btok_ids(tokenizer))
+        if "prompts" in render_params:  # bare text; in messages the template guards it
+            check_bare(ids, tokenizer.encode(""), tokenizer.all_special_ids)
         return rendered
 
     get_seq_pooling_method.knows_btoks = True  # type: ignore[attr-defined]
@@ -146,4 +150,24 @@ def check_prompt(token_ids: Sequence[int] | None, btoks: Sequence[int]) -> None:
             f"a prompt must end with its {len(btoks)} bottleneck tokens {list(btoks)}, this one ends with "
             f'{ids[-len(btoks) :]}. The chat template appends them: send `"messages": [{{"role": "user", "content": '
             '...}]` instead of `"input"`, without `add_generation_prompt` or `truncate_prompt_tokens`.'
+        )
+
+
+def check_bare(token_ids: Sequence[int] | None, frame: Sequence[int], special: Sequence[int]) -> None:
+    """Let no bare text pass that quotes control tokens, where the tokenizer frames bare text (`bare_text.py`).
+
+    Args:
+        token_ids: Ids of the prompt.
+        frame: What the tokenizer makes of an empty text; empty where it frames nothing.
+        special: Ids of all control tokens.
+
+    Raises:
+        ValueError: If the prompt has other control tokens than the frame.
+    """
+    control = set(special)
+    own = Counter(token for token in frame if token in control)
+    if own and Counter(token for token in token_ids or [] if token in control) != own:
+        raise ValueError(
+            'a bare "input" must not quote control tokens, which would be read as such. Send `"messages": [{"role": '
+            '"user", "content": ...}]`, where the chat template takes them for words.'
         )
