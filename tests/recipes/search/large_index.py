@@ -1,6 +1,6 @@
-"""An index large enough to be approximate, built once: `python -m tests.recipes.search.large_index [ROWS]`.
+"""An index large enough to be approximate, built once: `python -m tests.recipes.search.large_index [ROWS [TOPICS]]`.
 
-Unit vectors of 384 dimensions around 2,000 topics; the queries are rows with noise. Prints how many of the ten nearest
+Unit vectors of 384 dimensions around 2,000 topics, or with 0 topics of random directions, the worst case; the queries are rows with noise. Prints how many of the ten nearest
 rows the index finds, and what a query takes with and without it. Minutes of two cores go into building.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from recipes.search.index import INDEX_ABOVE
 from recipes.search.store import LanceStore
 
-DIMENSION, TOPICS, QUERIES, AT_ONCE = 384, 2000, 100, 5000
+DIMENSION, QUERIES, AT_ONCE = 384, 100, 5000
 ROW = {"path": "a", "kind": "text", "place": "", "text": "", "content": "", "last": 0, "size": 1, "changed": 1}
 
 
@@ -23,10 +23,13 @@ def noise(rng: np.random.Generator, rows: int) -> np.ndarray:
     return rng.standard_normal((rows, DIMENSION), dtype=np.float32)
 
 
-def main(rows: int) -> None:
+def main(rows: int, topics: int) -> None:
     """Build, search, compare."""
     rng = np.random.default_rng(0)
-    vectors = noise(rng, TOPICS)[rng.integers(0, TOPICS, rows)] + 0.6 * noise(rng, rows)
+    if topics:
+        vectors = noise(rng, topics)[rng.integers(0, topics, rows)] + 0.6 * noise(rng, rows)
+    else:
+        vectors = noise(rng, rows)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     with tempfile.TemporaryDirectory() as folder:
         store = LanceStore(folder, DIMENSION)
@@ -48,4 +51,5 @@ def main(rows: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 120_000)
+    given = [int(argument) for argument in sys.argv[1:]]
+    main(*given, *(120_000, 2000)[len(given) :])
