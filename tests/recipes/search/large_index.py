@@ -1,7 +1,8 @@
 """An index large enough to be approximate, built once: `python -m tests.recipes.search.large_index [ROWS [TOPICS]]`.
 
-Unit vectors of 384 dimensions around 2,000 topics, or with 0 topics of random directions, the worst case; the queries are rows with noise. Prints how many of the ten nearest
-rows the index finds, and what a query takes with and without it. Minutes of two cores go into building.
+Unit vectors of 384 dimensions around 2,000 topics, or with 0 topics of random directions, the worst case; the queries
+are rows with noise. Prints how many of the ten nearest rows the index finds, and what a query takes with and without
+it. Minutes of two cores go into building.
 """
 
 from __future__ import annotations
