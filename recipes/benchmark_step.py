@@ -136,8 +136,11 @@ class SecondPassOnly(BTokLoss):
 class OneWidth(BTokLoss):
     """Every column in one call, however different its rows are in length."""
 
-    def _embed_in_buckets(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        return self.embed(features, targets)
+    def embed_in_buckets(
+        self, features: dict[str, Any], targets: list[Tensor] | None, apart: bool, readers: Any
+    ) -> tuple[Tensor, Tensor]:
+        """In one call."""
+        return self.embed(features, targets, *readers(0))
 
 
 def total(parts: dict[str, Tensor]) -> Tensor:

@@ -60,6 +60,18 @@ def length_buckets(lengths: list[int]) -> list[list[int]]:
     return best
 
 
+def is_split(features: dict[str, Any]) -> bool:
+    """Whether `split_by_length` cuts a column that generates nothing.
+
+    Args:
+        features: Features of B rows.
+
+    Returns:
+        True where it saves padding.
+    """
+    return len(length_buckets(row_lengths(features, None))) > 1
+
+
 @dataclass(frozen=True)
 class Part:
     """Some rows of a column, as a column of their own.
@@ -75,19 +87,22 @@ class Part:
     targets: list[Tensor]
 
 
-def split_by_length(features: dict[str, Any], targets: list[Tensor], media_tokens: dict[str, int]) -> list[Part]:
+def split_by_length(
+    features: dict[str, Any], targets: list[Tensor], media_tokens: dict[str, int], apart: bool = False
+) -> list[Part]:
     """A column in parts of similar length; in one, its own dict of features, where splitting saves nothing.
 
     Args:
         features: Features of B rows.
         targets: B id tensors.
         media_tokens: Ids of the placeholder tokens by kind, as for `row_offsets`.
+        apart: The targets are read in calls of their own, so a row's length is that of its input.
 
     Returns:
         At most `MAX_BUCKETS` parts that hold every row once.
     """
     whole = [Part(list(range(len(targets))), features, targets)]
-    buckets = length_buckets(row_lengths(features, targets))
+    buckets = length_buckets(row_lengths(features, None if apart else targets))
     if len(buckets) == 1:
         return whole
     try:

@@ -21,11 +21,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
 
+from st_btok.anatomy import find_btoks, unwrap
+from st_btok.training.apart import Apart, is_alone
 from st_btok.training.buckets import row_lengths
 from st_btok.training.cached_likelihood import CachedLikelihood
 from st_btok.training.losses import BTokLoss
 from st_btok.training.negatives import RowFacts
-from st_btok.training.routes import Likelihood
+from st_btok.training.routes import Likelihood, Reading
 from st_btok.training.slicing import row_offsets, take_rows
 
 _COLUMN = "btok_column"
@@ -119,29 +121,37 @@ class CachedBTokLoss(nn.Module):
         columns = list(sentence_features)
         self._facts = self.loss.facts(columns)
         weight, targets = self.loss.targets(columns)
-        self._orders = [self._order(features, target) for features, target in zip(columns, targets, strict=True)]
+        share = min(1.0, self.mini_batch_size / len(columns[0]["input_ids"]))
+        apart = self.loss.apart(targets, share)
+        self._orders = [
+            self._order(features, None if apart else target) for features, target in zip(columns, targets, strict=True)
+        ]
         media = self.loss.reader.media_tokens
         prepared = []
         for number, (features, order) in enumerate(zip(columns, self._orders, strict=True)):
             # What the mixin cuts into mini-batches: rows by number, in their order. Pixels are taken when read.
             ids, mask = features["input_ids"][order], features["attention_mask"][order]
-            column = Column(number, features, targets[number], row_offsets(features, media), order)
+            last = number == len(columns) - 1
+            column = Column(number, features, targets[number], row_offsets(features, media), order, last)
             prepared.append({"input_ids": ids, "attention_mask": mask, _COLUMN: column})
         tokens = sum(len(target) for column in targets if column for target in column)
-        passes = _GradCache(self, weight, tokens)
+        passes = _GradCache(self, weight, tokens, apart)
         total = passes.forward_cached(prepared)
+        carrier = total - total.detach()
+        if carrier.requires_grad:
+            carrier.register_hook(passes.back_propagate_kept)
         condensation = (weight * passes.nll).detach()
         self.loss.report(columns, targets, passes.nll, passes.tokens, weight)
         # GradCache has one tensor whose gradient starts its second pass; the value of each part stays its own.
-        return {"ranking": passes.ranking.detach() + (total - total.detach()), "condensation": condensation}
+        return {"ranking": passes.ranking.detach() + carrier, "condensation": condensation}
 
     def _order(self, features: dict[str, Any], targets: list[Tensor] | None) -> list[int]:
-        """Row numbers by length, longest first, so that what does not fit into memory fails at once."""
+        """Row numbers by length, longest last: the last mini-batch is the one that is not embedded twice."""
         rows = list(range(len(features["input_ids"])))
         if len(rows) <= self.mini_batch_size and self.mini_batch_num_tokens is None:
             return rows
         lengths = row_lengths(features, targets)
-        return sorted(rows, key=lambda row: -lengths[row])
+        return sorted(rows, key=lambda row: lengths[row])
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -190,6 +200,7 @@ class Column:
         targets: What its rows generate; None for nothing.
         offsets: From `row_offsets`.
         order: Row numbers in the order of the mini-batches.
+        last: Whether it is the last of the batch.
     """
 
     number: int
@@ -197,6 +208,7 @@ class Column:
     targets: list[Tensor] | None
     offsets: dict[str, list[int]]
     order: list[int]
+    last: bool
 
 
 class _GradCache(CachedLossMixin):
@@ -205,13 +217,19 @@ class _GradCache(CachedLossMixin):
     Apart from the loss, so that what a loss modifier wraps, `CachedBTokLoss.calculate_loss`, sees embeddings only.
     """
 
-    def __init__(self, owner: CachedBTokLoss, weight: float, tokens: int) -> None:
-        self.owner, self.weight, self.own_tokens = owner, weight, tokens
+    def __init__(self, owner: CachedBTokLoss, weight: float, tokens: int, apart: Apart | None) -> None:
+        self.owner, self.weight, self.own_tokens, self.apart = owner, weight, tokens, apart
         self.model = owner.loss.model
         self.mini_batch_size = owner.mini_batch_size
         self.mini_batch_num_tokens = owner.mini_batch_num_tokens
         self.show_progress_bar = owner.show_progress_bar
         self.likelihood = CachedLikelihood()
+        # The last mini-batch is not embedded twice: its graph stays until the backward pass, which begins with it. No
+        # more than one mini-batch's activations are alive at a time, as without.
+        self.keeps_last = is_alone(find_btoks(unwrap(self.model))[0].model)
+        self.kept: tuple[Tensor, tuple[int, int]] | None = None
+        self.passed: tuple[int, int] | None = None
+        self.last_grad = torch.zeros(())
         self.ranking = self.nll = self.tokens = torch.zeros(())
 
     def embed_minibatch(
@@ -228,18 +246,53 @@ class _GradCache(CachedLossMixin):
         rows = column.order[begin:end]
         features = take_rows(column.features, rows, column.offsets)
         targets = [column.targets[row] for row in rows] if column.targets else []
-        likelihood: Likelihood | None = None
-        if with_grad:
-            likelihood = partial(self.likelihood.replay, (column.number, begin))
-        elif copy_random_state:  # a second pass will follow; not so in evaluation
-            likelihood = partial(self.likelihood.read, (column.number, begin))
-        with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
+        key = (column.number, begin)
+        if key == self.passed:  # its backward pass is over, see `back_propagate_kept`
+            self.passed = None
+            return self.last_grad.detach(), None
+        keeps = copy_random_state and self.keeps_last and column.last and end >= len(column.order)
+        readers = partial(self._readers, key, with_grad or keeps, copy_random_state)
+        with random_state or nullcontext(), torch.set_grad_enabled(with_grad or keeps):
             state = RandContext(*features.values()) if copy_random_state else None
-            embedding, nll = self.owner.loss.embed(features, targets if any(map(len, targets)) else None, likelihood)
+            generated = targets if any(map(len, targets)) else None
+            embedding, nll = self.owner.loss.embed_in_buckets(features, generated, self.apart is not None, readers)
             if not len(nll):
                 nll = embedding.new_zeros(len(rows), dtype=torch.float32)
             precise = torch.promote_types(embedding.dtype, torch.float32)
-            return torch.cat([embedding.flatten(1).to(precise), nll[:, None].to(precise)], 1), state
+            reps = torch.cat([embedding.flatten(1).to(precise), nll[:, None].to(precise)], 1)
+        if keeps:
+            self.kept = reps, key
+            return reps.detach(), state
+        return reps, state
+
+    def back_propagate_kept(self, factor: Tensor) -> None:
+        """The backward pass of the mini-batch whose graph is still there, before any other is embedded again."""
+        if self.kept is not None and self.kept[0].requires_grad:
+            reps, self.passed = self.kept
+            with torch.enable_grad():  # off inside of a hook
+                (torch.dot(reps.flatten(), self.last_grad.flatten()) * factor).backward()  # type: ignore[no-untyped-call]
+        self.kept = None  # a second backward pass embeds this mini-batch like the others
+
+    def _readers(
+        self, key: tuple[int, ...], with_grad: bool, again: bool, part: int
+    ) -> tuple[Likelihood | None, Reading | None]:
+        """How targets are read: made in the first pass (`again`: a second follows), sent on where there is a graph."""
+        if not (with_grad or again):  # evaluation
+            return None, None
+        key, apart = (*key, part), self.apart
+
+        def likelihood(*arguments: Tensor) -> Tensor:
+            nll = self.likelihood.read(key, *arguments) if again else None
+            return self.likelihood.replay(key, *arguments) if nll is None or with_grad else nll
+
+        if apart is None:
+            return likelihood, None
+
+        def reading(sources: list[Tensor], *arguments: Any) -> Tensor:
+            nll = apart.read(key, sources, *arguments) if again else None
+            return apart.enter(key, sources) if nll is None or with_grad else nll
+
+        return None, reading
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
@@ -260,6 +313,6 @@ class _GradCache(CachedLossMixin):
             for column, parts in zip(reps, embeddings, strict=True):
                 for rep, part in zip(column, parts, strict=True):
                     grad = torch.zeros_like(part) if part.grad is None else part.grad
-                    rep.grad = torch.cat([grad.flatten(1), slope.expand(len(rep), 1)], 1)
+                    self.last_grad = rep.grad = torch.cat([grad.flatten(1), slope.expand(len(rep), 1)], 1)
         self.nll = self.nll.detach()
         return self.ranking + self.weight * self.nll

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from st_btok.anatomy import tokenizer_of
 from st_btok.limits import UNLIMITED
 from st_btok.training.attention import BTOK, INPUT, TARGET, condensation_attention
-from st_btok.training.routes import Route, condensed_forward
+from st_btok.training.routes import NLL_KEY, Route, condensed_forward
 from st_btok.training.targets import JointBatch, join_targets
 
 logger = logging.getLogger(__name__)
@@ -133,14 +133,50 @@ def choose_route(
             f"the condensation mask must cut the target off from its input, but for {backbone} {reason}: "
             'recurrent or convolutional layers, or an attention that takes no mask? Use route="auto" or "prefix".'
         )
-    flash = "flash" in (transformer.model.config.get_text_config(decoder=True)._attn_implementation or "")
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in transformer.model.modules())
     chosen: Route = "attention"
     if not cut_off:
         chosen = "prefix"
-    elif route == "auto" and flash and not checkpointing:  # checkpointing leaves no cache to read
+    elif route == "auto" and _is_flash(transformer) and not checkpointing:  # checkpointing leaves no cache to read
         chosen, reason = "kv", "flash attention takes no mask"
     else:
         reason = "the leak probe is 0"
     logger.info("BTokLoss uses route=%r on %s: %s.", chosen, backbone, reason)
     return chosen, leak
+
+
+def _is_flash(transformer: Transformer) -> bool:
+    return "flash" in (transformer.model.config.get_text_config(decoder=True)._attn_implementation or "")
+
+
+def kv_agrees(transformer: Transformer, btoks: list[int], end: int, head: Tensor | None) -> bool:
+    """Whether the kv route runs on a backbone and gives the likelihood of the attention route.
+
+    Args:
+        transformer: The model's first module.
+        btoks: The token ids that targets read.
+        end: Id of the end-of-turn token.
+        head: The loss' own LM head, if it has one.
+
+    Returns:
+        True where both agree on the probe row, up to the rounding of the weights' type.
+    """
+    if _is_flash(transformer):  # takes no mask, so there is no attention route to agree with
+        return False
+    probe = probe_batch(transformer, btoks, end)
+    found = []
+    training = transformer.training
+    transformer.eval()
+    try:
+        for route in ("attention", "kv"):
+            features = dict(probe.original)
+            targets = [probe.labels.cpu()]
+            with torch.no_grad(), condensed_forward(transformer, features, targets, btoks, route, head):
+                found.append(transformer(features)[NLL_KEY].float())
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        logger.info("No kv route on %s: %s", type(transformer.model).__name__, error)
+        return False
+    finally:
+        transformer.train(training)
+    tolerance = 1e-4 if transformer.model.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool(((found[0] - found[1]).abs() <= tolerance * found[0].abs()).all())

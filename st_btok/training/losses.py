@@ -18,15 +18,25 @@ from torch import Tensor, nn
 from st_btok.anatomy import find_btoks, unwrap
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.pooling import check_btoks
-from st_btok.training.buckets import split_by_length
+from st_btok.training.apart import Apart, can_read_apart, pays
+from st_btok.training.buckets import is_split, split_by_length
 from st_btok.training.callback import BTokCallback, Measured, read_tokens
-from st_btok.training.leak import choose_route
+from st_btok.training.leak import choose_route, kv_agrees
 from st_btok.training.lm_head import own_head
 from st_btok.training.modifiers import in_modifier
 from st_btok.training.negatives import FilteredSimilarity, RowFacts, row_facts
 from st_btok.training.precision import warn_of_half_precision
 from st_btok.training.processes import across_processes, gather_columns, parameters_in_use, token_mean
-from st_btok.training.routes import ALL_LAYERS, NLL_KEY, ROUTES, UNMASKED, Likelihood, Route, condensed_forward
+from st_btok.training.routes import (
+    ALL_LAYERS,
+    NLL_KEY,
+    ROUTES,
+    UNMASKED,
+    Likelihood,
+    Reading,
+    Route,
+    condensed_forward,
+)
 from st_btok.training.schedule import Schedule
 from st_btok.training.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets
 
@@ -186,6 +196,10 @@ class BTokLoss(nn.Module):
         self.leak: float | None = None
         if target != "none" and condensation_weight != 0:
             self.route, self.leak = choose_route(transformer, self.condensed, self.reader.end, route, self.lm_head)
+        # The same numbers as on the attention route, from calls that can be differentiated on the spot.
+        self.reads_apart = self.route == "kv" or (
+            self.route == "attention" and kv_agrees(transformer, self.condensed, self.reader.end, self.lm_head)
+        )
         self.measured: Measured | None = None
         self._checked_precision = False
 
@@ -264,11 +278,17 @@ class BTokLoss(nn.Module):
             # FSDP gathers weights in every call: all processes must make the same calls, whatever their rows hold.
             alone, together = list(range(len(columns))), []
         else:
-            alone, together = generating, [number for number in range(len(columns)) if number not in generating]
+            whole = self._by_layer()
+            alone = [n for n in range(len(columns)) if n in generating or not whole and is_split(columns[n])]
+            together = [number for number in range(len(columns)) if number not in alone]
+        apart = self.apart(targets)
+        readers = (None, apart.at_once if apart else None)
         embeddings: dict[int, Tensor] = {}
         sums, tokens = [torch.zeros((), device=columns[0]["input_ids"].device)], 0
         for number in alone:
-            embeddings[number], nll = self._embed_in_buckets(columns[number], targets[number])
+            embeddings[number], nll = self.embed_in_buckets(
+                columns[number], targets[number], apart is not None, lambda part: readers
+            )
             if len(nll):
                 sums.append(nll.sum())
                 tokens += sum(map(len, targets[number] or []))
@@ -278,20 +298,69 @@ class BTokLoss(nn.Module):
             embeddings.update(zip(together, merged, strict=True))
         return [embeddings[number] for number in range(len(columns))], torch.stack(sums).sum(), tokens
 
-    def _embed_in_buckets(self, features: dict[str, Any], targets: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """`embed`, with rows of similar length in calls of their own where that saves padding."""
-        # AdaptiveLayerLoss keeps the states of all layers in the column's own dict, so the column has to stay whole.
-        by_layer = "forward" in vars(find_btoks(unwrap(self.model))[0])
-        if targets is None or by_layer or get_world_size() > 1:
-            return self.embed(features, targets)
-        parts = split_by_length(features, targets, self.reader.media_tokens)
-        found = [self.embed(part.features, part.targets if any(map(len, part.targets)) else None) for part in parts]
-        rows = torch.tensor([row for part in parts for row in part.rows], device=found[0][0].device)
-        embeddings = torch.cat([embedding for embedding, _ in found])[rows.argsort()]
-        return embeddings, torch.cat([nll for _, nll in found])
+    def apart(self, targets: list[list[Tensor] | None], share: float = 1.0) -> Apart | None:
+        """What reads the targets in calls of their own, where the backbone can and where it takes less memory.
+
+        Args:
+            targets: Each column's targets.
+            share: Share of them that is read together.
+
+        Returns:
+            The reader; None for targets as a part of the graph.
+        """
+        transformer, _ = find_btoks(unwrap(self.model))
+        tokens = sum(len(target) for column in targets if column for target in column)
+        if not tokens or not torch.is_grad_enabled() or not self.reads_apart or self._by_layer():
+            return None
+        backbone = transformer.model
+        if not pays(backbone, self.lm_head, tokens * share) or not can_read_apart(self.model, backbone):
+            return None
+        return Apart([*backbone.parameters(), *([] if self.lm_head is None else [self.lm_head])])
+
+    def _by_layer(self) -> bool:
+        """Whether `AdaptiveLayerLoss` keeps the states of all layers in a column's own dict."""
+        return "forward" in vars(find_btoks(unwrap(self.model))[0])
+
+    def embed_in_buckets(
+        self,
+        features: dict[str, Any],
+        targets: list[Tensor] | None,
+        apart: bool,
+        readers: Callable[[int], tuple[Likelihood | None, Reading | None]],
+    ) -> tuple[Tensor, Tensor]:
+        """`embed`, with rows of similar length in calls of their own where that saves padding.
+
+        Args:
+            features: Features of B rows.
+            targets: What they generate; None for nothing.
+            apart: Whether targets are read in calls of their own.
+            readers: The `likelihood` and the `reading` of each part, by its number.
+
+        Returns:
+            As `embed`.
+        """
+        if self._by_layer() or get_world_size() > 1:  # the column has to stay whole
+            return self.embed(features, targets, *readers(0))
+        generated = targets or [torch.zeros(0, dtype=torch.long)] * len(features["input_ids"])
+        parts = split_by_length(features, generated, self.reader.media_tokens, apart)
+        embeddings, sums = [], []
+        for number, part in enumerate(parts):
+            generates = any(map(len, part.targets))
+            embedding, nll = self.embed(part.features, part.targets if generates else None, *readers(number))
+            embeddings.append(embedding)
+            sums.append(nll)
+        order = torch.tensor([row for part in parts for row in part.rows], device=embeddings[0].device).argsort()
+        if not any(map(len, sums)):  # no target, or a loss modifier's repeated call
+            return torch.cat(embeddings)[order], sums[0]
+        sums = [nll if len(nll) else nll.new_zeros(len(part.rows)) for nll, part in zip(sums, parts, strict=True)]
+        return torch.cat(embeddings)[order], torch.cat(sums)[order]
 
     def embed(
-        self, features: dict[str, Any], targets: list[Tensor] | None, likelihood: Likelihood | None = None
+        self,
+        features: dict[str, Any],
+        targets: list[Tensor] | None,
+        likelihood: Likelihood | None = None,
+        reading: Reading | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One pass through the model.
 
@@ -299,6 +368,7 @@ class BTokLoss(nn.Module):
             features: Features of B rows.
             targets: What they generate; None for nothing.
             likelihood: As for `condensed_forward`.
+            reading: As for `condensed_forward`; given, the targets are read on the kv route.
 
         Returns:
             (B, D) embeddings, with budgets (B, budgets, D), and the (B,) summed NLL; (0,) without one.
@@ -306,10 +376,9 @@ class BTokLoss(nn.Module):
         transformer, _ = find_btoks(unwrap(self.model))
         with self._passes() as stack:
             if targets is not None and ALL_LAYERS not in features:
-                route = self.route or "attention"
-                stack.enter_context(
-                    condensed_forward(transformer, features, targets, self.condensed, route, self.lm_head, likelihood)
-                )
+                route = "kv" if reading else self.route or "attention"
+                options = (self.lm_head, likelihood, reading)
+                stack.enter_context(condensed_forward(transformer, features, targets, self.condensed, route, *options))
             output = self.model(features)
         # Taken out: MatryoshkaLoss hands the same output to one call per dimension, and the term counts once.
         nll = output.pop(NLL_KEY, None)

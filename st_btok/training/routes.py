@@ -12,7 +12,7 @@ pooling sees the original layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from st_btok.anatomy import embedding_matrix
 from st_btok.pooling import check_btoks
 from st_btok.training.attention import condensation_attention
+from st_btok.training.buckets import length_buckets
 from st_btok.training.likelihood import condensation_nll
 from st_btok.training.targets import join_targets
 
@@ -40,6 +41,9 @@ ALL_LAYERS = "all_layer_embeddings"
 
 
 Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
+# From what the targets read of their sources, the rows to read together, and what turns the former into likelihoods:
+# the likelihoods of all rows. See `apart.py`.
+Reading = Callable[[list[Tensor], Sequence[Tensor], Callable[[list[Tensor], Tensor], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Task:
         head: (V, D) output embedding matrix; None for the input embeddings, looked up while the model runs, because a
             sharded matrix is whole only then.
         likelihood: Turns (M, D) states, (M,) labels and the head into (M,) negative log-likelihoods.
+        reading: How a call of its own on the targets is made; None for as a part of the graph.
     """
 
     transformer: Transformer
@@ -62,12 +67,13 @@ class Task:
     btoks: list[int]
     head: Tensor | None
     likelihood: Likelihood
+    reading: Reading | None = None
 
-    def row_nll(self, states: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
-        """(M, D) predicting states and their (M,) labels and rows -> (B,) summed NLL."""
+    def row_nll(self, states: Tensor, labels: Tensor, rows: Tensor, number: int | None = None) -> Tensor:
+        """(M, D) predicting states and their (M,) labels and rows -> summed NLL of the B, or `number`, rows."""
         head = embedding_matrix(self.transformer.model) if self.head is None else self.head
         nll = self.likelihood(states, labels, head)
-        return nll.new_zeros(len(self.targets)).index_add(0, rows, nll)
+        return nll.new_zeros(len(self.targets) if number is None else number).index_add(0, rows, nll)
 
     def btok_positions(self) -> Tensor:
         """(B, K) where the bottleneck tokens that targets read stand in the column's own layout."""
@@ -187,24 +193,45 @@ class KVRoute:
         output = {key: value for key, value in output.items() if value is not self.cache and key != "use_cache"}
         states = output["token_embeddings"]
         btok_positions = self.task.btok_positions()[self.rows]  # (R, K)
-        last = btok_positions[:, -1]
-        predictors = states[self.rows, last][:, None]  # (R, 1, D): the last BTok predicts the first target token
+        # The last BTok predicts the first target token: (R, D). Keys and values: (R, H, K, d).
+        sources = [states[self.rows, btok_positions[:, -1]]]
         if self.ids.shape[1] > 1:
+            sources += _btok_cache(self.cache, self.rows, btok_positions, states.shape[1])
+        self.cache.layers.clear()  # nothing else reads it, and it holds every position
+        mask = self.task.features["attention_mask"][self.rows]
+        ends = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # each row's last token, behind which the target stands
+        self.positions = _next_positions(self.positions, self.rows, ends, self.ids.shape[1] - 1, len(states))
+        if self.task.reading is None:
+            nll = self._read(sources, torch.arange(len(self.rows), device=states.device))
+        else:
+            lengths = self.mask.sum(1).tolist()
+            parts = [torch.tensor(rows, device=states.device) for rows in length_buckets(lengths)]
+            nll = self.task.reading(sources, parts, self._read)
+        output[NLL_KEY] = nll.new_zeros(len(states)).index_add(0, self.rows, nll)
+        return output
+
+    def _read(self, sources: list[Tensor], rows: Tensor) -> Tensor:
+        """The likelihoods (r,) of some rows' targets, which read the BToks' states, keys and values."""
+        mask = self.mask[rows]
+        width = int(mask.sum(1).max())
+        ids, mask = self.ids[rows, :width], mask[:, :width]
+        predictors = sources[0][:, None]  # (r, 1, D)
+        if width > 1:
             model = self.task.transformer.model
-            mask = self.task.features["attention_mask"][self.rows]
-            ends = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # each row's last token, behind which the target stands
+            cache = DynamicCache()
+            for number in range(len(sources) // 2):
+                cache.update(sources[1 + 2 * number], sources[2 + 2 * number], number)
             read = model.get_decoder()(
-                inputs_embeds=model.get_input_embeddings()(self.ids[:, :-1]),
-                attention_mask=_behind_btoks(self.mask, len(self.task.btoks)),
-                position_ids=_next_positions(self.positions, self.rows, ends, self.ids.shape[1] - 1, len(states)),
-                past_key_values=_btok_cache(self.cache, self.rows, btok_positions, states.shape[1]),
+                inputs_embeds=model.get_input_embeddings()(ids[:, :-1]),
+                attention_mask=_behind_btoks(mask, len(self.task.btoks)),
+                position_ids=self.positions[..., rows, : width - 1],  # type: ignore[index]
+                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
-            ).last_hidden_state  # (R, N - 1, D)
+            ).last_hidden_state  # (r, N - 1, D)
             predictors = torch.cat([predictors, read], 1)
-        owner = self.rows[:, None].expand_as(self.ids)[self.mask]
-        output[NLL_KEY] = self.task.row_nll(predictors[self.mask], self.ids[self.mask], owner)
-        return output
+        owner = torch.arange(len(rows), device=ids.device)[:, None].expand_as(ids)[mask]
+        return self.task.row_nll(predictors[mask], ids[mask], owner, len(rows))
 
 
 @contextmanager
@@ -216,6 +243,7 @@ def condensed_forward(
     route: Route = "attention",
     head: Tensor | None = None,
     likelihood: Likelihood | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[None]:
     """Inside this block, one call of the model on `features` also yields the condensation term.
 
@@ -230,6 +258,7 @@ def condensed_forward(
         route: `"attention"` (default), `"kv"`, `"prefix"`, or the control `"unmasked"`.
         head: (V, D) output embedding matrix. Default: the input embeddings.
         likelihood: What turns states, labels and head into likelihoods. Default `condensation_nll`.
+        reading: On the kv route, how the targets are read; see `apart.py`. Default: as a part of the graph.
 
     Yields:
         Nothing.
@@ -238,7 +267,7 @@ def condensed_forward(
         ValueError: `attention` on a backbone without SDPA attention; `kv` on one whose layers are not all attention,
             or under gradient checkpointing.
     """
-    task = Task(transformer, features, targets, btoks, head, likelihood or condensation_nll)
+    task = Task(transformer, features, targets, btoks, head, likelihood or condensation_nll, reading)
     if route == "kv":
         _check_attention_layers(transformer)
     kinds: dict[str, type] = {
@@ -279,9 +308,9 @@ def _behind_btoks(mask: Tensor, num_btoks: int) -> Tensor:
     return torch.cat([mask.new_ones(len(mask), num_btoks), mask[:, :-1]], 1).long()
 
 
-def _btok_cache(cache: DynamicCache, rows: Tensor, btok_positions: Tensor, width: int) -> DynamicCache:
-    """The K entries of every layer's cache that belong to the bottleneck tokens, for the rows with a target."""
-    kept = DynamicCache()
+def _btok_cache(cache: DynamicCache, rows: Tensor, btok_positions: Tensor, width: int) -> list[Tensor]:
+    """Keys and values of every layer in turn, at the bottleneck tokens of the rows with a target: (R, H, K, d)."""
+    kept = []
     for number, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != width:
@@ -290,8 +319,7 @@ def _btok_cache(cache: DynamicCache, rows: Tensor, btok_positions: Tensor, width
                 'has none: it is not an attention layer. Use route="prefix".'
             )
         # (R, K, H, d) -> (R, H, K, d)
-        chosen = [states[rows[:, None], :, btok_positions].transpose(1, 2) for states in (keys, values)]
-        kept.update(chosen[0], chosen[1], number)
+        kept += [states[rows[:, None], :, btok_positions].transpose(1, 2) for states in (keys, values)]
     if not cache.layers:
         raise ValueError(
             "the kv route needs the keys and values of the backbone's attention layers, but none were kept: it has no "

@@ -49,8 +49,10 @@ def test_gradient_checkpointing_changes_nothing(model, family):
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_gradient_checkpointing_with_adapters(qwen, use_dora):
+def test_gradient_checkpointing_with_adapters(qwen, use_dora, monkeypatch):
     """With a frozen base, inputs of a checkpointed layer need gradients, or nothing in it would train."""
+    # Dropout draws in the order of the calls, and under checkpointing targets are not read in calls of their own.
+    monkeypatch.setattr("st_btok.training.apart.KEPT_BY_A_LAYER", 0)
     torch.manual_seed(1)
     qwen.add_adapter(btok_lora_config(qwen, r=4, dropout=0.2, use_dora=use_dora, init_lora_weights=False))
     features = columns(qwen, "qwen2_vl")

@@ -1,0 +1,221 @@
+"""Pairs that are read as training needs them: corpora that don't fit on the disk, or whose check would take days.
+
+`--stream` reads each `--data` through `datasets` without a pass over it first: tar shards of WebDataset (`shards/*.tar`,
+also by address), `.jsonl`, `.json`, `.csv`, `.parquet`, or a data set on the hub. Columns are those of `user_data.py`. A
+sample of a tar is made of its members' names, `KEY.SIDE.EXTENSION`:
+
+    000.query.txt  000.positive.jpg  000.negative.txt    or all texts in    000.json  {"query": ..., "negative": ...}
+
+Members without a side, `000.txt` and `000.jpg`, are a text that searches for an image.
+
+The first `--validation_size` rows of each source are checked and held out, and no row with the same query or the same
+positive trains. All others are checked when they come: a broken one is an error (`--on_error raise`), or is passed over
+and listed in `skipped_rows.jsonl`. Nobody knows the number of rows, so a training needs `--max_steps`; when the rows end
+they begin anew. Order: a buffer of `--shuffle_buffer` rows, from which the next is drawn; sources by their weights.
+Resuming reads up to the row where training stopped, without decoding again what is passed over twice.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, IterableDataset, Video, interleave_datasets, load_dataset
+
+from evaluation.media import BrokenMediaError
+from recipes.data.training_pairs import BrokenRowError, Source, as_input, check_source, checked_side, content_key
+from recipes.data.user_data import read_pair, sides_of
+
+logger = logging.getLogger(__name__)
+
+_LOADERS = {".tar": "webdataset", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+_HEAD = 64  # rows that are looked at before anything expensive, if none are held out
+_LOGGED = 20
+_shown: set[tuple[str, int]] = set()
+
+
+@dataclass(frozen=True)
+class Streams:
+    """What a streamed training reads.
+
+    Attributes:
+        rows: Endless inputs of sentence-transformers, all sources mixed.
+        heads: The first rows of every source, checked.
+        held_out: Those of them that validate.
+        files: Names of every source's files, with sizes where they are known.
+    """
+
+    rows: IterableDataset
+    heads: list[Source]
+    held_out: list[Source]
+    files: dict[str, list[str]]
+
+
+def open_streams(
+    paths: Sequence[str],
+    weights: Sequence[float] = (),
+    *,
+    held_out: int = 0,
+    buffer: int = 1000,
+    seed: int = 0,
+    skipped: Path | None = None,
+    **check: Any,
+) -> Streams:
+    """Open sources for reading, and check their first rows.
+
+    Args:
+        paths: Files, patterns of files, or hub names; each is a source of its own.
+        weights: Shares in the mix, one per path. Default: equal ones.
+        held_out: Rows of each source that validate.
+        buffer: Rows among which the next one is drawn; at most 1: in order.
+        seed: Of that draw and of the mix.
+        skipped: File that lists broken rows.
+        **check: `on_error` and `check_media`, as for `check_source`.
+
+    Returns:
+        The streams.
+
+    Raises:
+        ValueError: Another number of weights than paths, missing columns, no usable row among the first, or a broken
+            one with `on_error="raise"`.
+    """
+    if weights and len(weights) != len(paths):
+        raise ValueError(f"weights must have one value per data set, got {len(weights)} for {len(paths)}.")
+    heads, streams, files = [], [], {}
+    for path in paths:
+        name = re.sub(r"\W+", "-", path.removesuffix("*.tar")).strip("-")
+        table, found, folder = _open(path)
+        files[name] = found
+        records = [_as_columns(record) for record in islice(table, held_out or _HEAD)]
+        if not records:
+            raise ValueError(f"{path} has no rows.")
+        sides = sides_of(list(dict.fromkeys(column for record in records for column in record)), path)
+        read = partial(read_pair, sides=sides, folder=str(folder))
+        head = check_source(name, Dataset.from_list(records), read, sides, **check)
+        sides = tuple(head.pairs.column_names)  # negatives that a row of the head lacks are not used
+        known = _contents(head) if held_out else frozenset()
+        options = {"name": name, "read": read, "sides": sides, "known": known, "skipped": str(skipped or ""), **check}
+        rest = table.skip(len(records)) if held_out else table
+        first = len(records) if held_out else 0
+        rows = rest.map(
+            partial(_checked_rows, first=first, **options),
+            with_indices=True,
+            batched=True,
+            batch_size=1,  # a row that is passed over is a batch of none
+            remove_columns=_columns(table),
+        )
+        heads.append(head)
+        streams.append(rows.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else rows)
+    if len(streams) == 1:
+        return Streams(streams[0], heads, heads if held_out else [], files)
+    shares = list(weights) or [1.0] * len(paths)
+    mixed = interleave_datasets(
+        streams, [share / sum(shares) for share in shares], seed=seed, stopping_strategy="all_exhausted"
+    )
+    return Streams(mixed, heads, heads if held_out else [], files)
+
+
+def _open(path: str) -> tuple[IterableDataset, list[str], Path]:
+    """The undecoded rows, the names of the files, and the folder that paths in the rows start from."""
+    suffix = Path(path).suffix
+    if suffix not in _LOADERS:
+        return _undecoded(load_dataset(path, split="train", streaming=True)), [path], Path()
+    found = [path] if "://" in path else sorted(glob.glob(path))
+    if not found:
+        raise ValueError(f"no file matches {path!r}.")
+    table = load_dataset(_LOADERS[suffix], data_files=found, split="train", streaming=True)
+    named = [f"{Path(name).name}, {Path(name).stat().st_size} bytes" if Path(name).is_file() else name for name in found]
+    return _undecoded(table), named, Path(found[0]).parent
+
+
+def _undecoded(table: IterableDataset) -> IterableDataset:
+    for column, feature in (table.features or {}).items():
+        if isinstance(feature, datasets.Image | Video):
+            table = table.cast_column(column, type(feature)(decode=False))
+    return table
+
+
+def _columns(table: IterableDataset) -> list[str]:
+    return list(table.column_names or next(iter(table)))
+
+
+def _as_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample of a tar as a row with the columns of `user_data.py`; other rows as they are."""
+    if "__key__" not in record:
+        return dict(record)
+    columns: dict[str, Any] = dict(record.get("json") or {})
+    for member, value in record.items():
+        side, _, extension = member.rpartition(".")
+        kind = "image" if extension.lower() in _IMAGES else "text" if extension == "txt" else ""
+        if not kind or value is None:
+            continue
+        side = side or ("positive" if kind == "image" else "query")
+        columns[f"{side}_{kind}"] = value
+    return columns
+
+
+def _contents(source: Source) -> frozenset[str]:
+    return frozenset(content_key(row[side]) for row in source.pairs for side in ("query", "positive"))
+
+
+def _checked_rows(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    *,
+    name: str,
+    read: Any,
+    sides: tuple[str, ...],
+    known: frozenset[str],
+    first: int,
+    on_error: str,
+    check_media: Any,
+    skipped: str,
+) -> dict[str, list[Any]]:
+    """One row as inputs of sentence-transformers; none where it is broken, or too like a held-out one."""
+    out: dict[str, list[Any]] = {side: [] for side in sides}
+    for values, row in zip(_rows(batch), indices, strict=True):
+        record = _as_columns(values)
+        try:
+            found = {side: checked_side(side, value, record, check_media) for side, value in read(record).items()}
+            missing = [side for side in sides if side not in found]
+            if missing:
+                raise BrokenRowError(f"{missing[0]} is empty: neither text nor media")
+            inputs = {side: as_input(asdict(replace(found[side], row=0)), [record]) for side in sides}
+        except (BrokenRowError, BrokenMediaError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
+            _report(name, first + row, f"{error}", on_error, skipped)
+            continue
+        if known and any(content_key(asdict(found[side])) in known for side in ("query", "positive")):
+            continue
+        for side in sides:
+            out[side].append(inputs[side])
+    return out
+
+
+def _rows(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for number in range(len(next(iter(batch.values())))):
+        yield {column: values[number] for column, values in batch.items()}
+
+
+def _report(name: str, row: int, reason: str, on_error: str, skipped: str) -> None:
+    if on_error == "raise":
+        raise BrokenRowError(
+            f'{name}, row {row} is broken: {reason}. Repair it, or train without such rows: on_error="skip".'
+        )
+    if (name, row) in _shown:  # the rows have begun anew
+        return
+    _shown.add((name, row))
+    if len(_shown) <= _LOGGED:
+        logger.warning("%s, row %d skipped: %s", name, row, reason)
+    if skipped:
+        with open(skipped, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"dataset": name, "index": row, "reason": reason}) + "\n")
