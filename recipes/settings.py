@@ -49,6 +49,8 @@ class DataSettings:
     _argument_group_name = "data"
     data: list[str] = _option([], "Your own pairs: files, folders or hub names.")
     data_weights: list[float] = _option([], "Shares of `data` in the mix; by default the number of rows.")
+    stream: bool = _option(False, "Read and check `data` while training; also tar shards. Needs max_steps.")
+    shuffle_buffer: int = _option(1000, "Streaming: rows among which the next one is drawn; 0: in order.")
     mmeb_root: str = _option("", "Folder with the sources of the MMEB-V2 mix; empty: do not train on it.")
     mmeb_sources: list[str] = _option([], "Sources of the mix; all 25 by default.")
     max_rows: int | None = _option(None, "First rows of each MMEB source only.")
@@ -132,9 +134,25 @@ class TrainConfig(RunSettings, DataSettings, ModelSettings, LossSettings, Traine
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         if self.hard_negatives == "mine" and not self.miner:
             raise ValueError("--hard_negatives mine needs --miner, a trained embedder: a name or path.")
+        if self.stream:
+            self._check_stream()
         if not (self.validation_size or self.validation_suite) and self.eval_on_start:
             self.eval_on_start = False  # there is nothing to score
         super().__post_init__()
+
+    def _check_stream(self) -> None:
+        if self.max_steps <= 0:
+            raise ValueError("--stream needs --max_steps: nobody knows how many rows there are.")
+        others = {
+            "mmeb_root": self.mmeb_root,
+            "hard_negatives mine": self.hard_negatives == "mine",
+            "distinct": self.distinct,
+        }
+        for name, given in others.items():
+            if given:
+                raise ValueError(f"--stream reads --data row by row and can't be used with --{name}.")
+        if not self.data:
+            raise ValueError("--stream needs --data: files, patterns such as 'shards/*.tar', or hub names.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for the model card, without places: cards get published."""

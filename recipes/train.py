@@ -10,6 +10,7 @@ preset (`presets.py`) sets the authors' values; what the command line gives wins
 
 1. Reads and checks the data. Broken rows are counted, listed in `<output_dir>/skipped_rows.jsonl` and left out, or are
    an error (`--on_error raise`).
+   With `--stream` rows are read and checked while training instead (`streaming.py`): for corpora that don't fit.
 2. Holds out validation rows that share no content with the rest (`--validation_size`); test sets are never read.
 3. Mines hard negatives if asked to (`--hard_negatives mine --miner MODEL`).
 4. Builds the model, with LoRA or DoRA (`--tuning`), and trains it with checkpoints, progress bar and evaluation
@@ -22,12 +23,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDataset
 from huggingface_hub import constants
 from sentence_transformers import (
     SentenceTransformer,
@@ -40,6 +43,7 @@ from recipes.data.blocks import distinct_rows, weighted_blocks
 from recipes.data.hard_negatives import with_mined_negatives
 from recipes.data.holdout import hold_out, mean_of_sources
 from recipes.data.mmeb_train import load_mmeb_train
+from recipes.data.streaming import open_streams
 from recipes.data.training_card import describe_data, write_card, write_skipped
 from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
@@ -128,11 +132,70 @@ def validation(config: TrainConfig, held_out: Sequence[Source]) -> BaseEvaluator
     return SequentialEvaluator(evaluators) if evaluators else None
 
 
-def begin(config: TrainConfig, training: Sequence[Source]) -> Path | None:
+@dataclass(frozen=True)
+class Data:
+    """What a training reads.
+
+    Attributes:
+        rows: Inputs of sentence-transformers: by source, or streamed.
+        sources: All sources as they were read; the first rows of streamed ones.
+        training: Their training rows.
+        held_out: Their validation rows.
+        files: Names of the files of streamed sources.
+    """
+
+    rows: DatasetDict | IterableDataset
+    sources: Sequence[Source]
+    training: Sequence[Source]
+    held_out: Sequence[Source]
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def checked(config: TrainConfig) -> Data:
+    """Sources whose every row is checked before training."""
+    # 1. Data.
+    sources = read_sources(config)
+    if config.process_index == 0:
+        write_skipped(Path(config.output_dir) / "skipped_rows.jsonl", sources)
+    if config.hard_negatives != "data":
+        sources = [source.without_negatives() for source in sources]
+    # 2. Validation rows.
+    training, held_out = hold_out(sources, config.validation_size, config.seed)
+    # 3. Hard negatives.
+    if config.hard_negatives == "mine":
+        miner = SentenceTransformer(config.miner, device=str(config.device))
+        options = {"batch_size": config.per_device_eval_batch_size}
+        training = [with_mined_negatives(source, miner, config.num_negatives, **options) for source in training]
+    rows = DatasetDict({source.name: source.dataset() for source in training})
+    return Data(rows, sources, training, held_out)
+
+
+def streamed(config: TrainConfig) -> Data:
+    """Sources that are read and checked while training."""
+    skipped = Path(config.output_dir) / "skipped_rows.jsonl"
+    found = open_streams(
+        config.data,
+        config.data_weights,
+        held_out=config.validation_size,
+        buffer=config.shuffle_buffer,
+        seed=config.seed,
+        skipped=skipped,
+        negatives=config.hard_negatives == "data",
+        on_error=config.on_error,
+        check_media=config.check_media,
+    )
+    if config.process_index == 0 and not config.resume:
+        write_skipped(skipped, found.heads)
+    return Data(found.rows, found.heads, found.heads, found.held_out, found.files)
+
+
+def begin(config: TrainConfig, training: Sequence[Source], files: Mapping[str, Sequence[str]]) -> Path | None:
     """The checkpoint to go on from, if any, once it is sure to belong to the same training."""
     model = ("num_btoks", "readout", "template", "tuning", "lora_r", "max_seq_length", "min_pixels", "max_pixels")
     order = ("seed", "data_seed", "mix", "block_size", "distinct", "per_device_train_batch_size", "world_size")
-    settings = {name: getattr(config, name) for name in (*model, *order, "gradient_accumulation_steps")}
+    stream = ("stream", "shuffle_buffer")
+    settings = {name: getattr(config, name) for name in (*model, *stream, *order, "gradient_accumulation_steps")}
+    settings |= {f"files of {name}": "; ".join(names) for name, names in files.items()}
     identity = identity_of(training, config.backbone, settings)
     last = newest_complete(config.output_dir) if config.resume else None
     if last and not config.allow_changes:
@@ -171,26 +234,19 @@ def _train(config: TrainConfig) -> Path:
     if started and not config.resume:
         raise ValueError(f"{config.output_dir} holds {started[-1].name}. Pass --resume, or another --output_dir.")
     transformers.set_seed(config.seed)
-    # 1. Data.
-    sources = read_sources(config)
-    if config.process_index == 0:
-        write_skipped(Path(config.output_dir) / "skipped_rows.jsonl", sources)
-    if config.hard_negatives != "data":
-        sources = [source.without_negatives() for source in sources]
-    # 2. Validation rows.
-    training, held_out = hold_out(sources, config.validation_size, config.seed)
-    # 3. Hard negatives.
-    if config.hard_negatives == "mine":
-        miner = SentenceTransformer(config.miner, device=str(config.device))
-        options = {"batch_size": config.per_device_eval_batch_size}
-        training = [with_mined_negatives(source, miner, config.num_negatives, **options) for source in training]
+    data = streamed(config) if config.stream else checked(config)
     # 4. Training.
-    last = begin(config, training)
+    last = begin(config, data.training, data.files)
     model = build(config)
-    describe_data(model, training)
+    describe_data(model, data.training)
     arguments = copy.copy(config)
-    if config.mix == "weighted":
-        weights = {source.name: source.weight for source in training}
+    loss: Any = losses(config, model, data.training)
+    if config.stream:
+        loss = next(iter(loss.values()))
+        # accelerate would cut every tensor of a batch at as many rows as it has pairs, pictures' patches too.
+        arguments.accelerator_config = replace(arguments.accelerator_config, dispatch_batches=False)
+    elif config.mix == "weighted":
+        weights = {source.name: source.weight for source in data.training}
         arguments.multi_dataset_batch_sampler = weighted_blocks(weights, config.block_size)
         arguments.dataloader_drop_last = True
     else:
@@ -200,9 +256,9 @@ def _train(config: TrainConfig) -> Path:
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
-        train_dataset=DatasetDict({source.name: source.dataset() for source in training}),
-        loss=losses(config, model, training),
-        evaluator=validation(config, held_out),
+        train_dataset=data.rows,
+        loss=loss,
+        evaluator=validation(config, data.held_out),
         callbacks=[BTokCallback(), WriteScores(Path(config.output_dir) / "validation.jsonl")],
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -215,7 +271,7 @@ def _train(config: TrainConfig) -> Path:
     path = Path(config.output_dir) / "model"
     if trainer.is_world_process_zero():
         merge_adapters(model).save_pretrained(str(path))
-        write_card(path, sources, held_out, config.target)
+        write_card(path, data.sources, data.held_out, config.target)
     return path
 
 

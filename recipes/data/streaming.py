@@ -1,18 +1,18 @@
 """Pairs that are read as training needs them: corpora that don't fit on the disk, or whose check would take days.
 
-`--stream` reads each `--data` through `datasets` without a pass over it first: tar shards of WebDataset (`shards/*.tar`,
-also by address), `.jsonl`, `.json`, `.csv`, `.parquet`, or a data set on the hub. Columns are those of `user_data.py`. A
-sample of a tar is made of its members' names, `KEY.SIDE.EXTENSION`:
+`--stream` reads each `--data` through `datasets` without a pass over it first: tar shards of WebDataset
+(`shards/*.tar`, also by address), `.jsonl`, `.json`, `.csv`, `.parquet`, or a data set on the hub. Columns are those
+of `user_data.py`. A sample of a tar is made of its members' names, `KEY.SIDE.EXTENSION`:
 
     000.query.txt  000.positive.jpg  000.negative.txt    or all texts in    000.json  {"query": ..., "negative": ...}
 
 Members without a side, `000.txt` and `000.jpg`, are a text that searches for an image.
 
 The first `--validation_size` rows of each source are checked and held out, and no row with the same query or the same
-positive trains. All others are checked when they come: a broken one is an error (`--on_error raise`), or is passed over
-and listed in `skipped_rows.jsonl`. Nobody knows the number of rows, so a training needs `--max_steps`; when the rows end
-they begin anew. Order: a buffer of `--shuffle_buffer` rows, from which the next is drawn; sources by their weights.
-Resuming reads up to the row where training stopped, without decoding again what is passed over twice.
+positive trains. All others are checked when they come: a broken one is an error (`--on_error raise`), or is passed
+over and listed in `skipped_rows.jsonl`. Nobody knows the number of rows, so a training needs `--max_steps`; when the
+rows end they begin anew. Order: a buffer of `--shuffle_buffer` rows, from which the next is drawn; sources by their
+weights. Resuming reads the rows again up to where training stopped.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def open_streams(
     buffer: int = 1000,
     seed: int = 0,
     skipped: Path | None = None,
+    negatives: bool = False,
     **check: Any,
 ) -> Streams:
     """Open sources for reading, and check their first rows.
@@ -80,6 +81,7 @@ def open_streams(
         buffer: Rows among which the next one is drawn; at most 1: in order.
         seed: Of that draw and of the mix.
         skipped: File that lists broken rows.
+        negatives: Whether columns of negatives train.
         **check: `on_error` and `check_media`, as for `check_source`.
 
     Returns:
@@ -102,6 +104,7 @@ def open_streams(
         sides = sides_of(list(dict.fromkeys(column for record in records for column in record)), path)
         read = partial(read_pair, sides=sides, folder=str(folder))
         head = check_source(name, Dataset.from_list(records), read, sides, **check)
+        head = head if negatives else head.without_negatives()
         sides = tuple(head.pairs.column_names)  # negatives that a row of the head lacks are not used
         known = _contents(head) if held_out else frozenset()
         options = {"name": name, "read": read, "sides": sides, "known": known, "skipped": str(skipped or ""), **check}
@@ -116,13 +119,27 @@ def open_streams(
         )
         heads.append(head)
         streams.append(rows.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else rows)
-    if len(streams) == 1:
-        return Streams(streams[0], heads, heads if held_out else [], files)
-    shares = list(weights) or [1.0] * len(paths)
-    mixed = interleave_datasets(
-        streams, [share / sum(shares) for share in shares], seed=seed, stopping_strategy="all_exhausted"
-    )
-    return Streams(mixed, heads, heads if held_out else [], files)
+    columns = [head.pairs.column_names for head in heads]
+    if any(names != columns[0] for names in columns):
+        raise ValueError(f"streamed sources must have the same columns, got {columns}. Train without their negatives.")
+    rows = streams[0]
+    if len(streams) > 1:
+        shares = list(weights) or [1.0] * len(paths)
+        shares = [share / sum(shares) for share in shares]
+        rows = interleave_datasets(streams, shares, seed=seed, stopping_strategy="all_exhausted")
+    rows.__class__, rows.sides = _NamedColumns, columns[0]
+    return Streams(rows, heads, heads if held_out else [], files)
+
+
+class _NamedColumns(IterableDataset):
+    """A stream that says its columns' names; `datasets` does with their types only, and decoded inputs have none."""
+
+    sides: list[str]
+
+    @property
+    def column_names(self) -> list[str]:
+        """The sides."""
+        return self.sides
 
 
 def _open(path: str) -> tuple[IterableDataset, list[str], Path]:
@@ -134,7 +151,9 @@ def _open(path: str) -> tuple[IterableDataset, list[str], Path]:
     if not found:
         raise ValueError(f"no file matches {path!r}.")
     table = load_dataset(_LOADERS[suffix], data_files=found, split="train", streaming=True)
-    named = [f"{Path(name).name}, {Path(name).stat().st_size} bytes" if Path(name).is_file() else name for name in found]
+    named = [
+        f"{Path(name).name}, {Path(name).stat().st_size} bytes" if Path(name).is_file() else name for name in found
+    ]
     return _undecoded(table), named, Path(found[0]).parent
 
 

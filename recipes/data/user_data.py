@@ -51,7 +51,7 @@ def load_user_data(paths: Sequence[str], weights: Sequence[float] = (), **check:
     sources: list[Source] = []
     for number, path in enumerate(paths):
         table, folder = _read(path)
-        sides = _sides(table, path)
+        sides = sides_of(table.column_names, path)
         name = re.sub(r"\W+", "-", Path(path).stem if Path(path).exists() else path).strip("-")
         if any(source.name == name for source in sources):
             name = f"{name}-{number}"
@@ -74,13 +74,14 @@ def _read(path: str) -> tuple[Dataset, Path]:
     return load_dataset(path, split="train"), place
 
 
-def _sides(table: Dataset, path: str) -> tuple[str, ...]:
-    named = [match.group(1) for column in table.column_names if (match := _COLUMN.fullmatch(column))]
+def sides_of(columns: Sequence[str], path: str) -> tuple[str, ...]:
+    """The sides that columns stand for; raises `ValueError` if query or positive is missing."""
+    named = [match.group(1) for column in columns if (match := _COLUMN.fullmatch(column))]
     sides = tuple(dict.fromkeys(named))
     if not {"query", "positive"} <= set(sides):
         raise ValueError(
             f"{path} must have the columns query and positive (or query_text, query_image, query_video, ...), but has "
-            f"{table.column_names}. Rename them, e.g. with Dataset.rename_columns."
+            f"{list(columns)}. Rename them, e.g. with Dataset.rename_columns."
         )
     return ("query", "positive", *sorted(set(sides) - {"query", "positive"}))
 

@@ -107,7 +107,7 @@ def test_adapters_pay_by_themselves(qwen, reads, monkeypatch, kind):
     found = run(kind(qwen), features)
     assert sum(reads) == 64 and trained > 100
     monkeypatch.setattr(apart, "KEPT_BY_A_LAYER", 0)
-    assert_same(found, run(BTokLoss(qwen), features), atol=5e-5)
+    assert_same(found, run(BTokLoss(qwen), features), atol=1e-4)
 
 
 def test_a_head_of_the_loss_trains_along(always, reads, monkeypatch):
