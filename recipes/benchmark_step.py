@@ -7,7 +7,8 @@ Ways to train on the same batch of (image or text, text) pairs with a small back
 * `mnrl`: ranking alone, through the same BTok model;
 * `explained`: ranking with the targets read as ordinary tokens behind the BToks, and one plain projection of the
   states that predict them, all logits at once: what the extra tokens cost without mask and chunks;
-* `btok`, `kv` (`route="kv"`), `cached` (`CachedBTokLoss`); `frozen`: `btok` with a frozen vocabulary, as under LoRA;
+* `btok`, `cached` (`CachedBTokLoss`); `frozen`: `btok` with a frozen vocabulary, as under LoRA;
+* `in graph`: `btok` with the targets in one joint row with their sources, as where they are not read apart;
 * `one width`: `btok` without length buckets, every column in one call;
 * `second pass`: `cached` with the term in the pass with gradients only, where its value comes too late to be logged;
 * `naive`: a second call of the model on `[input][BToks][target]`, with logits for every position, as a causal LM with
@@ -51,7 +52,7 @@ from recipes.toy import pairs
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 
 BACKBONE = Path(__file__).parent / "backbone"
-WAYS = ("mnrl", "explained", "btok", "one width", "frozen", "kv", "cached", "second pass", "naive")
+WAYS = ("mnrl", "explained", "btok", "one width", "in graph", "frozen", "cached", "second pass", "naive")
 
 
 @dataclass
@@ -127,10 +128,17 @@ class SecondPassOnly(BTokLoss):
     """The term in passes with gradients only: the gradients of the loss, but its value lacks the term."""
 
     def embed(
-        self, features: dict[str, Any], targets: list[Tensor] | None, likelihood: Any = None
+        self, features: dict[str, Any], targets: list[Tensor] | None, likelihood: Any = None, reading: Any = None
     ) -> tuple[Tensor, Tensor]:
-        """As the parent, without targets in GradCache's first pass."""
+        """As the parent, without targets in GradCache's first pass, and in the graph of the second."""
         return super().embed(features, targets if torch.is_grad_enabled() else None)
+
+
+class InGraph(BTokLoss):
+    """Targets never apart from their sources."""
+
+    def apart(self, targets: list[list[Tensor] | None], share: float = 1.0) -> None:
+        """Nothing reads them apart."""
 
 
 class OneWidth(BTokLoss):
@@ -218,8 +226,8 @@ def make_step(config: BenchmarkConfig, model: SentenceTransformer, way: str) -> 
         if way == "second pass":
             cached.loss = SecondPassOnly(model)
         return lambda columns: total(cached(columns))
-    options: dict[str, Any] = {"mnrl": {"condensation_weight": 0.0}, "kv": {"route": "kv"}}.get(way, {})
-    plain = (OneWidth if way == "one width" else BTokLoss)(model, **options)
+    options: dict[str, Any] = {"mnrl": {"condensation_weight": 0.0}}.get(way, {})
+    plain = {"one width": OneWidth, "in graph": InGraph}.get(way, BTokLoss)(model, **options)
     return lambda columns: total(plain(columns))
 
 

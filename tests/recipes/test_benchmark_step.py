@@ -27,9 +27,9 @@ def runs(request):
 
 def test_same_loss(runs):
     value, grads = runs["btok"]
-    for way in ("kv", "one width", "cached", "frozen"):
+    for way in ("in graph", "one width", "cached", "frozen"):
         assert runs[way][0] == pytest.approx(value, abs=1e-4)
-    for way in ("kv", "one width", "cached", "second pass"):
+    for way in ("in graph", "one width", "cached", "second pass"):
         assert runs[way][1].keys() == grads.keys()
         for name, grad in grads.items():
             torch.testing.assert_close(runs[way][1][name], grad, atol=1e-4, rtol=1e-3, msg=f"{way} {name}")
