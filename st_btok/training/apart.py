@@ -205,3 +205,22 @@ def pays(backbone: PreTrainedModel, head: nn.Parameter | None, tokens: float) ->
     if head is not None and head.requires_grad:
         trained += head.numel()
     return trained <= KEPT_BY_A_LAYER * width * layers * tokens
+
+
+def reader_of(model: nn.Module, backbone: PreTrainedModel, head: nn.Parameter | None, tokens: float) -> Apart | None:
+    """What reads the targets of one batch apart, where that can be done and takes less memory.
+
+    Args:
+        model: The model of the loss, also wrapped.
+        backbone: The backbone inside the `Transformer` module.
+        head: The loss' own LM head, if it has one.
+        tokens: Target tokens that are read together.
+
+    Returns:
+        The reader; None for targets as a part of the graph.
+    """
+    if not tokens or not torch.is_grad_enabled() or not pays(backbone, head, tokens):
+        return None
+    if not can_read_apart(model, backbone):
+        return None
+    return Apart([*backbone.parameters(), *([] if head is None else [head])])

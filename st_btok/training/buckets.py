@@ -7,9 +7,11 @@ are drawn in another order, as with any other order of rows.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from st_btok.training.slicing import row_offsets, take_rows
@@ -86,6 +88,11 @@ class Part:
     features: dict[str, Any]
     targets: list[Tensor]
 
+    @property
+    def generated(self) -> list[Tensor] | None:
+        """The targets, None where no row has one."""
+        return self.targets if any(map(len, self.targets)) else None
+
 
 def split_by_length(
     features: dict[str, Any], targets: list[Tensor], media_tokens: dict[str, int], apart: bool = False
@@ -110,3 +117,23 @@ def split_by_length(
     except ValueError:  # a processor whose media can't be told apart by rows: slower, not wrong
         return whole
     return [Part(rows, take_rows(features, rows, offsets), [targets[row] for row in rows]) for rows in buckets]
+
+
+def in_order(parts: list[Part], embed: Callable[[int, Part], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Every part through the model, and the results in the order of the column's rows.
+
+    Args:
+        parts: From `split_by_length`.
+        embed: From a part's number and the part, its (b, ...) embeddings and (b,) NLL, or (0,) without targets.
+
+    Returns:
+        (B, ...) embeddings and (B,) NLL, or (0,) where no part has targets.
+    """
+    found = [embed(number, part) for number, part in enumerate(parts)]
+    embeddings = torch.cat([embedding for embedding, _ in found])
+    order = torch.tensor([row for part in parts for row in part.rows], device=embeddings.device).argsort()
+    sums = [nll for _, nll in found]
+    if not any(map(len, sums)):  # no target, or a loss modifier's repeated call
+        return embeddings[order], sums[0]
+    sums = [nll if len(nll) else nll.new_zeros(len(part.rows)) for nll, part in zip(sums, parts, strict=True)]
+    return embeddings[order], torch.cat(sums)[order]

@@ -27,7 +27,7 @@ from st_btok.training.buckets import row_lengths
 from st_btok.training.cached_likelihood import CachedLikelihood
 from st_btok.training.losses import BTokLoss
 from st_btok.training.negatives import RowFacts
-from st_btok.training.routes import Likelihood, Reading
+from st_btok.training.routes import Readers
 from st_btok.training.slicing import row_offsets, take_rows
 
 _COLUMN = "btok_column"
@@ -273,9 +273,7 @@ class _GradCache(CachedLossMixin):
                 (torch.dot(reps.flatten(), self.last_grad.flatten()) * factor).backward()  # type: ignore[no-untyped-call]
         self.kept = None  # a second backward pass embeds this mini-batch like the others
 
-    def _readers(
-        self, key: tuple[int, ...], with_grad: bool, again: bool, part: int
-    ) -> tuple[Likelihood | None, Reading | None]:
+    def _readers(self, key: tuple[int, ...], with_grad: bool, again: bool, part: int) -> Readers:
         """How targets are read: made in the first pass (`again`: a second follows), sent on where there is a graph."""
         if not (with_grad or again):  # evaluation
             return None, None

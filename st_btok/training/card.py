@@ -12,6 +12,18 @@ from typing import Any
 from PIL.Image import Image
 from sentence_transformers.base.model_card import BaseModelCardData
 
+# BibTeX of the method.
+CITATION = """
+@misc{bottlenecktokens2026,
+    title={Bottleneck Tokens for Unified Multimodal Retrieval},
+    year={2026},
+    eprint={2604.11095},
+    archivePrefix={arXiv},
+    primaryClass={cs.CV},
+    url={https://arxiv.org/abs/2604.11095},
+}
+"""
+
 
 def mend_card(card: BaseModelCardData) -> None:
     """Leave widget examples of text only, and say in words what dicts and lists among the examples hold.
@@ -40,3 +52,29 @@ def _in_words(value: Any) -> Any:
     if isinstance(value, Image):
         return f"picture of {value.width}x{value.height} px"
     return value if isinstance(value, str | int | float | None) else type(value).__name__
+
+
+def settings_of(loss: Any) -> dict[str, Any]:
+    """Settings of a `BTokLoss` for the model card.
+
+    Args:
+        loss: The loss.
+
+    Returns:
+        Values by name.
+    """
+    weight = loss.schedule.weight
+    return {
+        "condensation_weight": getattr(weight, "__name__", repr(weight)) if callable(weight) else weight,
+        "condensation_steps": loss.schedule.steps,
+        "condensation_warmup": loss.schedule.warmup,
+        "condensation_btoks": len(loss.condensed),
+        "target": loss.target,
+        "route": loss.route,
+        "max_target_tokens": loss.max_target_tokens,
+        "btok_budgets": loss.budgets,
+        "false_negative_margin": loss.filter.margin if loss.filter else None,
+        "same_modality_negatives": loss.filter.same_modality if loss.filter else False,
+        **loss.ranking.get_config_dict(),
+        "gather_across_devices": loss.gather_across_devices,
+    }

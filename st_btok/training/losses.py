@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from st_btok.anatomy import find_btoks, unwrap
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.pooling import check_btoks
-from st_btok.training.apart import Apart, can_read_apart, pays
-from st_btok.training.buckets import is_split, split_by_length
+from st_btok.training.apart import Apart, reader_of
+from st_btok.training.buckets import in_order, is_split, split_by_length
 from st_btok.training.callback import BTokCallback, Measured, read_tokens
+from st_btok.training.card import CITATION, settings_of
 from st_btok.training.leak import choose_route, kv_agrees
 from st_btok.training.lm_head import own_head
 from st_btok.training.modifiers import in_modifier
@@ -33,6 +34,7 @@ from st_btok.training.routes import (
     ROUTES,
     UNMASKED,
     Likelihood,
+    Readers,
     Reading,
     Route,
     condensed_forward,
@@ -196,10 +198,9 @@ class BTokLoss(nn.Module):
         self.leak: float | None = None
         if target != "none" and condensation_weight != 0:
             self.route, self.leak = choose_route(transformer, self.condensed, self.reader.end, route, self.lm_head)
-        # The same numbers as on the attention route, from calls that can be differentiated on the spot.
-        self.reads_apart = self.route == "kv" or (
-            self.route == "attention" and kv_agrees(transformer, self.condensed, self.reader.end, self.lm_head)
-        )
+        # Otherwise the same numbers as on the kv route, whose calls can be differentiated on the spot.
+        agrees = self.route == "attention" and kv_agrees(transformer, self.condensed, self.reader.end, self.lm_head)
+        self.reads_apart = agrees or self.route == "kv"
         self.measured: Measured | None = None
         self._checked_precision = False
 
@@ -273,22 +274,19 @@ class BTokLoss(nn.Module):
         self, columns: list[dict[str, Any]], targets: list[list[Tensor] | None], weight: float
     ) -> tuple[list[Tensor], Tensor, int]:
         """Every column's embeddings, the NLL summed over all of them, and the number of tokens it is summed over."""
-        generating = [number for number, target in enumerate(targets) if target is not None]
-        if get_world_size() > 1 and weight != 0 and self.target != "none":
-            # FSDP gathers weights in every call: all processes must make the same calls, whatever their rows hold.
-            alone, together = list(range(len(columns))), []
-        else:
-            whole = self._by_layer()
-            alone = [n for n in range(len(columns)) if n in generating or not whole and is_split(columns[n])]
-            together = [number for number in range(len(columns)) if number not in alone]
+        # FSDP gathers weights in every call: all processes must make the same calls, whatever their rows hold.
+        single, numbers = get_world_size() == 1, range(len(columns))
+        equal = not single and weight != 0 and self.target != "none"
+        split = [single and not self._by_layer() and is_split(column) for column in columns]
+        alone = [number for number in numbers if equal or targets[number] is not None or split[number]]
+        together = [number for number in numbers if number not in alone]
         apart = self.apart(targets)
         readers = (None, apart.at_once if apart else None)
         embeddings: dict[int, Tensor] = {}
         sums, tokens = [torch.zeros((), device=columns[0]["input_ids"].device)], 0
         for number in alone:
-            embeddings[number], nll = self.embed_in_buckets(
-                columns[number], targets[number], apart is not None, lambda part: readers
-            )
+            column = columns[number], targets[number]
+            embeddings[number], nll = self.embed_in_buckets(*column, apart is not None, lambda part: readers)
             if len(nll):
                 sums.append(nll.sum())
                 tokens += sum(map(len, targets[number] or []))
@@ -299,61 +297,25 @@ class BTokLoss(nn.Module):
         return [embeddings[number] for number in range(len(columns))], torch.stack(sums).sum(), tokens
 
     def apart(self, targets: list[list[Tensor] | None], share: float = 1.0) -> Apart | None:
-        """What reads the targets in calls of their own, where the backbone can and where it takes less memory.
-
-        Args:
-            targets: Each column's targets.
-            share: Share of them that is read together.
-
-        Returns:
-            The reader; None for targets as a part of the graph.
-        """
-        transformer, _ = find_btoks(unwrap(self.model))
+        """What reads a batch's targets, a share of them at a time, apart from the graph; None where nothing does."""
+        if not self.reads_apart or self._by_layer():
+            return None
         tokens = sum(len(target) for column in targets if column for target in column)
-        if not tokens or not torch.is_grad_enabled() or not self.reads_apart or self._by_layer():
-            return None
-        backbone = transformer.model
-        if not pays(backbone, self.lm_head, tokens * share) or not can_read_apart(self.model, backbone):
-            return None
-        return Apart([*backbone.parameters(), *([] if self.lm_head is None else [self.lm_head])])
+        return reader_of(self.model, find_btoks(unwrap(self.model))[0].model, self.lm_head, tokens * share)
 
     def _by_layer(self) -> bool:
         """Whether `AdaptiveLayerLoss` keeps the states of all layers in a column's own dict."""
         return "forward" in vars(find_btoks(unwrap(self.model))[0])
 
     def embed_in_buckets(
-        self,
-        features: dict[str, Any],
-        targets: list[Tensor] | None,
-        apart: bool,
-        readers: Callable[[int], tuple[Likelihood | None, Reading | None]],
+        self, features: dict[str, Any], targets: list[Tensor] | None, apart: bool, readers: Callable[[int], Readers]
     ) -> tuple[Tensor, Tensor]:
-        """`embed`, with rows of similar length in calls of their own where that saves padding.
-
-        Args:
-            features: Features of B rows.
-            targets: What they generate; None for nothing.
-            apart: Whether targets are read in calls of their own.
-            readers: The `likelihood` and the `reading` of each part, by its number.
-
-        Returns:
-            As `embed`.
-        """
+        """`embed` by parts of similar length; `readers` gives the last two arguments of each."""
         if self._by_layer() or get_world_size() > 1:  # the column has to stay whole
             return self.embed(features, targets, *readers(0))
         generated = targets or [torch.zeros(0, dtype=torch.long)] * len(features["input_ids"])
         parts = split_by_length(features, generated, self.reader.media_tokens, apart)
-        embeddings, sums = [], []
-        for number, part in enumerate(parts):
-            generates = any(map(len, part.targets))
-            embedding, nll = self.embed(part.features, part.targets if generates else None, *readers(number))
-            embeddings.append(embedding)
-            sums.append(nll)
-        order = torch.tensor([row for part in parts for row in part.rows], device=embeddings[0].device).argsort()
-        if not any(map(len, sums)):  # no target, or a loss modifier's repeated call
-            return torch.cat(embeddings)[order], sums[0]
-        sums = [nll if len(nll) else nll.new_zeros(len(part.rows)) for nll, part in zip(sums, parts, strict=True)]
-        return torch.cat(embeddings)[order], torch.cat(sums)[order]
+        return in_order(parts, lambda number, part: self.embed(part.features, part.generated, *readers(number)))
 
     def embed(
         self,
@@ -362,13 +324,7 @@ class BTokLoss(nn.Module):
         likelihood: Likelihood | None = None,
         reading: Reading | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One pass through the model.
-
-        Args:
-            features: Features of B rows.
-            targets: What they generate; None for nothing.
-            likelihood: As for `condensed_forward`.
-            reading: As for `condensed_forward`; given, the targets are read on the kv route.
+        """One pass through the model; the last three arguments as for `condensed_forward`, `reading` for the kv route.
 
         Returns:
             (B, D) embeddings, with budgets (B, budgets, D), and the (B,) summed NLL; (0,) without one.
@@ -431,21 +387,7 @@ class BTokLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
-        weight = self.schedule.weight
-        return {
-            "condensation_weight": getattr(weight, "__name__", repr(weight)) if callable(weight) else weight,
-            "condensation_steps": self.schedule.steps,
-            "condensation_warmup": self.schedule.warmup,
-            "condensation_btoks": len(self.condensed),
-            "target": self.target,
-            "route": self.route,
-            "max_target_tokens": self.max_target_tokens,
-            "btok_budgets": self.budgets,
-            "false_negative_margin": self.filter.margin if self.filter else None,
-            "same_modality_negatives": self.filter.same_modality if self.filter else False,
-            **self.ranking.get_config_dict(),
-            "gather_across_devices": self.gather_across_devices,
-        }
+        return settings_of(self)
 
     @property
     def temperature(self) -> float:
@@ -455,13 +397,4 @@ class BTokLoss(nn.Module):
     @property
     def citation(self) -> str:
         """BibTeX of the method."""
-        return """
-@misc{bottlenecktokens2026,
-    title={Bottleneck Tokens for Unified Multimodal Retrieval},
-    year={2026},
-    eprint={2604.11095},
-    archivePrefix={arXiv},
-    primaryClass={cs.CV},
-    url={https://arxiv.org/abs/2604.11095},
-}
-"""
+        return CITATION

@@ -45,6 +45,8 @@ Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
 # the likelihoods of all rows. See `apart.py`.
 Reading = Callable[[list[Tensor], Sequence[Tensor], Callable[[list[Tensor], Tensor], Tensor]], Tensor]
 
+Readers = tuple[Likelihood | None, Reading | None]
+
 
 @dataclass(frozen=True)
 class Task:
