@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -22,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 
 from st_btok.inputs.collate import can_collate, collate, cut_rows, last_token, num_bytes, num_tokens, signatures
 from st_btok.inputs.fitting import TooLongError, fit, without_limits
+from st_btok.inputs.identity import content_of, identity
 
 BATCH_TOKENS = 4096  # padded tokens of a batch
 WINDOW_ROWS, WINDOW_BYTES = 1024, 2**26
@@ -39,6 +39,7 @@ class Row:
         numbers: Row numbers; several for identical inputs.
         key: `identity` of the input.
         value: The input, as read; dropped once the features hold all of it.
+        content: `content_of` the input, where it holds media: equal pictures in two objects or files are one.
         features: What the model reads; None until preprocessed, or where only the processor can make a batch.
         length: Tokens.
         reason: Why it can't be embedded; empty for good rows.
@@ -47,6 +48,7 @@ class Row:
     numbers: list[int]
     key: Any = None
     value: Any = None
+    content: Any = None
     features: dict[str, Any] | None = None
     length: int = 0
     reason: str = ""
@@ -75,7 +77,8 @@ class Preparation:
     def read_row(self, value: Any) -> Row:
         """One input, read; memory that can't be had is the row's fault too, as its medium is too large."""
         try:
-            return Row([], value=self.read(value))
+            found = self.read(value)
+            return Row([], value=found, content=None if is_text(found) else content_of(found))
         except (ValueError, MemoryError) as error:
             return Row([], reason=str(error) or type(error).__name__)
 
@@ -143,8 +146,15 @@ def windows(items: Iterable[tuple[int, Any]], prepare: Preparation) -> Iterator[
     window: list[Row] = []
     texts: list[Row] = []
     known: dict[Any, Row] = {}
+    pictured: dict[Any, Row] = {}
+    copies: list[Any] = []
     size = 0
     for row in _distinct_rows(items, prepare, known):
+        if row.content is not None and (same := pictured.setdefault(row.content, row)) is not row:
+            same.numbers += row.numbers
+            known[row.key] = same
+            copies.append(row.key)
+            continue
         window.append(row)
         if not row.reason and is_text(row.value):
             texts.append(row)
@@ -157,8 +167,11 @@ def windows(items: Iterable[tuple[int, Any]], prepare: Preparation) -> Iterator[
             texts = []
         if full:
             yield window
-            for done in window:  # a copy that comes later would wait for a vector that was handed out already
-                known.pop(done.key, None)
+            # A copy that comes later would wait for a vector that was handed out already.
+            for key in [*copies, *(done.key for done in window)]:
+                known.pop(key, None)
+            pictured.clear()
+            copies.clear()
             window, size = [], 0
     _preprocess_texts(texts, prepare)
     if window:
@@ -191,7 +204,7 @@ def _distinct_rows(items: Iterable[tuple[int, Any]], prepare: Preparation, known
 
 
 def _fill(row: Row, read: Row) -> Row:
-    row.value, row.reason = read.value, read.reason
+    row.value, row.content, row.reason = read.value, read.content, read.reason
     return row
 
 
@@ -291,37 +304,6 @@ def is_text(value: Any) -> bool:
         contents = [turn["content"] for turn in value]
         return all(isinstance(c, str) or all(part["type"] == "text" for part in c) for c in contents)
     return isinstance(value, str) or (isinstance(value, dict) and value.keys() == {"text"})
-
-
-def identity(value: Any) -> Any:
-    """Equal for inputs that are certainly the same: equal texts, paths and bytes, and objects that are one object.
-
-    Args:
-        value: An input as the user gave it.
-
-    Returns:
-        Something hashable.
-    """
-    if isinstance(value, str | bytes | Path):
-        return type(value), value
-    if isinstance(value, dict):  # in the user's order: media before and behind a text are different inputs
-        return dict, tuple((str(key), identity(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return type(value), tuple(identity(item) for item in value)
-    return _Object(value)
-
-
-class _Object:
-    """Equal to itself only; holds the object, so that its place in memory is given to no other."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Object) and self.value is other.value
 
 
 def _is_quick(value: Any) -> bool:

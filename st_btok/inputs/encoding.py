@@ -225,29 +225,36 @@ def encode_checked(
         check_rows(everything, range(len(everything)), reader_for(model, **media, decode=False), on_error)
     if show_progress_bar is None:
         show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+    pooled = encode_kwargs.get("output_value", "sentence_embedding") == "sentence_embedding"
     good: dict[int, Any] = {}
+    matrix: Any = None  # (N, D): a tensor of its own for each row would take several times its numbers
     bad: list[SkippedInput] = []
     with tqdm(total=len(everything), desc="Rows", unit="row", disable=not show_progress_bar) as bar:
         for done in found:
             bar.update()
             if done.reason:
                 bad.append(SkippedInput(done.row, done.reason))
+            elif pooled:
+                matrix = done.embedding.new_empty(len(everything), len(done.embedding)) if matrix is None else matrix
+                matrix[done.row] = done.embedding
+                good[done.row] = None
             else:
                 good[done.row] = done.embedding
             if bad and on_error == "raise":
                 raise bad_rows(bad)
     rows = sorted(good)
-    embeddings: Any = [good.pop(row) for row in rows]
-    if encode_kwargs.get("output_value", "sentence_embedding") == "sentence_embedding":
-        embeddings = _as_asked(embeddings, precision, convert_to_numpy and not convert_to_tensor, convert_to_tensor)
+    embeddings: Any = [good[row] for row in rows]
+    if pooled:
+        kept = matrix if not bad else None if matrix is None else matrix[rows]
+        embeddings = _as_asked(kept, precision, convert_to_numpy and not convert_to_tensor, convert_to_tensor)
     return CheckedEmbeddings(embeddings, rows, sorted(bad, key=lambda one: one.row))
 
 
-def _as_asked(vectors: list[Tensor], precision: Any, as_array: bool, as_tensor: bool) -> Any:
+def _as_asked(vectors: Tensor | None, precision: Any, as_array: bool, as_tensor: bool) -> Any:
     """The types that `encode` returns."""
-    if not vectors:
+    if vectors is None:
         return np.array([]) if as_array else torch.tensor([]) if as_tensor else []
-    result: Any = torch.stack(vectors)
+    result: Any = vectors
     if precision != "float32":
         result = quantize_embeddings(result, precision=precision)
     if as_tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from sentence_transformers.util import quantize_embeddings
@@ -23,6 +25,7 @@ from sentence_transformers.util import quantize_embeddings
 from recipes import encode_corpus
 from recipes.data.corpus import open_corpus
 from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
+from recipes.encode_kills import kill_often, same_shards, start
 from tests.backbones import picture
 from tests.mmeb_train_files import jpeg
 from tests.st_btok.inputs.test_images import png_header
@@ -325,16 +328,43 @@ def test_what_is_no_corpus(tmp_path):
         open_corpus([str(tmp_path / "empty")])
 
 
-def test_two_processes_share_a_folder(corpus, tmp_path, qwen, btok_model):
-    """Here two threads with a model each; shards are written whole, whoever is last."""
-    config = config_for(tmp_path, corpus, shard_size=2)
-    threads = [threading.Thread(target=run, args=(config, model)) for model in (qwen, btok_model("qwen2_vl"))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [row["id"] for row in read_embeddings(config.output)] == [f"d{i}" for i in range(11)]
-    assert not list((tmp_path / "out").glob("*.unfinished"))
+@pytest.fixture
+def folders(tmp_path, qwen):
+    """A corpus of twelve shards, an unbroken run of it, and a folder for the runs that are killed."""
+    rows = [{"id": f"d{i}", "text": f"row {i} " * (i % 7 + 1)} for i in range(48)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = EncodeConfig("m", [str(tmp_path / "c.jsonl")], str(tmp_path / "whole"), shard_size=4)
+    torch.set_num_threads(1)  # forked processes have no threads of their own pool
+    begun = time.monotonic()
+    run(whole, qwen)
+    return whole, dataclasses.replace(whole, output=str(tmp_path / "broken")), time.monotonic() - begun
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_killed_jobs_leave_what_an_unbroken_one_does(folders, qwen, together):
+    """Real processes, real kills at random times; 20 of them: `python -m recipes.encode_kills`."""
+    whole, broken, seconds = folders
+    hit, _ = kill_often(broken, qwen, kills=2, together=together, startup=seconds / 4, work=seconds / 2)
+    assert hit == 2
+    assert same_shards(Path(broken.output), Path(whole.output)) == 12
+
+
+def test_two_processes_share_a_folder(folders, qwen):
+    """Both write the whole corpus; shards are written whole, whoever is last."""
+    whole, broken, _ = folders
+    jobs = [start(broken, qwen) for _ in range(2)]
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert same_shards(Path(broken.output), Path(whole.output)) == 12
+
+
+def test_of_two_jobs_with_other_settings_in_a_folder_the_first_wins(tmp_path):
+    """Both see no manifest; whoever comes second finds the first's, and refuses."""
+    place = tmp_path / "corpus.json"
+    encode_corpus.write_whole(place, lambda path: path.write_text("first"), may_replace=False)
+    encode_corpus.write_whole(place, lambda path: path.write_text("second"), may_replace=False)
+    assert place.read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["corpus.json"]
 
 
 def test_the_command(tmp_path, qwen, monkeypatch, capsys):

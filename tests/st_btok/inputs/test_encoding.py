@@ -157,6 +157,35 @@ def test_small_windows_change_nothing(qwen, monkeypatch):
         assert difference(encode_checked(qwen, values).embeddings, whole) < 1e-5
 
 
+def test_identical_media_are_embedded_once(tmp_path, qwen, monkeypatch):
+    """In other objects, files and forms, alone and within a row; a copy that differs by a pixel is another."""
+    first, other = picture(56, 28, 1), picture(56, 28, 1)
+    other.putpixel((0, 0), (1, 2, 3))
+    first.save(tmp_path / "a.png")
+    first.save(tmp_path / "b.png")
+    path = str(tmp_path / "a.png")
+    same = [first, picture(56, 28, 1), path, str(tmp_path / "b.png"), np.asarray(first)]
+    described = [{"image": picture(56, 28, 1), "text": "b"}, {"image": path, "text": "b"}]
+    others = [{"text": "b", "image": picture(56, 28, 1)}, {"image": [first, first], "text": "b"}, other]
+    videos = [{"video": clip(2)}, {"video": list(clip(2))}, {"video": clip(2, 5)}]
+    values = [*same, *described, *others, *videos, *same]
+    run = []
+    forward = qwen.forward
+
+    def counting(features, **options):
+        run.append(len(features["input_ids"]))
+        return forward(features, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qwen, "forward", counting)
+        result = encode_checked(qwen, values)
+    assert sum(run) == 7, "one picture, one with text, three others, two videos"
+    assert result.rows == list(range(len(values)))
+    assert difference(result.embeddings, one_by_one(qwen, values)) < 1e-5
+    monkeypatch.setattr("st_btok.inputs.batching.WINDOW_ROWS", 2)
+    assert difference(encode_checked(qwen, values).embeddings, result.embeddings) < 1e-5
+
+
 def test_rows_that_only_the_processor_refuses_are_bad_rows_too(btok_model):
     """Media beyond the limit of the model are known only when the template is rendered."""
     model = btok_model("qwen2_vl", max_seq_length=140)
