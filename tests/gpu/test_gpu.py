@@ -8,11 +8,17 @@ from __future__ import annotations
 import copy
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 
+from recipes.benchmark_step import BenchmarkConfig, make_step
+from recipes.benchmark_step import backbone as backbone_of
+from recipes.benchmark_step import batch as batch_of
 from st_btok import BTokLoss, CachedBTokLoss, build_model
+from tests.backbones import build, picture
+from tests.gpu.sharding import one_process, sharded
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -92,13 +98,79 @@ def test_compiled(built, rows):
     rows.append(("compiled against eager", f"{abs(found - exact):.2g}"))
 
 
-def test_flash_attention_takes_the_kv_route(rows):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llama"])
+def test_flash_attention_takes_the_kv_route(rows, tmp_path, family):
+    """The value is that of attention under a mask, in bf16."""
     pytest.importorskip("flash_attn", reason="flash-attn is not installed")
-    options = {"dtype": torch.bfloat16, "attn_implementation": "flash_attention_2"}
-    model = build_model(ROOT / "recipes" / "backbone", device="cuda", model_kwargs=options)
-    loss = BTokLoss(model)
-    assert loss.route == "kv"
-    rows.append(("flash attention, K/V route, loss", f"{step(loss, columns(model)):.4f}"))
+    backbone, processor = build(family)
+    backbone.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    values = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        options = {"dtype": torch.bfloat16, "attn_implementation": attention}
+        model = build_model(tmp_path, device="cuda", model_kwargs=options)
+        loss = BTokLoss(model)
+        values[loss.route] = step(loss, columns(model))
+    assert values["kv"] == pytest.approx(values["attention"], rel=0.05, abs=0.05)
+    rows.append(
+        (
+            f"flash attention, K/V route, {family}: loss against masked",
+            " / ".join(map("{:.4f}".format, values.values())),
+        )
+    )
+
+
+def test_targets_apart_on_the_device(built, rows, monkeypatch):
+    """Read in calls of their own, or in one row with their sources: the same loss, and less memory."""
+    found = {}
+    for way, kept in (("apart", 10**9), ("in one row", 0)):
+        monkeypatch.setattr("st_btok.training.apart.KEPT_BY_A_LAYER", kept)
+        model = copy.deepcopy(built)
+        torch.cuda.reset_peak_memory_stats()
+        value = step(BTokLoss(model), columns(model, 64))
+        found[way] = value, torch.cuda.max_memory_allocated() / 2**20
+        rows.append((f"targets {way}, batch 64", f"{value:.4f}, {found[way][1]:.0f} MiB"))
+    assert found["apart"][0] == pytest.approx(found["in one row"][0], rel=1e-4)
+
+
+def test_fsdp2_on_one_device(built, rows):
+    """A sharded model takes the same step, with the term in the graph."""
+    model = copy.deepcopy(built)
+    expected = step(BTokLoss(model), columns(model))
+    with one_process("nccl"):
+        model = copy.deepcopy(built)
+        loss = BTokLoss(model)  # before its model is sharded, as the Trainer has it
+        sharded(model)
+        found = step(loss, columns(model))
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    rows.append(("FSDP2 on one device against plain", f"{abs(found - expected):.2g}"))
+
+
+def test_step_benchmark(rows):
+    """Times of a step of every way in `recipes.benchmark step`, on the device."""
+    config = BenchmarkConfig(vocab_size=19_008)
+    for way in ("mnrl", "btok", "in graph", "cached"):
+        model = backbone_of(config, "qwen2_vl").cuda()
+        batch = [
+            {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in column.items()}
+            for column in batch_of(config, model, "qwen2_vl")
+        ]
+        run, seconds = make_step(config, model, way), []
+        for _ in range(6):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run([dict(column) for column in batch]).backward()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        rows.append((f"step of 16 pairs, {way}", f"{1000 * median(seconds[1:]):.1f} ms"))
+
+
+def test_media_throughput(built, rows):
+    pictures = [picture(56 + 28 * (i % 4), 56, i) for i in range(1024)]
+    built.encode(pictures[:64], batch_size=64)
+    start = time.perf_counter()
+    built.encode(pictures, batch_size=64)
+    rows.append(("pictures encoded a second, float32", f"{len(pictures) / (time.perf_counter() - start):.0f}"))
 
 
 def test_encode_throughput(built, rows):
