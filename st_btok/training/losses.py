@@ -55,8 +55,8 @@ class BTokLoss(nn.Module):
         model: A BTok model: from `build_model`, or a saved one loaded with `SentenceTransformer(path)`.
         scale: Inverse temperature of the ranking part, above 0. Default 50.0 (tau = 0.02, paper and release).
         condensation_weight: Weight of the condensation part, at least 0, or a function of the optimizer step. Default
-            0.2: of 0, 0.2, 1 and 5 (for 40 % of the steps) the best mean over the quickstart's tasks on its validation
-            split (`recipes/ablation.py`, 3 seeds). At 0 no target is built and the loss equals
+            0.2: of 0, 0.2, 1 and 5 the best on the quickstart's validation words; on real pairs of texts the term has
+            not paid so far (docs/findings.md). At 0 no target is built and the loss equals
             `MultipleNegativesRankingLoss`.
         target: The side that is generated: `"query"` (first column), `"positive"` (second), `"both"`, `"none"`, or
             `"auto"` (default), for each row: the side with text from the side with media; with text on both sides the

@@ -10,6 +10,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from recipes.study import inputs
 from recipes.study.inputs import backbone_folder
+from recipes.twins import plain_model, template_of
+from st_btok import build_model
 
 
 def test_names_that_need_nothing(tmp_path):
@@ -33,3 +35,12 @@ def test_a_cut_decoder_is_the_first_layers(tmp_path):
         found = cut(**tokens).last_hidden_state
     torch.testing.assert_close(found, cut.norm(wanted), atol=1e-5, rtol=1e-5)
     assert cut.config.num_hidden_layers == len(cut.layers) == 2
+    # Every arm reads the same: the bare text, and behind it what belongs to the arm.
+    path = str(tmp_path / "smollm2-2")
+    plain = plain_model(path, "lasttoken", "cpu").preprocess(["entity"])["input_ids"][0].tolist()
+    btok = build_model(path, template=template_of(path), device="cpu").preprocess(["entity"])["input_ids"][0].tolist()
+    assert btok[: len(plain)] == plain and len(btok) == len(plain) + 4
+
+
+def test_a_backbone_with_a_chat_template_keeps_it():
+    assert template_of("recipes/backbone") == "chat"
