@@ -324,7 +324,13 @@ class BTokLoss(nn.Module):
         likelihood: Likelihood | None = None,
         reading: Reading | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One pass through the model; the last three arguments as for `condensed_forward`, `reading` for the kv route.
+        """One pass through the model.
+
+        Args:
+            features: Features of B rows.
+            targets: What they generate; None for nothing.
+            likelihood: As for `condensed_forward`.
+            reading: As for `condensed_forward`; given, the kv route is taken.
 
         Returns:
             (B, D) embeddings, with budgets (B, budgets, D), and the (B,) summed NLL; (0,) without one.
