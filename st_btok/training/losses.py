@@ -40,7 +40,7 @@ from st_btok.training.routes import (
     condensed_forward,
 )
 from st_btok.training.schedule import Schedule
-from st_btok.training.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets
+from st_btok.training.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets, first_btoks
 
 
 class BTokLoss(nn.Module):
@@ -186,7 +186,7 @@ class BTokLoss(nn.Module):
         )
         transformer, self.btoks = find_btoks(model)
         check_appends_all(model)
-        self.condensed = self._condensed(condensation_btoks)
+        self.condensed = first_btoks(self.btoks, condensation_btoks)
         self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
         # A loaded checkpoint has trainable WordWeights; trained ones would let other tokens leak into the mean.
         for module in model.modules():
@@ -203,14 +203,6 @@ class BTokLoss(nn.Module):
         self.reads_apart = agrees or self.route == "kv"
         self.measured: Measured | None = None
         self._checked_precision = False
-
-    def _condensed(self, number: int | None) -> list[int]:
-        """The bottleneck tokens that targets read."""
-        if number is not None and not 1 <= number <= len(self.btoks):
-            raise ValueError(
-                f"condensation_btoks must be 1 to {len(self.btoks)}, the number of bottleneck tokens, got {number}."
-            )
-        return self.btoks[:number]
 
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None

@@ -152,6 +152,26 @@ def _close(text: Tensor, end: int, max_target_tokens: int) -> Tensor:
     return text if not len(text) else torch.cat([text, text.new_tensor([end])])[:max_target_tokens]
 
 
+def first_btoks(btoks: list[int], number: int | None) -> list[int]:
+    """The bottleneck tokens that targets read: the first so many, or all.
+
+    Args:
+        btoks: The K token ids.
+        number: 1 to K, or None for all.
+
+    Returns:
+        Their ids.
+
+    Raises:
+        ValueError: If there are not so many.
+    """
+    if number is not None and not 1 <= number <= len(btoks):
+        raise ValueError(
+            f"condensation_btoks must be 1 to {len(btoks)}, the number of bottleneck tokens, got {number}."
+        )
+    return btoks[:number]
+
+
 @dataclass(frozen=True)
 class JointBatch:
     """Rows `[input][BToks][target]`, padded on the right.
