@@ -15,7 +15,7 @@ import numpy as np
 
 from recipes.paired import Difference, paired_difference
 from recipes.study.arms import ARMS, BASELINE
-from recipes.study.runs import mean_reciprocal_ranks
+from recipes.study.runs import SAME_COST, mean_reciprocal_ranks
 
 EQUAL = ("steps", "time")
 
@@ -35,13 +35,11 @@ class Group:
     def difference(self, arm: str, equal: str) -> Difference | None:
         """Points of MRR above the baseline on the seeds that both have; None without any.
 
-        An arm without runs at equal time costs what the baseline costs: its runs at equal steps are those.
+        An arm whose step costs what the baseline's costs needs no run at equal time: those at equal steps are it.
         """
-        mine = (
-            self.runs["time"].get(arm) or self.runs["steps"].get(arm, {})
-            if equal == "time"
-            else (self.runs["steps"].get(arm, {}))
-        )
+        mine = self.runs[equal].get(arm, {})
+        if equal == "time" and not mine and abs(self.cost(arm) - 1) <= SAME_COST:
+            mine = self.runs["steps"].get(arm, {})
         base = self.runs["steps"].get(BASELINE, {})
         seeds = sorted(set(mine) & set(base))
         if not seeds:
@@ -56,7 +54,7 @@ class Group:
 
     def cost(self, arm: str) -> float:
         """Processor time of a step, as a multiple of the baseline's, of the same seeds."""
-        mine, base = self.runs["steps"][arm], self.runs["steps"].get(BASELINE, {})
+        mine, base = self.runs["steps"].get(arm, {}), self.runs["steps"].get(BASELINE, {})
         seeds = sorted(set(mine) & set(base))
         return float(np.median([mine[s]["seconds_a_step"] / base[s]["seconds_a_step"] for s in seeds] or [np.nan]))
 
@@ -120,7 +118,7 @@ def _spread(values: np.ndarray) -> str:
 
 
 def _shown(found: Difference | None) -> str:
-    return "" if found is None else f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+    return "not run" if found is None else f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 
 def reasons(lines: Sequence[dict[str, Any]]) -> str:

@@ -163,12 +163,15 @@ def test_rates_and_equal_time_come_from_the_log(tmp_path):
 
 def test_the_table_says_what_the_lines_say():
     lines = [line(BASELINE, 0, [1, 2, 2, 4]), line(BASELINE, 1, [1, 2, 2, 2]), line("mean", 0, [1, 1, 1, 4], 1.5)]
+    lines += [line("BToks", 0, [1, 1, 1, 1], 1.01), line("K = 1", 0, [1, 1, 1, 1], 2.0)]
     lines += [line("mean", 1, [1, 1, 1, 1], 1.7), line("mean", 0, [2, 2, 2, 4], 1.5, steps=60)]
     (group,) = groups_of(lines)
     assert group.scores(BASELINE) == pytest.approx([56.25, 62.5])
     assert group.difference("mean", "steps").mean == pytest.approx((25 + 37.5) / 2)
     assert group.difference("mean", "time").mean == pytest.approx(-12.5)  # seed 0 alone
     assert group.cost("mean") == pytest.approx(1.6)
+    assert group.difference("BToks", "time") == group.difference("BToks", "steps"), "a step costs the same"
+    assert group.difference("K = 1", "time") is None, "twice the cost, and not run for equal time"
     text = table([group])
     assert "| last token | 2 | 0.001 | 59.4 ± 3.1 |  |  | 1.00x |" in text
     assert "| mean | 2 | 0.001 | 90.6 ± 9.4 | +31.2 (" in text and "| -12.5 (" in text and "1.60x" in text
