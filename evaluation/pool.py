@@ -12,13 +12,16 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset, Features, Image, List, Value
-from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 from evaluation.dataset import MMEBDataset
 from evaluation.media import BrokenMediaError, check_image, with_videos
+
+if TYPE_CHECKING:  # training reads rows with this module too, and mteb takes seconds to import
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +214,8 @@ class SplitBuilder:
                 f"{self._row.name} has no usable query ({len(self._broken)} broken rows: {reasons or 'empty table'}). "
                 f"Check the media below one of {self._row.media_roots}."
             )
+        from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+
         data = RetrievalSplitData(
             corpus=to_dataset([(document_id(key), item) for key, item in self._pool.items()]),
             queries=to_dataset(self._queries),

@@ -40,6 +40,7 @@ from transformers import AutoProcessor, AutoTokenizer, PrinterCallback, TrainerC
 
 from recipes.paired import Run, Search
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model
+from st_btok.adapters import language_model_linears
 
 POOLINGS = ("btok", "lasttoken", "mean")
 
@@ -131,15 +132,14 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
         return model, loss
     if own:
         raise ValueError(f"{twin.pooling} has no bottleneck tokens, so {sorted(own)} mean nothing to it.")
-    # A BTok model says which layers adapters train and how large pictures are, so that all twins agree in both.
-    other = build_model(
-        settings.backbone, device="cpu", **{"template": template_of(settings.backbone), **settings.build}
-    )
     model = plain_model(settings.backbone, twin.pooling, settings.device, **settings.build)
-    if "image" in other[0].processing_kwargs:
-        model[0].processing_kwargs = {**model[0].processing_kwargs, "image": other[0].processing_kwargs["image"]}
+    if "image" in model[0].modalities:  # a BTok model says how large pictures are, so that all twins agree
+        template = template_of(settings.backbone)
+        other = build_model(settings.backbone, device="cpu", **{"template": template, **settings.build})
+        if "image" in other[0].processing_kwargs:
+            model[0].processing_kwargs = {**model[0].processing_kwargs, "image": other[0].processing_kwargs["image"]}
     if settings.tuning == "lora":
-        layers = btok_lora_config(other).target_modules
+        layers = language_model_linears(model[0].model)  # those that `btok_lora_config` adapts
         model.add_adapter(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers))
     plain = CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss
     return model, plain(model, **{"scale": 50.0, **cached, **rest})

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Literal
 
 from datasets import Dataset, Image
-from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 from evaluation.dataset import MMEBDataset
 from evaluation.media import BrokenMediaError, check_image
@@ -79,6 +78,8 @@ def load_visdoc(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: i
         logger.warning("%s, row %d: %s", entry.dataset, entry.index, entry.reason)
     if not ids:
         raise ValueError(f"{row.name} has no usable query: {len(broken)} broken rows, {len(corpus)} pages")
+    from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # when a task is built: it takes seconds
+
     data = RetrievalSplitData(
         corpus=corpus,
         queries=Dataset.from_dict({"id": ids, "text": texts}),

@@ -3,84 +3,34 @@
     python -m recipes.study --quick
     python -m recipes.study --backbones smollm2:12 --corpora packages words --seeds 5 --rates 3e-4 1e-3 3e-3
 
-For every backbone, corpus and arm: the best learning rate on validation (where several are given), then every seed on
-the test split at equal steps, then, for arms whose steps cost more or less than the baseline's, at equal time. The
-plan and its estimated time are printed first. Stop it and start it again: it goes on. `--only table` writes the tables
-and figures again from `runs.jsonl`.
+First a step of every arm is timed, alone. Then, for every backbone, corpus and arm: the best learning rate on
+validation (where several are given), and every seed on the test split, at equal steps and, for arms whose steps cost
+more or less than the baseline's, at equal time. The plan and its estimated time are printed first. Stop it and start
+it again: it goes on. `--only costs` stops after the timing; `--only table` writes the tables and figures again from
+`runs.jsonl`. On a GPU, `--workers 8` makes eight runs at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+import torch
 from transformers import HfArgumentParser
 
-from recipes.data.debian import CORPORA
-from recipes.data.real import DEFAULT_CACHE
 from recipes.restarts import only_training_in
 from recipes.study import report
-from recipes.study.arms import ARMS, BASELINE, HEADLINES
-from recipes.study.inputs import Corpus, backbone_folder, load_corpus
-from recipes.study.runs import Log, Wanted, best_rate, equal_time_steps, factor, make_run, mean_reciprocal_ranks
-from recipes.twins import TwinSettings, quiet
-
-QUICK: dict[str, Any] = {
-    "backbones": ["shipped"],
-    "corpora": ["languages", "packages"],
-    "arms": HEADLINES,
-    "seeds": 2,
-    "steps": 20,
-    "limit": 1500,
-    "candidates": 150,
-}
-
-
-def _option(default: Any, text: str) -> Any:
-    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text}, **make)
-
-
-@dataclass
-class StudyConfig:
-    """Settings of the study."""
-
-    to: str = _option("study", "Folder of runs, tables, figures, corpora and cut backbones.")
-    quick: bool = _option(False, "The headline arms on the shipped backbone and two corpora, in about 15 minutes.")
-    only: str = _option("", "plan: print the plan and stop; table: write tables and figures from what was run.")
-    backbones: list[str] = _option(["smollm2:12"], "shipped, smollm2, smollm2:LAYERS, or a name or path.")
-    corpora: list[str] = _option(["packages", "words", "languages@250"], f"{', '.join(CORPORA)}; NAME@N: N pairs.")
-    arms: list[str] = _option(list(ARMS), f"Of: {', '.join(ARMS)}. The baseline is always run.")
-    seeds: int = _option(2, "Seeds 0 to N-1 of each arm; 5 for finals.")
-    steps: int = _option(100, "Training steps of a run.")
-    rates: list[float] = _option([1e-3], "Peak learning rates; of several the best on validation, for each arm.")
-    rate_steps: int = _option(50, "Training steps of a run that chooses a rate.")
-    batch_size: int = _option(32, "Pairs a step.")
-    tuning: str = _option("lora", "lora or full.")
-    max_seq_length: int = _option(64, "Longest text in tokens.")
-    equal_time: bool = _option(True, "Also run every arm for the baseline's time.")
-    limit: int = _option(4000, "Pairs read of each corpus.")
-    candidates: int = _option(400, "Pairs searched.")
-    cache: str = _option(str(DEFAULT_CACHE), "Unpacked packages.")
-    device: str | None = _option(None, "cpu, cuda, ...; by default what is there.")
-
-    def __post_init__(self) -> None:
-        """Refuse what can't run before anything is loaded."""
-        if self.only not in ("", "plan", "table"):
-            raise ValueError(f"only must be plan or table, got {self.only!r}.")
-        if unknown := [arm for arm in self.arms if arm not in ARMS]:
-            raise ValueError(f"arms must be of {list(ARMS)}, got {unknown}.")
-        if unknown := [name for name in self.corpora if name.partition("@")[0] not in CORPORA]:
-            raise ValueError(f"corpora must be of {list(CORPORA)}, got {unknown}.")
-        if self.quick:
-            for name, value in QUICK.items():
-                setattr(self, name, value)
-        # In the order of the table, and the baseline first: every other arm is measured against it.
-        self.arms = [arm for arm in ARMS if arm in {BASELINE, *self.arms}]
+from recipes.study.arms import BASELINE
+from recipes.study.costs import Costs
+from recipes.study.inputs import backbone_folder
+from recipes.study.jobs import Job, made
+from recipes.study.runs import Log, Wanted, best_rate, mean_reciprocal_ranks
+from recipes.study.settings import StudyConfig
+from recipes.twins import quiet
 
 
 class Study:
@@ -95,104 +45,92 @@ class Study:
         self.folder = Path(config.to)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = Log(self.folder / "runs.jsonl")
+        self.costs = Costs(Log(self.folder / "costs.jsonl"))
 
-    def wanted(self, backbone: str, corpus: str, arm: str, seed: int, **other: Any) -> Wanted:
-        """A run of the configured length."""
+    def phases(self) -> Iterator[list[Wanted]]:
+        """Runs in their order: those that choose rates, then the finals, which depend on what the first found.
+
+        A seed of every arm before the next, at equal steps and at equal time: comparable whenever it is stopped.
+        """
         config = self.config
-        run = Wanted(backbone, corpus, arm, seed, config.rates[0], config.steps, config.batch_size, "test")
-        return replace(run, **other)
+        first = Wanted("", "", "", 0, config.rates[0], config.steps, config.batch_size, "test")
+        every = [
+            replace(first, backbone=backbone, corpus=corpus, arm=arm)
+            for backbone in config.backbones
+            for corpus in config.corpora
+            for arm in config.arms
+        ]
+        trials = [replace(run, steps=config.rate_steps, split="validation") for run in every]
+        if len(config.rates) > 1:
+            yield [replace(trial, rate=rate) for trial in trials for rate in config.rates]
+        rates = [best_rate(self.log, trial, config.rates) or config.rates[0] for trial in trials]
+        finals = []
+        for seed in range(config.seeds):
+            runs = [replace(run, seed=seed, rate=rate) for run, rate in zip(every, rates, strict=True)]
+            finals += runs
+            if config.equal_time:
+                timed = [(run, self.costs.equal_time_steps(run)) for run in runs if run.arm != BASELINE]
+                finals += [replace(run, steps=steps) for run, steps in timed if steps]
+        yield finals
 
-    def stages(self, backbone: str, corpus: str) -> Iterator[Callable[[str], list[Wanted]]]:
-        """Runs of an arm, a stage at a time: each depends on what the one before found."""
-
-        def rates(arm: str) -> list[Wanted]:
-            if len(self.config.rates) == 1:
-                return []
-            steps = self.config.rate_steps
-            trial = self.wanted(backbone, corpus, arm, 0, steps=steps, split="validation")
-            return [replace(trial, rate=rate) for rate in self.config.rates]
-
-        def at_best(arm: str, seed: int) -> Wanted:
-            trial = self.wanted(backbone, corpus, arm, 0, steps=self.config.rate_steps, split="validation")
-            rate = best_rate(self.log, trial, self.config.rates)
-            return self.wanted(backbone, corpus, arm, seed, rate=rate or self.config.rates[0])
-
-        def timed(arm: str, seed: int) -> list[Wanted]:
-            steps = equal_time_steps(self.log, at_best(arm, 0), at_best(BASELINE, 0))
-            return [replace(at_best(arm, seed), steps=steps)] if steps else []
-
-        yield rates
-        for seed in range(self.config.seeds):  # a seed of every arm before the next: comparable whenever it is stopped
-            yield lambda arm, seed=seed: [at_best(arm, seed)]
-        for seed in range(self.config.seeds if self.config.equal_time else 0):
-            yield lambda arm, seed=seed: timed(arm, seed)
+    def missing(self) -> Iterator[list[Wanted]]:
+        """The phases without what was made already."""
+        for phase in self.phases():
+            yield [run for run in phase if self.log.find(run) is None]
 
     def plan(self) -> str:
         """How many runs are left and about how long they take."""
         left, seconds, unknown = 0, 0.0, 0
-        for backbone in self.config.backbones:
-            for corpus in self.config.corpora:
-                for stage in self.stages(backbone, corpus):
-                    for arm in self.config.arms:
-                        for run in stage(arm):
-                            if self.log.find(run) is None:
-                                left += 1
-                                pace = self.pace(run)
-                                seconds += run.steps * pace
-                                unknown += pace == 0
-        known = f", about {seconds / 60:.0f} minutes of processor time" if seconds else ""
+        for run in itertools.chain.from_iterable(self.missing()):
+            left += 1
+            pace = self.pace(run)
+            seconds += run.steps * pace
+            unknown += pace == 0
+        known = f", about {seconds / 60:.0f} minutes" if seconds else ""
         more = f" and {unknown} whose pace is not measured yet" if unknown else ""
-        done = len(self.log.lines)
-        return f"{done} runs are there, {left} are to be made{known}{more}; those at equal time come later."
+        return f"{len(self.log.lines)} runs are there, {left} are to be made{known}{more}."
 
     def pace(self, run: Wanted) -> float:
-        """Expected seconds a step, from runs of the same backbone and corpus; 0 where there are none."""
-        known = [
-            line["seconds_a_step"] / factor(ARMS[line["arm"]]) * factor(ARMS[run.arm])
-            for line in self.log.lines
-            if (line["backbone"], line["corpus"]) == (run.backbone, run.corpus)
-        ]
-        return sum(known) / len(known) if known else 0.0
+        """Expected seconds a step: of the arm, else of the backbone and corpus; 0 where nothing was measured."""
+        kind = run.corpus.partition("@")[0]
+        found = self.costs.seconds(run.backbone, kind, run.arm) or self.costs.seconds(run.backbone, kind, BASELINE)
+        return float(np.median(list(found.values()))) if found else 0.0
+
+    def measure(self) -> None:
+        """Unpack backbones, make corpora, and time a step of every arm that is not timed yet."""
+        config = self.config
+        for backbone in config.backbones:
+            backbone_folder(backbone, self.folder)  # once, before several processes want it
+            for name in config.corpora:
+                job = Job(Wanted(backbone, name, BASELINE, 0, config.rates[0], 0, config.batch_size, "test"), config)
+                corpus = job.corpus()
+                rounds = config.cost_rounds if config.equal_time else 0
+                for line in self.costs.measure(backbone, corpus, config.arms, job.settings, rounds):
+                    print(line, flush=True)
 
     def run(self) -> None:
-        """Make every run that is missing."""
-        print(self.plan(), flush=True)
-        for backbone in self.config.backbones:
-            path = backbone_folder(backbone, self.folder)
-            for name in self.config.corpora:
-                corpus: Corpus | None = None
-                for stage in self.stages(backbone, name):
-                    for arm in self.config.arms:
-                        for wanted in stage(arm):
-                            if self.log.find(wanted) is None:
-                                corpus = corpus or self.corpus(name)
-                                self.one(wanted, path, corpus)
+        """Make every run that is missing.
 
-    def corpus(self, name: str) -> Corpus:
-        """A corpus with its searches."""
-        config = self.config
-        return load_corpus(name, self.folder / "corpora", Path(config.cache), config.limit, config.candidates)
-
-    def one(self, wanted: Wanted, path: str, corpus: Corpus) -> None:
-        """Make a run, write its line, and say how it went."""
-        config = self.config
-        build: dict[str, Any] = {"max_seq_length": config.max_seq_length}
-        settings = TwinSettings(path, wanted.steps, tuning=config.tuning, build=build, device=config.device)
-        title = f"{wanted.backbone}, {wanted.corpus}, {wanted.arm}, seed {wanted.seed}"
-        start = time.perf_counter()
-        line = make_run(wanted, settings, corpus, title)
-        self.log.add(line)
-        score = mean_reciprocal_ranks(line).mean()
-        seconds = time.perf_counter() - start
-        print(
-            f"{title}: {wanted.steps} steps at {wanted.rate:g}, MRR {score:.1f} ({wanted.split}), {seconds:.0f} s. "
-            f"{self.plan()}",
-            flush=True,
-        )
+        Raises:
+            RuntimeError: Some runs failed; the others are in the log all the same.
+        """
+        failed: list[str] = []
+        for phase in self.missing():
+            jobs = [Job(run, self.config) for run in phase]
+            for done, (job, line) in enumerate(made(jobs, self.config.workers), 1):
+                if isinstance(line, Exception):
+                    failed.append(f"{job.title}: {line}")
+                    found = f"FAILED, {line}"
+                else:
+                    self.log.add(line)
+                    found = f"MRR {mean_reciprocal_ranks(line).mean():.1f} ({line['split']}), {line['seconds']:.0f} s"
+                print(f"{done} of {len(jobs)}: {job.title}: {found}", flush=True)
+        if failed:
+            raise RuntimeError(f"{len(failed)} runs failed. The first: {failed[0]}")
 
     def write(self) -> str:
         """Write tables and figures; the tables."""
-        groups = report.groups_of(self.log.lines)
+        groups = report.groups_of(self.log.lines, self.costs)
         if not groups:
             raise ValueError(f"{self.log.path} has no run on a test split yet.")
         text = report.table(groups)
@@ -210,14 +148,22 @@ def main() -> None:
     (config,) = HfArgumentParser(StudyConfig).parse_args_into_dataclasses()
     quiet()
     study = Study(config)
+    torch.backends.cuda.matmul.allow_tf32 = True
     if config.only == "plan":
         print(study.plan())
         return
-    if not config.only:
-        with only_training_in(config.to):
-            study.run()
-    print("\n" + study.write())
-    print(f"\n{config.to}/study.md, {config.to}/study.png, {config.to}/curves.png, {config.to}/runs.jsonl")
+    try:
+        if config.only != "table":
+            with only_training_in(config.to):
+                print(study.plan(), flush=True)
+                study.measure()
+                if config.only != "costs":
+                    print(study.plan(), flush=True)
+                    study.run()
+    finally:  # also when it was stopped
+        if any(line["split"] == "test" for line in study.log.lines):
+            print("\n" + study.write())
+            print(f"\n{config.to}/study.md, {config.to}/study.png, {config.to}/curves.png, {config.to}/runs.jsonl")
 
 
 if __name__ == "__main__":

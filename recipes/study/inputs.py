@@ -18,6 +18,7 @@ from recipes.data.user_data import load_user_data
 from recipes.paired import Search
 
 SHIPPED = "recipes/backbone"
+SEARCH_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def load_corpus(name: str, to: Path, cache: Path, limit: int, candidates: int) -
     others = train.select(np.sort(order[wanted:])) if wanted < len(order) else chosen
     documents = _documents(others.dataset())
     searches = {
-        split: searches_of(sources[split].select(np.arange(min(candidates, len(sources[split].pairs)))), 32)
+        split: searches_of(sources[split].select(np.arange(min(candidates, len(sources[split].pairs)))), SEARCH_BATCH)
         for split in ("validation", "test")
     }
     return Corpus(name, DatasetDict({kind: chosen.dataset()}), DatasetDict({kind: documents}), searches)

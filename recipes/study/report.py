@@ -15,7 +15,8 @@ import numpy as np
 
 from recipes.paired import Difference, paired_difference
 from recipes.study.arms import ARMS, BASELINE
-from recipes.study.runs import SAME_COST, mean_reciprocal_ranks
+from recipes.study.costs import SAME_COST, Costs
+from recipes.study.runs import mean_reciprocal_ranks
 
 EQUAL = ("steps", "time")
 
@@ -27,10 +28,12 @@ class Group:
     Args:
         title: Backbone, corpus, steps and batch.
         runs: By `equal` and arm, lines by seed.
+        costs: By arm, what a step costs beside the baseline's, as far as it was timed.
     """
 
     title: str
     runs: Mapping[str, Mapping[str, Mapping[int, dict[str, Any]]]]
+    costs: Mapping[str, float]
 
     def difference(self, arm: str, equal: str) -> Difference | None:
         """Points of MRR above the baseline on the seeds that both have; None without any.
@@ -38,7 +41,7 @@ class Group:
         An arm whose step costs what the baseline's costs needs no run at equal time: those at equal steps are it.
         """
         mine = self.runs[equal].get(arm, {})
-        if equal == "time" and not mine and abs(self.cost(arm) - 1) <= SAME_COST:
+        if equal == "time" and not mine and abs(self.costs.get(arm, 0) - 1) <= SAME_COST:
             mine = self.runs["steps"].get(arm, {})
         base = self.runs["steps"].get(BASELINE, {})
         seeds = sorted(set(mine) & set(base))
@@ -52,15 +55,9 @@ class Group:
         lines = self.runs["steps"].get(arm, {})
         return np.array([mean_reciprocal_ranks(lines[seed]).mean() for seed in sorted(lines)])
 
-    def cost(self, arm: str) -> float:
-        """Processor time of a step, as a multiple of the baseline's, of the same seeds."""
-        mine, base = self.runs["steps"].get(arm, {}), self.runs["steps"].get(BASELINE, {})
-        seeds = sorted(set(mine) & set(base))
-        return float(np.median([mine[s]["seconds_a_step"] / base[s]["seconds_a_step"] for s in seeds] or [np.nan]))
 
-
-def groups_of(lines: Sequence[dict[str, Any]]) -> list[Group]:
-    """Runs on the test split, by backbone, corpus and batch; the longest training of each arm is `steps`."""
+def groups_of(lines: Sequence[dict[str, Any]], costs: Costs) -> list[Group]:
+    """Runs on the test split, by backbone, corpus and batch; as many steps as the baseline's are `steps`."""
     keys = dict.fromkeys((line["backbone"], line["corpus"], line["batch_size"]) for line in _tests(lines))
     found = []
     for backbone, corpus, batch_size in keys:
@@ -73,7 +70,9 @@ def groups_of(lines: Sequence[dict[str, Any]]) -> list[Group]:
         for line in own:
             equal = "steps" if line["steps"] == steps else "time"
             runs[equal].setdefault(line["arm"], {})[line["seed"]] = line
-        found.append(Group(f"{backbone}, {corpus}, {steps} steps of {batch_size}", runs))
+        ratios = {arm: costs.ratio(backbone, corpus, arm) for arm in ARMS}
+        known = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
+        found.append(Group(f"{backbone}, {corpus}, {steps} steps of {batch_size}", runs, known))
     return found
 
 
@@ -104,11 +103,12 @@ def table(groups: Sequence[Group]) -> str:
             rate = f"{next(iter(runs.values()))['rate']:g}"
             cells = [str(len(runs)), rate, _spread(group.scores(arm))]
             cells += ["" if arm == BASELINE else _shown(group.difference(arm, equal)) for equal in EQUAL]
-            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {group.cost(arm):.2f}x |")
+            cost = f"{group.costs[arm]:.2f}x" if arm in group.costs else "not timed"
+            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {cost} |")
         lines.append("")
     lines.append(
         "MRR in % over both directions of search, mean of the seeds ± half their range. In brackets the 95 % interval "
-        "of the paired difference over seeds and queries; with one seed over queries alone. Cost is processor time."
+        "of the paired difference over seeds and queries; with one seed over queries alone. Cost was timed alone."
     )
     return "\n".join(lines)
 
@@ -181,7 +181,7 @@ def draw(groups: Sequence[Group], path: Path) -> None:
 
 
 def draw_curves(groups: Sequence[Group], path: Path) -> None:
-    """Ranking loss over processor time, the mean of the seeds.
+    """Ranking loss over time, the mean of the seeds.
 
     Args:
         groups: What was run.
@@ -197,9 +197,9 @@ def draw_curves(groups: Sequence[Group], path: Path) -> None:
                 continue
             losses = np.mean([run["loss"] for run in runs], 0)
             smooth = np.convolve(losses, np.ones(5) / 5, "valid") if len(losses) > 5 else losses
-            seconds = np.arange(1, len(smooth) + 1) * np.median([run["seconds_a_step"] for run in runs])
+            seconds = np.arange(1, len(smooth) + 1) * group.costs.get(arm, 1)
             axis.plot(seconds, smooth, label=arm, lw=1, color=f"C{number % 10}", ls="-" if number < 10 else "--")
-        axis.set(title=group.title.replace(", ", "\n", 1), xlabel="seconds of processor time")
+        axis.set(title=group.title.replace(", ", "\n", 1), xlabel="time, in steps of last-token pooling")
         axis.title.set_fontsize(8)
     axes[0, 0].set_ylabel("ranking loss, mean of five steps")
     axes[0, -1].legend(fontsize=6)

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
 from recipes.paired import Search
-from recipes.study.arms import ARMS, BASELINE, Arm
+from recipes.study.arms import ARMS
 from recipes.study.inputs import Corpus
 from recipes.study.probes import Conflict, information
 from recipes.twins import Training, TwinSettings, build_twin, fit_twin
 from st_btok import BTokLoss
 
 PROBE_ROWS = 16
-SAME_COST = 0.05  # arms whose step costs within 5 % of the baseline's need no run of their own at equal time
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def make_run(wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str)
         title: Label of the progress bar.
 
     Returns:
-        The line for the log: ranks by search, seconds (processor time) by step, the losses, and what the probes found.
+        The line for the log: ranks by search, seconds a step (where several runs share the machine, of that too), the
+        losses, and what the probes found.
     """
     arm = ARMS[wanted.arm]
     twin = arm.build(wanted.steps)
@@ -102,11 +103,8 @@ def make_run(wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str)
     trainings = []
     if arm.unlabelled:
         first = arm.first_steps(wanted.steps)
-        alone = {"condensation_weight": 1.0, "target": "self", "condensation_warmup": first}
-        phase = replace(own, steps=first)
-        trainings.append(
-            fit_twin(model, BTokLoss(model, **alone), twin, phase, wanted.seed, corpus.unlabelled, f"{title}, first")
-        )
+        phase, alone = replace(own, steps=first), unlabelled_loss(model, first)
+        trainings.append(fit_twin(model, alone, twin, phase, wanted.seed, corpus.unlabelled, f"{title}, first"))
         own = replace(own, steps=wanted.steps - first)
     followers: list[TrainerCallback] = [conflict] if conflict else []
     trainings.append(fit_twin(model, loss, twin, own, wanted.seed, corpus.train, title, lambda _: list(followers)))
@@ -125,6 +123,11 @@ def make_run(wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str)
     followers.clear()
     gc.collect()
     return line
+
+
+def unlabelled_loss(model: SentenceTransformer, steps: int) -> BTokLoss:
+    """The term alone, each document generated from its own BToks, for so many steps."""
+    return BTokLoss(model, condensation_weight=1.0, target="self", condensation_warmup=steps)
 
 
 def _seconds(trainings: Sequence[Training]) -> float:
@@ -164,17 +167,3 @@ def best_rate(log: Log, wanted: Wanted, rates: Sequence[float]) -> float | None:
             return None
         scores[rate] = mean_reciprocal_ranks(line).mean()
     return max(scores, key=lambda rate: scores[rate])
-
-
-def equal_time_steps(log: Log, wanted: Wanted, baseline: Wanted) -> int | None:
-    """Steps that an arm gets in the baseline's time; None where equal steps are equal time already."""
-    mine, other = log.find(wanted), log.find(baseline)
-    if mine is None or other is None or wanted.arm == BASELINE:
-        return None
-    ratio = mine["seconds_a_step"] / other["seconds_a_step"]
-    return None if abs(ratio - 1) <= SAME_COST else max(2, round(baseline.steps / ratio))
-
-
-def factor(arm: Arm) -> float:
-    """What a step is expected to cost beside the baseline's, for the plan; measured afterwards."""
-    return 1.6 if arm.term else 1.1

@@ -12,6 +12,7 @@ from statistics import median
 
 import pytest
 import torch
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
 from recipes.benchmark_step import BenchmarkConfig, make_step
 from recipes.benchmark_step import backbone as backbone_of
@@ -67,85 +68,7 @@ def step(loss, batch, dtype=None):
     return value.item()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_stays_close_to_float32(built, rows, dtype):
-    model = copy.deepcopy(built)
-    loss, batch = BTokLoss(model), columns(model)
-    exact = step(loss, batch)
-    found = step(loss, batch, dtype)
-    assert found == pytest.approx(exact, rel=0.05, abs=0.05)
-    rows.append((f"loss under {dtype} autocast against float32", f"{found:.4f} against {exact:.4f}"))
-
-
-def test_cached_at_a_batch_of_1024(built, rows):
-    model = copy.deepcopy(built)
-    loss, batch = CachedBTokLoss(model, mini_batch_size=64), columns(model, 1024)
-    torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    step(loss, batch, torch.bfloat16)
-    torch.cuda.synchronize()
-    seconds, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
-    rows.append(("GradCache, batch 1,024, first step", f"{seconds:.2f} s, {peak:.2f} GiB"))
-
-
-def test_compiled(built, rows):
-    model = copy.deepcopy(built)
-    loss, batch = BTokLoss(model), columns(model)
-    exact = step(loss, batch)
-    loss.model = loss.ranking.model = torch.compile(model)
-    found = step(loss, batch)
-    assert found == pytest.approx(exact, rel=1e-3, abs=1e-3)
-    rows.append(("compiled against eager", f"{abs(found - exact):.2g}"))
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llama"])
-def test_flash_attention_takes_the_kv_route(rows, tmp_path, family):
-    """The value is that of attention under a mask, in bf16."""
-    pytest.importorskip("flash_attn", reason="flash-attn is not installed")
-    backbone, processor = build(family)
-    backbone.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    values = {}
-    for attention in ("sdpa", "flash_attention_2"):
-        options = {"dtype": torch.bfloat16, "attn_implementation": attention}
-        model = build_model(tmp_path, device="cuda", model_kwargs=options)
-        loss = BTokLoss(model)
-        values[loss.route] = step(loss, columns(model))
-    assert values["kv"] == pytest.approx(values["attention"], rel=0.05, abs=0.05)
-    rows.append(
-        (
-            f"flash attention, K/V route, {family}: loss against masked",
-            " / ".join(map("{:.4f}".format, values.values())),
-        )
-    )
-
-
-def test_targets_apart_on_the_device(built, rows, monkeypatch):
-    """Read in calls of their own, or in one row with their sources: the same loss, and less memory."""
-    found = {}
-    for way, kept in (("apart", 10**9), ("in one row", 0)):
-        monkeypatch.setattr("st_btok.training.apart.KEPT_BY_A_LAYER", kept)
-        model = copy.deepcopy(built)
-        torch.cuda.reset_peak_memory_stats()
-        value = step(BTokLoss(model), columns(model, 64))
-        found[way] = value, torch.cuda.max_memory_allocated() / 2**20
-        rows.append((f"targets {way}, batch 64", f"{value:.4f}, {found[way][1]:.0f} MiB"))
-    assert found["apart"][0] == pytest.approx(found["in one row"][0], rel=1e-4)
-
-
-def test_fsdp2_on_one_device(built, rows):
-    """A sharded model takes the same step, with the term in the graph."""
-    model = copy.deepcopy(built)
-    expected = step(BTokLoss(model), columns(model))
-    with one_process("nccl"):
-        model = copy.deepcopy(built)
-        loss = BTokLoss(model)  # before its model is sharded, as the Trainer has it
-        sharded(model)
-        found = step(loss, columns(model))
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
-    rows.append(("FSDP2 on one device against plain", f"{abs(found - expected):.2g}"))
-
-
+# What is timed comes first, so that it can be run alone.
 def test_step_benchmark(rows):
     """Times of a step of every way in `recipes.benchmark step`, on the device."""
     config = BenchmarkConfig(vocab_size=19_008)
@@ -181,3 +104,83 @@ def test_encode_throughput(built, rows):
     rows.append(
         ("texts encoded a second, float32, batches of 256", f"{len(texts) / (time.perf_counter() - start):.0f}")
     )
+
+
+def test_cached_at_a_batch_of_1024(built, rows):
+    model = copy.deepcopy(built)
+    loss, batch = CachedBTokLoss(model, mini_batch_size=64), columns(model, 1024)
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    step(loss, batch, torch.bfloat16)
+    torch.cuda.synchronize()
+    seconds, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+    rows.append(("GradCache, batch 1,024, first step", f"{seconds:.2f} s, {peak:.2f} GiB"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_stays_close_to_float32(built, rows, dtype):
+    model = copy.deepcopy(built)
+    loss, batch = BTokLoss(model), columns(model)
+    exact = step(loss, batch)
+    found = step(loss, batch, dtype)
+    assert found == pytest.approx(exact, rel=0.05, abs=0.05)
+    rows.append((f"loss under {dtype} autocast against float32", f"{found:.4f} against {exact:.4f}"))
+
+
+FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_4": is_flash_attn_4_available}
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "llama"])
+@pytest.mark.parametrize("attention", FLASH)
+def test_flash_attention_takes_the_kv_route(rows, tmp_path, attention, family):
+    """The value is that of attention under a mask, in bf16."""
+    if not FLASH[attention]():
+        pytest.skip(f"the package of {attention} is not installed")
+    backbone, processor = build(family)
+    backbone.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    values = {}
+    for implementation in ("sdpa", attention):
+        options = {"dtype": torch.bfloat16, "attn_implementation": implementation}
+        model = build_model(tmp_path, device="cuda", model_kwargs=options)
+        loss = BTokLoss(model)
+        values[loss.route] = step(loss, columns(model))
+    assert values["kv"] == pytest.approx(values["attention"], rel=0.05, abs=0.05)
+    found = " / ".join(map("{:.4f}".format, values.values()))
+    rows.append((f"{attention}, K/V route, {family}: loss under a mask / with it", found))
+
+
+def test_targets_apart_on_the_device(built, rows, monkeypatch):
+    """Read in calls of their own, or in one row with their sources: the same loss, and less memory."""
+    found = {}
+    for way, kept in (("apart", 10**9), ("in one row", 0)):
+        monkeypatch.setattr("st_btok.training.apart.KEPT_BY_A_LAYER", kept)
+        model = copy.deepcopy(built)
+        torch.cuda.reset_peak_memory_stats()
+        value = step(BTokLoss(model), columns(model, 64))
+        found[way] = value, torch.cuda.max_memory_allocated() / 2**20
+        rows.append((f"targets {way}, batch 64", f"{value:.4f}, {found[way][1]:.0f} MiB"))
+    assert found["apart"][0] == pytest.approx(found["in one row"][0], rel=1e-4)
+
+
+def test_fsdp2_on_one_device(built, rows):
+    """A sharded model takes the same step, with the term in the graph."""
+    model = copy.deepcopy(built)
+    expected = step(BTokLoss(model), columns(model))
+    with one_process("nccl"):
+        model = copy.deepcopy(built)
+        loss = BTokLoss(model)  # before its model is sharded, as the Trainer has it
+        sharded(model)
+        found = step(loss, columns(model))
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    rows.append(("FSDP2 on one device against plain", f"{abs(found - expected):.2g}"))
+
+
+def test_compiled(built, rows):
+    model = copy.deepcopy(built)
+    loss, batch = BTokLoss(model), columns(model)
+    exact = step(loss, batch)
+    loss.model = loss.ranking.model = torch.compile(model)
+    found = step(loss, batch)
+    assert found == pytest.approx(exact, rel=1e-3, abs=1e-3)
+    rows.append(("compiled against eager", f"{abs(found - exact):.2g}"))

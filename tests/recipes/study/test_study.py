@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import datasets
 import numpy as np
 import pytest
+import torch
 
-from recipes.study.__main__ import Study, StudyConfig
+from recipes.study import jobs
+from recipes.study.__main__ import Study
 from recipes.study.arms import ARMS, BASELINE, HEADLINES
+from recipes.study.costs import Costs
+from recipes.study.jobs import Job
 from recipes.study.report import groups_of, table
-from recipes.study.runs import Log, Wanted, best_rate, equal_time_steps
+from recipes.study.runs import Log, Wanted, best_rate
+from recipes.study.settings import StudyConfig
 from recipes.twins import Twin
 from tests.backbones import build
 
@@ -61,22 +66,29 @@ def test_every_arm_is_one_that_can_be_built():
 
 
 def test_runs_are_made_once_and_in_a_comparable_order(folder, capsys):
-    """Two rates on validation, both seeds at the better one, then equal time; a second call makes nothing."""
+    """Two rates on validation, then a seed after the other at the better one; a second call makes nothing."""
     arms = ["BToks, term 0.2", "unlabelled first", "term first"]
     options = {"arms": arms, "rates": [1e-2, 1e-9], "rate_steps": 6}
     study = Study(config(folder, **options))
+    assert study.plan().startswith("0 runs are there, 16 are to be made"), "four arms: two rates and two seeds each"
+    study.measure()
+    arms = [BASELINE, "BToks, term 0.2", "term first", "unlabelled first"]
+    costs = [json.loads(line) for line in study.costs.log.path.read_text().splitlines()]
+    assert [(line["arm"], line["round"]) for line in costs] == [(arm, r) for r in range(2) for arm in arms]
+    assert all(line["seconds"] > 0 and line["corpus"] == "words" for line in costs)
+    # What the arms cost here is noise on this backbone: set, so that the runs at equal time are known.
+    for line in study.costs.log.lines:
+        line["seconds"] = {BASELINE: 1.0, "BToks, term 0.2": 1.5, "term first": 1.04}.get(line["arm"], 0.75)
     study.run()
-    printed = capsys.readouterr().out
-    assert "0 runs are there, 16 are to be made" in printed  # four arms: two rates and two seeds each
+    capsys.readouterr()
     lines = [json.loads(line) for line in study.log.path.read_text().splitlines()]
     assert [line["split"] for line in lines[:8]] == ["validation"] * 8
-    finals = [(line["arm"], line["seed"]) for line in lines[8:16]]
-    assert finals == [
-        (arm, seed) for seed in range(2) for arm in [BASELINE, "BToks, term 0.2", "term first", "unlabelled first"]
-    ]
+    finals = [(line["arm"], line["seed"], line["steps"]) for line in lines[8:]]
+    timed = [("BToks, term 0.2", 4), ("unlabelled first", 8)]
+    assert finals == [(arm, seed, steps) for seed in range(2) for arm, steps in [*((arm, 6) for arm in arms), *timed]]
     for line in lines:
         assert all(np.isfinite(line["loss"])) and len(line["ranks"]) == 2 and line["seconds_a_step"] > 0
-    chosen = {line["arm"]: line["rate"] for line in lines[8:16]}
+    chosen = {line["arm"]: line["rate"] for line in lines[8:]}
     for arm in chosen:
         scores = {line["rate"]: line for line in lines[:8] if line["arm"] == arm}
         means = {
@@ -89,29 +101,47 @@ def test_runs_are_made_once_and_in_a_comparable_order(folder, capsys):
     assert len(after["loss"]) == 4 and after["steps"] == 6, "two steps are the first phase's"
     probed = next(line for line in lines[8:] if line["arm"] == "BToks, term 0.2")
     assert list(probed["conflict"]) == ["0", "1", "3", "5"] and probed["information"].keys() == {"own", "other"}
-    # A torn line is made again, nothing else.
+    # A torn line is made again, nothing else; by workers, as by this process.
     whole = study.log.path.read_text()
     study.log.path.write_text(whole[: len(whole) - 20])
-    Study(config(folder, **options)).run()
-    again = [json.loads(line) for line in study.log.path.read_text().splitlines()]
-    assert len(again) == len(lines)
-    key = list(asdict(study.wanted("", "", "", 0)))
-    assert [[line[k] for k in key] for line in again] == [[line[k] for k in key] for line in lines]
-    text = Study(config(folder, **options)).write()
-    assert "| BToks, term 0.2 | 2 |" in text and "saved by the own BToks" in text
+    last = lines[-1]
+    again = Study(config(folder, workers=2, **options))
+    again.costs.log.lines = study.costs.log.lines
+    assert "19 runs are there, 1 are to be made" in again.plan()
+    again.run()
+    (remade,) = again.log.lines[len(lines) - 1 :]
+    assert remade["ranks"] == last["ranks"] and remade["loss"] == last["loss"], "the same run in another process"
+    text = again.write()
+    assert "| BToks, term 0.2 | 2 |" in text and "saved by the own BToks" in text and "| 1.50x |" in text
     for name in ("study.md", "study.png", "curves.png"):
         assert (folder / "study" / name).stat().st_size > 300
 
 
+def test_a_failed_run_takes_no_other_along(folder, tmp_path, monkeypatch):
+    study = Study(StudyConfig(**(asdict(config(folder)) | {"to": str(tmp_path), "seeds": 1, "equal_time": False})))
+    monkeypatch.setattr(jobs, "make_run", fails_for_the_baseline)
+    monkeypatch.setattr(Job, "corpus", lambda self: None)
+    with pytest.raises(RuntimeError, match="1 runs failed. The first: .*last token.*no memory"):
+        study.run()
+    assert [line["arm"] for line in study.log.lines] == ["BToks, term 0.2"]
+    assert "1 runs are there, 1 are to be made" in Study(study.config).plan()
+
+
+def fails_for_the_baseline(wanted, settings, corpus, title):
+    if wanted.arm == BASELINE:
+        raise torch.OutOfMemoryError("no memory")
+    return asdict(wanted) | {"ranks": {"there": [1], "back": [2]}}
+
+
 def test_few_pairs_leave_the_rest_unlabelled(folder):
-    corpus = Study(config(folder)).corpus("words@10")
+    corpus = Job(replace(WANTED, corpus="words@10"), config(folder)).corpus()
     assert len(corpus.train["words"]) == 10 and len(corpus.unlabelled["words"]) == 14
     row = corpus.unlabelled["words"][0]
     assert row["query"] == row["positive"]
     seen = {str(row["positive"]) for row in corpus.train["words"]}
     assert not seen & {str(row["positive"]) for row in corpus.unlabelled["words"]}
     with pytest.raises(ValueError, match="asks for 100 pairs, but the corpus has 24"):
-        Study(config(folder)).corpus("words@100")
+        Job(replace(WANTED, corpus="words@100"), config(folder)).corpus()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +150,7 @@ def test_few_pairs_leave_the_rest_unlabelled(folder):
         ({"arms": ["x"]}, "arms must be of"),
         ({"corpora": ["x@3"]}, "corpora must be of"),
         ({"only": "x"}, "only must be"),
+        ({"workers": 0}, "workers must be"),
     ],
 )
 def test_what_cannot_run_is_refused_first(folder, options, message):
@@ -135,46 +166,60 @@ def test_quick_is_the_headlines(folder):
 WANTED = Wanted("b", "words", BASELINE, 0, 1e-3, 100, 32, "test")
 
 
-def line(arm, seed, ranks, seconds=1.0, steps=100, **other):
+def line(arm, seed, ranks, steps=100, **other):
     run = asdict(WANTED) | {"arm": arm, "seed": seed, "steps": steps}
     return run | {
         "ranks": {"there": ranks[:2], "back": ranks[2:]},
-        "seconds_a_step": seconds,
+        "seconds_a_step": 1.0,
         "loss": [1.0] * 8,
         **other,
     }
 
 
-def test_rates_and_equal_time_come_from_the_log(tmp_path):
+def test_rates_come_from_the_log(tmp_path):
     log = Log(tmp_path / "runs.jsonl")
     for rate, ranks in ((1e-3, [1, 2, 4, 4]), (1e-2, [1, 1, 4, 4])):
         assert best_rate(log, WANTED, [1e-3, 1e-2]) is None
         log.add(line(BASELINE, 0, ranks) | {"rate": rate})
     assert best_rate(log, WANTED, [1e-3, 1e-2]) == 1e-2
     assert best_rate(log, WANTED, [3.0]) == 3.0
-    for arm, seconds in (("mean", 1.04), ("BToks", 1.6), ("K = 1", 0.8)):
-        log.add(line(arm, 0, [1, 1, 1, 1], seconds))
+
+
+@pytest.fixture
+def costs(tmp_path):
+    """Two rounds, of which the second ran on a machine half as fast."""
+    found = Costs(Log(tmp_path / "costs.jsonl"))
+    for arm, seconds in ((BASELINE, 1.0), ("mean", 1.6), ("BToks", 1.04), ("K = 1", 0.8)):
+        for number, slower in enumerate((1, 2)):
+            values = {"arm": arm, "round": number, "seconds": seconds * slower}
+            found.log.add({"backbone": "b", "corpus": "words", **values})
+    return found
+
+
+def test_equal_time_comes_from_the_costs(costs):
     steps = {
-        arm: equal_time_steps(log, Wanted(**asdict(WANTED) | {"arm": arm}), WANTED)
-        for arm in ("mean", "BToks", "K = 1")
+        arm: costs.equal_time_steps(replace(WANTED, arm=arm, corpus="words@250"))
+        for arm in ("mean", "BToks", "K = 1", "K = 16")
     }
-    assert steps == {"mean": None, "BToks": 62, "K = 1": 125}
+    assert steps == {"mean": 62, "BToks": None, "K = 1": 125, "K = 16": None}
 
 
-def test_the_table_says_what_the_lines_say():
-    lines = [line(BASELINE, 0, [1, 2, 2, 4]), line(BASELINE, 1, [1, 2, 2, 2]), line("mean", 0, [1, 1, 1, 4], 1.5)]
-    lines += [line("BToks", 0, [1, 1, 1, 1], 1.01), line("K = 1", 0, [1, 1, 1, 1], 2.0)]
-    lines += [line("mean", 1, [1, 1, 1, 1], 1.7), line("mean", 0, [2, 2, 2, 4], 1.5, steps=60)]
-    (group,) = groups_of(lines)
+def test_the_table_says_what_the_lines_say(costs):
+    lines = [line(BASELINE, 0, [1, 2, 2, 4]), line(BASELINE, 1, [1, 2, 2, 2]), line("mean", 0, [1, 1, 1, 4])]
+    lines += [line("BToks", 0, [1, 1, 1, 1]), line("K = 1", 0, [1, 1, 1, 1])]
+    lines += [line("mean", 1, [1, 1, 1, 1]), line("mean", 0, [2, 2, 2, 4], steps=60)]
+    (group,) = groups_of(lines, costs)
     assert group.scores(BASELINE) == pytest.approx([56.25, 62.5])
     assert group.difference("mean", "steps").mean == pytest.approx((25 + 37.5) / 2)
     assert group.difference("mean", "time").mean == pytest.approx(-12.5)  # seed 0 alone
-    assert group.cost("mean") == pytest.approx(1.6)
+    assert group.costs["mean"] == pytest.approx(1.6)
     assert group.difference("BToks", "time") == group.difference("BToks", "steps"), "a step costs the same"
-    assert group.difference("K = 1", "time") is None, "twice the cost, and not run for equal time"
+    assert group.difference("K = 1", "time") is None, "of another cost, and not run for equal time"
     text = table([group])
     assert "| last token | 2 | 0.001 | 59.4 ± 3.1 |  |  | 1.00x |" in text
     assert "| mean | 2 | 0.001 | 90.6 ± 9.4 | +31.2 (" in text and "| -12.5 (" in text and "1.60x" in text
+    (untimed,) = groups_of(lines, Costs(Log(costs.log.path.with_name("none.jsonl"))))
+    assert "not timed" in table([untimed])
 
 
 def test_twins_of_controls_reach_the_loss():

@@ -1,0 +1,101 @@
+"""What a step of every arm costs beside the baseline's: timed alone, before the runs, which may share the machine."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from recipes.study.arms import ARMS, BASELINE
+from recipes.study.inputs import Corpus
+from recipes.study.runs import Log, Wanted, unlabelled_loss
+from recipes.twins import TwinSettings, build_twin, fit_twin
+
+TIMED_STEPS = 3  # after one that is not counted
+SAME_COST = 0.05  # an arm whose step costs within 5 % of the baseline's needs no run of its own at equal time
+
+
+class Costs:
+    """Measured costs, in a file.
+
+    Args:
+        log: Lines of backbone, corpus, arm, round and seconds a step.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def seconds(self, backbone: str, corpus: str, arm: str) -> dict[int, float]:
+        """Seconds a step by round; a corpus that is cut to some pairs costs what the whole one does."""
+        key = {"backbone": backbone, "corpus": _kind(corpus), "arm": arm}
+        return {line["round"]: line["seconds"] for line in self.log.lines if key.items() <= line.items()}
+
+    def ratio(self, backbone: str, corpus: str, arm: str) -> float | None:
+        """Median over the rounds of an arm's seconds over the baseline's; None where one was not timed."""
+        mine, base = self.seconds(backbone, corpus, arm), self.seconds(backbone, corpus, BASELINE)
+        both = sorted(set(mine) & set(base))
+        return float(np.median([mine[r] / base[r] for r in both])) if both else None
+
+    def equal_time_steps(self, wanted: Wanted) -> int | None:
+        """Steps that an arm gets in the baseline's time.
+
+        Args:
+            wanted: The run at equal steps.
+
+        Returns:
+            The number; None where equal steps are equal time already, or nothing was timed.
+        """
+        ratio = self.ratio(wanted.backbone, wanted.corpus, wanted.arm)
+        return None if ratio is None or abs(ratio - 1) <= SAME_COST else max(2, round(wanted.steps / ratio))
+
+    def measure(
+        self, backbone: str, corpus: Corpus, arms: Sequence[str], settings: TwinSettings, rounds: int
+    ) -> Iterator[str]:
+        """Time what is not timed yet, every arm once a round.
+
+        Args:
+            backbone: Its name on the command line.
+            corpus: What to train on.
+            arms: Names of the arms.
+            settings: What the arms share.
+            rounds: How often.
+
+        Yields:
+            A line on each measurement.
+        """
+        own = replace(settings, steps=1 + TIMED_STEPS)
+        for number in range(rounds):
+            for arm in arms:
+                if number in self.seconds(backbone, corpus.name, arm):
+                    continue
+                seconds = _seconds_a_step(arm, own, corpus)
+                line: dict[str, Any] = {"backbone": backbone, "corpus": _kind(corpus.name), "arm": arm}
+                line |= {"round": number, "batch_size": own.batch_size, "seconds": round(seconds, 4)}
+                self.log.add(line)
+                yield f"{backbone}, {_kind(corpus.name)}, {arm}: {seconds:.2f} s a step (round {number})"
+
+
+def _seconds_a_step(name: str, settings: TwinSettings, corpus: Corpus) -> float:
+    """A step of both phases, each with its share. On the CPU of processor time, on a GPU of the clock."""
+    arm = ARMS[name]
+    twin = arm.build(settings.steps)
+    model, loss = build_twin(twin, settings, 0)
+    parts = [(1 - arm.term_first if arm.unlabelled else 1.0, loss, corpus.train)]
+    if arm.unlabelled:
+        parts.append((arm.term_first, unlabelled_loss(model, settings.steps), corpus.unlabelled))
+    seconds = 0.0
+    for share, own, pairs in parts:
+        training = fit_twin(model, own, twin, settings, 0, pairs, f"{name}: cost")
+        clock = training.times if torch.cuda.is_available() else training.cpu_times
+        seconds += share * float(np.median(np.diff(clock)[1:]))
+    del model, loss, parts, own
+    gc.collect()
+    return seconds
+
+
+def _kind(corpus: str) -> str:
+    return corpus.partition("@")[0]

@@ -1,0 +1,67 @@
+"""What the study can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from recipes.data.debian import CORPORA
+from recipes.data.real import DEFAULT_CACHE
+from recipes.study.arms import ARMS, BASELINE, HEADLINES
+
+QUICK: dict[str, Any] = {
+    "backbones": ["shipped"],
+    "corpora": ["languages", "packages"],
+    "arms": HEADLINES,
+    "seeds": 2,
+    "steps": 20,
+    "limit": 1500,
+    "candidates": 150,
+}
+
+
+def _option(default: Any, text: str) -> Any:
+    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text}, **make)
+
+
+@dataclass
+class StudyConfig:
+    """Settings of the study."""
+
+    to: str = _option("study", "Folder of runs, tables, figures, corpora and cut backbones.")
+    quick: bool = _option(False, "The headline arms on the shipped backbone and two corpora, in about 15 minutes.")
+    only: str = _option("", "plan: print it and stop; costs: time the arms and stop; table: from what was run.")
+    backbones: list[str] = _option(["smollm2:12"], "shipped, smollm2, smollm2:LAYERS, or a name or path.")
+    corpora: list[str] = _option(["packages", "words", "languages@250"], f"{', '.join(CORPORA)}; NAME@N: N pairs.")
+    arms: list[str] = _option(list(ARMS), f"Of: {', '.join(ARMS)}. The baseline is always run.")
+    seeds: int = _option(2, "Seeds 0 to N-1 of each arm; 5 for finals.")
+    steps: int = _option(100, "Training steps of a run.")
+    workers: int = _option(1, "Runs at a time, each in a process of its own: for a GPU with room for several.")
+    cost_rounds: int = _option(2, "How often a step of every arm is timed, for the runs at equal time.")
+    rates: list[float] = _option([1e-3], "Peak learning rates; of several the best on validation, for each arm.")
+    rate_steps: int = _option(50, "Training steps of a run that chooses a rate.")
+    batch_size: int = _option(32, "Pairs a step.")
+    tuning: str = _option("lora", "lora or full.")
+    max_seq_length: int = _option(64, "Longest text in tokens.")
+    equal_time: bool = _option(True, "Also run every arm for the baseline's time.")
+    limit: int = _option(4000, "Pairs read of each corpus.")
+    candidates: int = _option(400, "Pairs searched.")
+    cache: str = _option(str(DEFAULT_CACHE), "Unpacked packages.")
+    device: str | None = _option(None, "cpu, cuda, ...; by default what is there.")
+
+    def __post_init__(self) -> None:
+        """Refuse what can't run before anything is loaded."""
+        if self.only not in ("", "plan", "costs", "table"):
+            raise ValueError(f"only must be plan, costs or table, got {self.only!r}.")
+        if self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}.")
+        if unknown := [arm for arm in self.arms if arm not in ARMS]:
+            raise ValueError(f"arms must be of {list(ARMS)}, got {unknown}.")
+        if unknown := [name for name in self.corpora if name.partition("@")[0] not in CORPORA]:
+            raise ValueError(f"corpora must be of {list(CORPORA)}, got {unknown}.")
+        if self.quick:
+            for name, value in QUICK.items():
+                setattr(self, name, value)
+        # In the order of the table, and the baseline first: every other arm is measured against it.
+        self.arms = [arm for arm in ARMS if arm in {BASELINE, *self.arms}]
