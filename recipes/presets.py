@@ -14,10 +14,9 @@ out), the BTok rows' start (theirs: unused rows of the vocabulary), their choice
 their leak filter, and a pixel limit of its own for videos (602,112; 301,056 in the expanded presets).
 
 The expanded mixes (62 entries in `btoks_expanded_train_datasets_v1.yaml`, six more in v2) are not in `mmeb_train.py`:
-those presets set what differs in the training, and want the data of the mix as `--data`. `qwen2-vl-2b-v2` differs from
-v1 in its pooling too, attention with an MLP of its own (`models/btoks_qwen2vl_2b_v2.yaml`), which no stock module
-expresses, so a trained model would not be a plain checkpoint: it is left out here, and its one other change, the
-duration, is `--condensation_steps 5000`.
+those presets set what differs in the training, and want the data of the mix as `--data`. `qwen2-vl-2b-v2` pools with
+attention and an MLP of its own (`models/btoks_qwen2vl_2b_v2.yaml`), which no stock module expresses: what it saves
+needs `st_btok` and `trust_remote_code=True` to load.
 """
 
 from __future__ import annotations
@@ -72,6 +71,7 @@ _EXPANDED = {"mini_batch_size": 4, "condensation_steps": 5000}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "qwen2-vl-2b": {**_BTOKS_BASE, **_QWEN2},
+    "qwen2-vl-2b-v2": {**_BTOKS_BASE, **_QWEN2, "readout": "attention", "condensation_steps": 5000},
     "qwen3-vl-2b": {**_BTOKS_BASE, **_QWEN3},
     "qwen2-vl-7b": {**_BTOKS_BASE, "backbone": "Qwen/Qwen2-VL-7B-Instruct", "mini_batch_size": 4},
     # An instruction before every query, none before candidates; `prompts` stands for their collator's policy.

@@ -75,7 +75,7 @@ class ModelSettings:
     _argument_group_name = "model"
     backbone: str = _option("", "Decoder-only (multimodal) language model: hub name or path.")
     num_btoks: int = _option(4, "K.")
-    readout: str = _option("mean", "mean or last.")
+    readout: str = _option("mean", "mean, last, or attention (the model then needs st_btok to load).")
     template: str = _option("chat", "chat or plain (the authors' layout).")
     max_seq_length: int | None = _option(None, "Longest input in tokens.")
     min_pixels: int | None = _option(None, "Smallest image area.")

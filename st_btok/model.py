@@ -3,8 +3,8 @@
 The modules are stock ones from the start, so every `save_pretrained` and every Trainer checkpoint loads with a plain
 `SentenceTransformer(path)`: `Transformer` (the chat template appends the BToks), `WordWeights` (1 on the BTok ids, 0
 on every other id), `Pooling("mean")` (divides by the sum of the weights, hence a mean over the BToks), `Normalize`.
-With `readout="last"` it is `Transformer`, `Pooling("lasttoken")`, `Normalize`. This file is the only one that knows
-their order.
+With `readout="last"` it is `Transformer`, `Pooling("lasttoken")`, `Normalize`. One readout has no stock module: with
+`"attention"` it is `Transformer`, `BTokPooling`, `Normalize`. This file is the only one that knows their order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
 def build_model(
     backbone: str | Path | PreTrainedModel,
     num_btoks: int = 4,
-    readout: Literal["mean", "last"] = "mean",
+    readout: Literal["mean", "last", "attention"] = "mean",
     template: Literal["chat", "plain"] = "chat",
     init: str = "eos",
     *,
@@ -65,7 +65,9 @@ def build_model(
     Args:
         backbone: Hub name, local path, or a loaded transformers model. A loaded model is copied, not changed.
         num_btoks: K, at least 1. Default 4 (paper).
-        readout: `"mean"` over the K states (default, paper) or `"last"`, the state of the last BTok.
+        readout: `"mean"` over the K states (default, paper), `"last"`, the state of the last BTok, or `"attention"`,
+            weights and an MLP that are trained (release, v2). What the third saves loads only where this package is
+            installed, with `SentenceTransformer(path, trust_remote_code=True)`, and no engine serves it.
         template: `"chat"`, the backbone's own chat template with the BToks behind it (default), or `"plain"`, the
             authors' layout: each medium on its own line, text, newline, BToks.
         init: What the K embedding rows start from; see `add_btoks`. Default `"eos"`.
@@ -77,22 +79,22 @@ def build_model(
         prompts: Instructions by name, such as `{"query": "...", "document": "..."}`, used by `encode_query`,
             `encode_document` and `prompt_name`.
         device: Device of the result. Default: what sentence-transformers picks.
-        seed: Seed of the noise in the new rows.
+        seed: Seed of the noise in the new rows, and of the weights of `attention`.
         model_kwargs: For `from_pretrained` of the model, such as `{"dtype": "bfloat16"}` or, for a file of that format
             inside `backbone`, `{"gguf_file": "name.gguf"}`; its weights are unpacked while they load.
         processor_kwargs: For `from_pretrained` of the processor.
         config_kwargs: For `from_pretrained` of the config.
 
     Returns:
-        A `SentenceTransformer` of stock modules.
+        A `SentenceTransformer` of stock modules, but for `readout="attention"`.
 
     Raises:
         ValueError: If the backbone is not decoder-only and causal, already has another number of BToks, has no chat
             template (for `template="chat"`), or its template drops the BToks; if `num_btoks` < 1, or an option has an
             unknown value.
     """
-    if readout not in ("mean", "last"):
-        raise ValueError(f'readout must be "mean" or "last", got {readout!r}. BTokPooling has more.')
+    if readout not in ("mean", "last", "attention"):
+        raise ValueError(f'readout must be "mean", "last" or "attention", got {readout!r}. BTokPooling has one more.')
     if template not in ("chat", "plain"):
         raise ValueError(f'template must be "chat" or "plain", got {template!r}.')
     if num_btoks < 1:
@@ -115,12 +117,21 @@ def build_model(
     _check_rows(transformer, ids)
     _check_causal(transformer)
     frame_bare_text(transformer)
-    pooling = BTokPooling(transformer.get_embedding_dimension(), ids, readout)
-    modules = [transformer, *pooling.stock_modules(tokenizer), Normalize()]
-    if readout == "mean":
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pooling = BTokPooling(transformer.get_embedding_dimension(), ids, readout).to(transformer.model.dtype)
+    own = readout == "attention"
+    modules = [transformer, *([pooling] if own else pooling.stock_modules(tokenizer)), Normalize()]
+    if readout != "last":
         # vLLM reads `Pooling` and skips `WordWeights`: without this it serves the mean over all tokens, in silence.
         setattr(transformer.model.config, ENGINE_PLUGIN, "st_btok")
-    return SentenceTransformer(modules=modules, prompts=prompts, device=device, similarity_fn_name="cosine")
+    return SentenceTransformer(
+        modules=modules,
+        prompts=prompts,
+        device=device,
+        trust_remote_code=own,  # the Trainer resumes with what the model says
+        similarity_fn_name="cosine",
+    )
 
 
 @contextmanager

@@ -45,14 +45,18 @@ from tests.backbones import (
 
 def by_hand(model, sample, readout="mean"):
     """Embedding of one input from the bare backbone: pick the BTok states by id, mean, normalise."""
+    rows = states_of(model, model[0].preprocess([sample]))
+    pooled = rows.mean(0) if readout == "mean" else rows[-1]
+    return (pooled / pooled.norm()).numpy()
+
+
+def states_of(model, features):
+    """(K, D) BTok states of the bare backbone, picked by id."""
     transformer, ids = find_btoks(model)
-    features = transformer.preprocess([sample])
     names = inspect.signature(transformer.model.forward).parameters
     with torch.no_grad():
         states = transformer.model(**{k: v for k, v in features.items() if k in names}).last_hidden_state[0]
-    rows = torch.stack([states[features["input_ids"][0].tolist().index(token)] for token in ids])
-    pooled = rows.mean(0) if readout == "mean" else rows[-1]
-    return (pooled / pooled.norm()).numpy()
+    return torch.stack([states[features["input_ids"][0].tolist().index(token)] for token in ids])
 
 
 def test_modules_are_stock(model):
@@ -65,6 +69,27 @@ def test_embedding_is_the_readout_of_the_btok_states(btok_model, family, readout
     model = btok_model(family, readout=readout)
     for sample in inputs(family) + videos(family):
         np.testing.assert_allclose(model.encode([sample])[0], by_hand(model, sample, readout), atol=1e-6)
+
+
+def test_attention_weighs_the_btok_states(btok_model, family, tmp_path):
+    """softmax over the K, an MLP and a LayerNorm (release, v2), of weights that the folder keeps."""
+    model = btok_model(family, readout="attention").eval()
+    assert len(model) == 3
+    pooling = model[1]
+    sample = inputs(family)[0]
+    features = model[0].preprocess([sample])
+    with torch.no_grad():
+        rows = states_of(model, features)
+        weights = torch.softmax(rows @ pooling.attention.weight[0] / rows.shape[1] ** 0.5, 0)
+        summary = weights @ rows
+        wanted = torch.nn.functional.normalize(pooling.layer_norm(summary + pooling.mlp(summary)), dim=0)
+    assert weights.max() - weights.min() > 1e-4, "not the mean"
+    np.testing.assert_allclose(model.encode([sample])[0], wanted, atol=1e-6)
+    model.save_pretrained(str(tmp_path / "saved"))
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu", trust_remote_code=True)
+    np.testing.assert_allclose(loaded.encode([sample])[0], wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        SentenceTransformer(str(tmp_path / "saved"), device="cpu")
 
 
 @pytest.mark.parametrize("template", ["chat", "plain"])
@@ -403,11 +428,14 @@ def test_find_btoks_refuses_a_model_without_them():
         find_btoks(model)
 
 
-@pytest.mark.parametrize(("readout", "named"), [("mean", True), ("last", False)])
+@pytest.mark.parametrize(("readout", "named"), [("mean", True), ("last", False), ("attention", True)])
 def test_engines_that_skip_word_weights_refuse_the_saved_model(btok_model, tmp_path, readout, named):
     # vLLM starts no model whose config.json asks for a plugin that it does not have.
     btok_model("qwen2_vl", readout=readout).save_pretrained(str(tmp_path / "once"))
-    SentenceTransformer(str(tmp_path / "once"), device="cpu").save_pretrained(str(tmp_path / "twice"))
+    own = readout == "attention"
+    SentenceTransformer(str(tmp_path / "once"), device="cpu", trust_remote_code=own).save_pretrained(
+        str(tmp_path / "twice")
+    )
     for folder in ("once", "twice"):
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert (config.get("io_processor_plugin") == "st_btok") == named

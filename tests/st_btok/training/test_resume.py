@@ -75,6 +75,29 @@ def drops_out(model):
     return not torch.equal(*(model(dict(features))["sentence_embedding"] for _ in range(2)))
 
 
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_attention_pooling_trains_and_resumes(form, tmp_path):
+    """Its weights learn beside adapters, too, and are in every checkpoint."""
+    backbone, tokenizer = build("llama")
+
+    def attentive():
+        model = build_model(backbone, processor=tokenizer, readout="attention", device="cpu")
+        if form == "lora":
+            torch.manual_seed(5)
+            model.add_adapter(btok_lora_config(model, r=4, base=tmp_path / "base"))
+        return model
+
+    model = attentive()
+    before = copy.deepcopy(model[1].state_dict())
+    through = train(model, tmp_path / "through")
+    assert all(not torch.equal(before[name], value) for name, value in model[1].state_dict().items())
+    resumed = attentive()
+    train(resumed, tmp_path / "through", resume=str(tmp_path / "through" / "checkpoint-2"))
+    np.testing.assert_array_equal(resumed.eval().encode(TEXTS), through.model.eval().encode(TEXTS))
+    loaded = SentenceTransformer(str(tmp_path / "through" / "checkpoint-4"), device="cpu", trust_remote_code=True)
+    np.testing.assert_allclose(loaded.encode(TEXTS), resumed.encode(TEXTS), atol=1e-6)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_resuming_continues_bit_by_bit(form, tmp_path):
     """Loss, gradient norm and weights, with dropout, in the middle of an epoch and of a schedule."""
