@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from torch import nn
 
 from evaluation.media import stored_frames
 from evaluation.mmeb_v2.video import choose_frames
@@ -53,6 +54,8 @@ def load_user_data(paths: Sequence[str], weights: Sequence[float] = (), **check:
         table, folder = _read(path)
         sides = sides_of(table.column_names, path)
         name = re.sub(r"\W+", "-", Path(path).stem if Path(path).exists() else path).strip("-")
+        if hasattr(nn.Sequential, name):  # where the Trainer keeps losses by name: `train` would be a method of it
+            name = f"{name}-data"
         if any(source.name == name for source in sources):
             name = f"{name}-{number}"
         read = partial(read_pair, sides=sides, folder=str(folder))

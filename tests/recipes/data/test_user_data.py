@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 
 import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
+from torch import nn
 
 from recipes.data.user_data import load_user_data
 from st_btok import read_video
@@ -86,6 +88,14 @@ def test_structs_and_an_image_column_beside_the_text(tmp_path):
     first, second = source.dataset()[0], source.dataset()[1]
     assert list(first["query"]) == ["image", "text"] and set(first["positive"]) == {"image", "text"}
     assert set(second["query"]) == {"image"} and second["positive"] == {"text": "blue"}
+
+
+@pytest.mark.parametrize("stem", ["train", "eval", "append", "my.pairs"])
+def test_the_trainer_can_keep_a_loss_under_the_name(tmp_path, stem):
+    """It puts losses into a Sequential by the names of the data sets."""
+    (source,) = load_user_data([write_jsonl(tmp_path / f"{stem}.jsonl", [{"query": "a", "positive": "b"}])])
+    kept = nn.Sequential(OrderedDict({source.name: nn.Identity()}))
+    assert list(dict(kept.named_children())) == [source.name] and source.name.startswith(stem.partition(".")[0])
 
 
 def test_two_files_of_one_name_and_wrong_input(tmp_path):
