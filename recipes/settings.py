@@ -136,8 +136,12 @@ class TrainConfig(RunSettings, DataSettings, ModelSettings, LossSettings, Traine
             raise ValueError("--hard_negatives mine needs --miner, a trained embedder: a name or path.")
         if self.stream:
             self._check_stream()
-        if not (self.validation_size or self.validation_suite) and self.eval_on_start:
+        if not (self.validation_size or self.validation_suite):
             self.eval_on_start = False  # there is nothing to score
+            if self.load_best_model_at_end:
+                raise ValueError("--load_best_model_at_end needs --validation_size or --validation_suite.")
+        elif self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "sequential_score"  # the Trainer's own choice, a loss, is not computed here
         super().__post_init__()
 
     def _check_stream(self) -> None:

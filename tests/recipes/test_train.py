@@ -227,6 +227,19 @@ def test_presets_name_settings_that_exist():
     assert gme["condensation_weight"] == 0.1 and gme["scale"] == pytest.approx(33.3, abs=0.1)
 
 
+def test_the_best_checkpoint_by_the_held_out_score_becomes_the_model(backbone, pairs, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "validation_size": 2}
+    path = train(config(backbone, tmp_path, data=[pairs], max_steps=6, learning_rate=0.1, **options))
+    state = json.loads((tmp_path / "out/checkpoint-6/trainer_state.json").read_text())
+    scores = {row["step"]: row["eval_sequential_score"] for row in state["log_history"] if "eval_runtime" in row}
+    best = max((step for step in scores if step), key=lambda step: scores[step])
+    assert state["best_metric"] == scores[best] and state["best_global_step"] == best
+    kept, model = weights(tmp_path / "out" / f"checkpoint-{best}"), weights(path)
+    assert all(torch.equal(kept[name], value) for name, value in model.items())
+    with pytest.raises(ValueError, match="load_best_model_at_end needs --validation_size"):
+        config(backbone, tmp_path, **{**options, "validation_size": 0})
+
+
 def test_prompts_reach_the_model():
     def prompts(given):
         return TrainConfig(output_dir="out", use_cpu=True, report_to=[], prompts=given).model_prompts()
