@@ -283,8 +283,10 @@ def main() -> None:
     for name in ("httpx", "sentence_transformers.sentence_transformer.evaluation"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.logging.disable_progress_bar()  # of loading weights; the Trainer's own stays
-    path = train(parse())
-    print(f"The model is in {path}: SentenceTransformer({str(path)!r})")
+    config = parse()
+    path = train(config)
+    trust = ", trust_remote_code=True" if config.readout == "attention" else ""
+    print(f"The model is in {path}: SentenceTransformer({str(path)!r}{trust})")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from datasets import Dataset, IterableDataset, Video, interleave_datasets, load_
 
 from evaluation.media import BrokenMediaError
 from recipes.data.training_pairs import BrokenRowError, Source, as_input, check_source, checked_side, content_key
-from recipes.data.user_data import read_pair, sides_of
+from recipes.data.user_data import read_pair, sides_of, usual_names
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +169,10 @@ def _columns(table: IterableDataset) -> list[str]:
 
 
 def _as_columns(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample of a tar as a row with the columns of `user_data.py`; other rows as they are."""
+    """A row, or a sample of a tar, with the columns of `user_data.py`."""
     if "__key__" not in record:
-        return dict(record)
+        names = usual_names(list(record))
+        return {names[column]: value for column, value in record.items()}
     columns: dict[str, Any] = dict(record.get("json") or {})
     for member, value in record.items():
         side, _, extension = member.rpartition(".")

@@ -10,12 +10,16 @@ image, its video, or several of them:
 | `query_image` | an image column, or the path of an image |
 | `query_video` | a video column, the path of a video file, a folder of frames, or a list of frame paths |
 
+The names that the hub's pairs for sentence-transformers have stand for these: `anchor` and `question` for `query`,
+`answer` and `document` for `positive`.
+
 Paths are relative to the folder of the data file. A folder of frames shows eight of them, evenly spread.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +34,8 @@ from evaluation.mmeb_v2.video import choose_frames
 from recipes.data.training_pairs import VIDEO_SUFFIXES, BrokenRowError, Side, Source, check_source
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_USUAL = {"anchor": "query", "question": "query", "answer": "positive", "document": "positive"}
+_OTHERS = re.compile(rf"^({'|'.join(_USUAL)})(?=(_(text|image|video))?$)")
 _COLUMN = re.compile(r"(query|positive|negative(?:_\d+)?)(?:_(?:text|image|video))?")
 
 
@@ -52,6 +58,7 @@ def load_user_data(paths: Sequence[str], weights: Sequence[float] = (), **check:
     sources: list[Source] = []
     for number, path in enumerate(paths):
         table, folder = _read(path)
+        table = table.rename_columns(usual_names(table.column_names))
         sides = sides_of(table.column_names, path)
         name = re.sub(r"\W+", "-", Path(path).stem if Path(path).exists() else path).strip("-")
         if hasattr(nn.Sequential, name):  # where the Trainer keeps losses by name: `train` would be a method of it
@@ -75,6 +82,13 @@ def _read(path: str) -> tuple[Dataset, Path]:
         saved = load_from_disk(path)
         return (saved["train"] if isinstance(saved, DatasetDict) else saved), place
     return load_dataset(path, split="train"), place
+
+
+def usual_names(columns: Sequence[str]) -> dict[str, str]:
+    """Our name for every column that goes by another one; where two would become one, both stay as they are."""
+    names = {column: _OTHERS.sub(lambda match: _USUAL[match[0]], column) for column in columns}
+    taken = Counter(names.values())
+    return {column: name if taken[name] == 1 else column for column, name in names.items()}
 
 
 def sides_of(columns: Sequence[str], path: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from torch import nn
 
+from recipes.data.streaming import open_streams
 from recipes.data.user_data import load_user_data
 from st_btok import read_video
 from tests.mmeb_train_files import jpeg, put
@@ -90,6 +91,21 @@ def test_structs_and_an_image_column_beside_the_text(tmp_path):
     assert set(second["query"]) == {"image"} and second["positive"] == {"text": "blue"}
 
 
+@pytest.mark.parametrize(
+    "load", [load_user_data, lambda paths: open_streams(paths).heads], ids=["checked", "streamed"]
+)
+def test_columns_under_the_names_of_other_pairs(tmp_path, load):
+    """As in sentence-transformers/all-nli (anchor, positive, negative) and gooaq (question, answer)."""
+    rows = [{"anchor": "a", "positive": "b", "negative": "c"}, {"anchor": "d", "positive": "e", "negative": "f"}]
+    (nli,) = load([write_jsonl(tmp_path / "nli.jsonl", rows)])
+    assert nli.dataset()[1]["query"] == {"text": "d"} and nli.dataset()[1]["positive"] == {"text": "e"}
+    (gooaq,) = load([write_jsonl(tmp_path / "gooaq.jsonl", [{"question": "a", "answer_text": "b"}])])
+    assert gooaq.dataset()[0] == {"query": {"text": "a"}, "positive": {"text": "b"}}
+    both = {"query": "a", "question": "x", "positive": "b", "questions": "y"}
+    (kept,) = load([write_jsonl(tmp_path / "both.jsonl", [both])])
+    assert kept.dataset()[0] == {"query": {"text": "a"}, "positive": {"text": "b"}}, "a name that is taken"
+
+
 @pytest.mark.parametrize("stem", ["train", "eval", "append", "my.pairs"])
 def test_the_trainer_can_keep_a_loss_under_the_name(tmp_path, stem):
     """It puts losses into a Sequential by the names of the data sets."""
@@ -105,8 +121,8 @@ def test_two_files_of_one_name_and_wrong_input(tmp_path):
     assert [source.name for source in load_user_data(paths)] == ["p", "p-1"]
     with pytest.raises(ValueError, match="one value per data set, got 1 for 2"):
         load_user_data(paths, [1.0])
-    bad = write_jsonl(tmp_path / "bad.jsonl", [{"question": "a", "positive": "b"}])
-    with pytest.raises(ValueError, match=r"must have the columns query and positive .* \['question', 'positive'\]"):
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"ask": "a", "positive": "b"}])
+    with pytest.raises(ValueError, match=r"must have the columns query and positive .* \['ask', 'positive'\]"):
         load_user_data([bad])
     (tmp_path / "pairs.xml").write_text("<a/>")
     with pytest.raises(ValueError, match="must be one of"):
