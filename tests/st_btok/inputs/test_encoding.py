@@ -95,6 +95,20 @@ def test_video_files(tmp_path, qwen):
 
 
 @pytest.mark.parametrize("name", TAKE["audio"])
+def test_a_sound_beyond_the_extractors_window_is_cut_alike(btok_model, name):
+    model = btok_model(name)
+    window = model[0].processor.feature_extractor.chunk_length
+    whole = sound(2.5 * window)
+    other = whole.copy()
+    other[int(2 * window * 16000) :] = 0
+    rows = [{"audio": {"array": array, "sampling_rate": 16000}} for array in (whole, other, whole[: window * 8000])]
+    found = encode_checked(model, rows).embeddings
+    np.testing.assert_allclose(found, model.encode(rows), atol=1e-6)
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", TAKE["audio"])
 def test_audio(btok_model, name):
     model = btok_model(name)
     values = [
