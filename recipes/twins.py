@@ -39,8 +39,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from recipes.paired import Run, Search
-from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model
-from st_btok.adapters import language_model_linears
+from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, language_model_linears
 
 POOLINGS = ("btok", "lasttoken", "mean")
 

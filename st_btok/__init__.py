@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from st_btok.version import __version__
 
 if TYPE_CHECKING:  # what type checkers, editors and the documentation read
-    from st_btok.adapters import btok_lora_config, merge_adapters, save_trained
+    from st_btok.adapters import btok_lora_config, language_model_linears, merge_adapters, save_trained
     from st_btok.budgets import read_budget
     from st_btok.chat_template import append_btoks, plain_template
     from st_btok.inputs.encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
@@ -61,6 +61,7 @@ __all__ = [
     "draw_attention",
     "encode_checked",
     "encode_rows",
+    "language_model_linears",
     "merge_adapters",
     "open_image",
     "pdf_pages",
@@ -75,7 +76,7 @@ __all__ = [
 
 # Where each public name lives: what `__getattr__` reads, and the same as above (tested).
 _MODULES = {
-    "st_btok.adapters": ("btok_lora_config", "merge_adapters", "save_trained"),
+    "st_btok.adapters": ("btok_lora_config", "language_model_linears", "merge_adapters", "save_trained"),
     "st_btok.budgets": ("read_budget",),
     "st_btok.chat_template": ("append_btoks", "plain_template"),
     "st_btok.inputs.encoding": (
