@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Image, List, Value
 from evaluation.dataset import MMEBDataset
 from evaluation.media import BrokenMediaError, check_image, with_videos
 
-if TYPE_CHECKING:  # training reads rows with this module too, and mteb takes seconds to import
+if TYPE_CHECKING:  # comparisons read rows with this module too, and mteb takes seconds to import
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 
 logger = logging.getLogger(__name__)

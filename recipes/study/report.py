@@ -19,6 +19,8 @@ from recipes.study.costs import SAME_COST, Costs
 from recipes.study.runs import mean_reciprocal_ranks
 
 EQUAL = ("steps", "time")
+# What the defaults rest on, beside the baseline: each arm against the one that differs from it in one thing.
+PAIRS = (("BToks", "BToks, last"), ("BToks", "end token"), ("BToks, term 0.2", "BToks"))
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,15 @@ class Group:
     runs: Mapping[str, Mapping[str, Mapping[int, dict[str, Any]]]]
     costs: Mapping[str, float]
 
-    def difference(self, arm: str, equal: str) -> Difference | None:
-        """Points of MRR above the baseline on the seeds that both have; None without any.
+    def difference(self, arm: str, equal: str, other: str = BASELINE) -> Difference | None:
+        """Points of MRR above another arm at its full steps, on the seeds that both have; None without any.
 
         An arm whose step costs what the baseline's costs needs no run at equal time: those at equal steps are it.
         """
         mine = self.runs[equal].get(arm, {})
         if equal == "time" and not mine and abs(self.costs.get(arm, 0) - 1) <= SAME_COST:
             mine = self.runs["steps"].get(arm, {})
-        base = self.runs["steps"].get(BASELINE, {})
+        base = self.runs["steps"].get(other, {})
         seeds = sorted(set(mine) & set(base))
         if not seeds:
             return None
@@ -105,10 +107,14 @@ def table(groups: Sequence[Group]) -> str:
             cells += ["" if arm == BASELINE else _shown(group.difference(arm, equal)) for equal in EQUAL]
             cost = f"{group.costs[arm]:.2f}x" if arm in group.costs else "not timed"
             lines.append(f"| {arm} | " + " | ".join(cells) + f" | {cost} |")
+        for arm, other in PAIRS:
+            if found := group.difference(arm, "steps", other):
+                lines.append(f"| {arm}, above {other} | | | | {_shown(found)} | | |")
         lines.append("")
     lines.append(
         "MRR in % over both directions of search, mean of the seeds ± half their range. In brackets the 95 % interval "
-        "of the paired difference over seeds and queries; with one seed over queries alone. Cost was timed alone."
+        "of the paired difference over seeds and queries; with one seed over queries alone. In the last "
+        "rows the difference is to the arm named there. Cost was timed alone."
     )
     return "\n".join(lines)
 

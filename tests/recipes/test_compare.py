@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -164,3 +167,8 @@ def test_what_cannot_run_is_refused_first(folder, tmp_path):
         compare(config(folder, tmp_path / "a", batch_size=64))
     with pytest.raises(ValueError, match="mean nothing to it"):
         compare(config(folder, tmp_path / "b", poolings=["lasttoken:num_btoks=2"], baseline="lasttoken:num_btoks=2"))
+
+
+def test_comparing_does_not_wait_for_mteb():
+    command = "import sys, recipes.compare, recipes.study.__main__; sys.exit('mteb' in sys.modules)"
+    subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[2], check=True)
