@@ -115,7 +115,6 @@ def build_model(
     _set_template(transformer, template, num_btoks)
     _set_processing(transformer, max_seq_length, min_pixels, max_pixels)
     _check_rows(transformer, ids)
-    _check_causal(transformer)
     frame_bare_text(transformer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -125,13 +124,15 @@ def build_model(
     if readout != "last":
         # vLLM reads `Pooling` and skips `WordWeights`: without this it serves the mean over all tokens, in silence.
         setattr(transformer.model.config, ENGINE_PLUGIN, "st_btok")
-    return SentenceTransformer(
+    model = SentenceTransformer(
         modules=modules,
         prompts=prompts,
         device=device,
         trust_remote_code=own,  # the Trainer resumes with what the model says
         similarity_fn_name="cosine",
     )
+    _check_causal(transformer)  # on its device: flash attention runs on no other
+    return model
 
 
 @contextmanager
@@ -342,7 +343,7 @@ def _check_causal(transformer: Transformer) -> None:
     """States may not depend on later tokens: the condensation loss and the readout both rest on it."""
     features = transformer.preprocess([{"text": "one two three"}])
     model = transformer.model.eval()
-    kwargs = {key: features[key] for key in ("input_ids", "attention_mask")}
+    kwargs = {key: features[key].to(model.device) for key in ("input_ids", "attention_mask")}
     before = model(**kwargs, return_dict=True).last_hidden_state[:, :-1]
     kwargs["input_ids"] = kwargs["input_ids"].clone()
     kwargs["input_ids"][:, -1] = kwargs["input_ids"][:, 0]

@@ -185,6 +185,7 @@ class BTokLoss(nn.Module):
             model, scale=scale, similarity_fct=self.filter or similarity_fct, **ranking
         )
         transformer, self.btoks = find_btoks(model)
+        self.width = transformer.get_embedding_dimension()
         check_appends_all(model)
         self.condensed = first_btoks(self.btoks, condensation_btoks)
         self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
@@ -269,7 +270,7 @@ class BTokLoss(nn.Module):
         # FSDP gathers weights in every call: all processes must make the same calls, whatever their rows hold.
         single, numbers = get_world_size() == 1, range(len(columns))
         equal = not single and weight != 0 and self.target != "none"
-        split = [single and not self._by_layer() and is_split(column) for column in columns]
+        split = [single and not self._by_layer() and is_split(column, self.width) for column in columns]
         alone = [number for number in numbers if equal or targets[number] is not None or split[number]]
         together = [number for number in numbers if number not in alone]
         apart = self.apart(targets)
@@ -306,7 +307,7 @@ class BTokLoss(nn.Module):
         if self._by_layer() or get_world_size() > 1:  # the column has to stay whole
             return self.embed(features, targets, *readers(0))
         generated = targets or [torch.zeros(0, dtype=torch.long)] * len(features["input_ids"])
-        parts = split_by_length(features, generated, self.reader.media_tokens, apart)
+        parts = split_by_length(features, generated, self.reader.media_tokens, self.width, apart)
         return in_order(parts, lambda number, part: self.embed(part.features, part.generated, *readers(number)))
 
     def embed(

@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from st_btok.anatomy import embedding_matrix
 from st_btok.pooling import check_btoks
 from st_btok.training.attention import condensation_attention
-from st_btok.training.buckets import length_buckets
+from st_btok.training.buckets import call_cost, length_buckets
 from st_btok.training.likelihood import condensation_nll
 from st_btok.training.targets import join_targets
 
@@ -206,8 +206,8 @@ class KVRoute:
         if self.task.reading is None:
             nll = self._read(sources, torch.arange(len(self.rows), device=states.device))
         else:
-            lengths = self.mask.sum(1).tolist()
-            parts = [torch.tensor(rows, device=states.device) for rows in length_buckets(lengths)]
+            buckets = length_buckets(self.mask.sum(1).tolist(), call_cost(states.device, states.shape[-1]))
+            parts = [torch.tensor(rows, device=states.device) for rows in buckets]
             nll = self.task.reading(sources, parts, self._read)
         output[NLL_KEY] = nll.new_zeros(len(states)).index_add(0, self.rows, nll)
         return output

@@ -110,11 +110,12 @@ def test_cached_at_a_batch_of_1024(built, rows):
     model = copy.deepcopy(built)
     loss, batch = CachedBTokLoss(model, mini_batch_size=64), columns(model, 1024)
     torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    step(loss, batch, torch.bfloat16)
-    torch.cuda.synchronize()
-    seconds, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
-    rows.append(("GradCache, batch 1,024, first step", f"{seconds:.2f} s, {peak:.2f} GiB"))
+    for name in ("first", "second"):
+        start = time.perf_counter()
+        step(loss, batch, torch.bfloat16)
+        torch.cuda.synchronize()
+        seconds, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+        rows.append((f"GradCache, batch 1,024, {name} step", f"{seconds:.2f} s, {peak:.2f} GiB"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

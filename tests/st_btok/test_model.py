@@ -342,6 +342,17 @@ def test_prefix_attention_is_refused():
         build_model(backbone, processor=processor, template="plain")
 
 
+def test_causality_is_asked_of_the_model_on_its_device(monkeypatch):
+    """Flash attention, which runs on a GPU only, could not answer before the model is there."""
+    backbone, processor = build("llama")
+    happened = []
+    move = SentenceTransformer.to
+    monkeypatch.setattr(SentenceTransformer, "to", lambda self, *to: happened.append("moved") or move(self, *to))
+    monkeypatch.setattr("st_btok.model._check_causal", lambda transformer: happened.append("asked"))
+    build_model(backbone, processor=processor)
+    assert happened[-1] == "asked" and "moved" in happened
+
+
 def test_images_and_videos_of_smolvlm_need_calls_of_their_own(btok_model):
     """Its processor keeps both kinds of pixels under one name; the mix is an error, not a wrong embedding."""
     model = btok_model("smolvlm")

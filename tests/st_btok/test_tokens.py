@@ -29,6 +29,14 @@ def test_ids_are_in_the_order_of_their_numbers():
         btok_ids(own)
 
 
+def test_ids_are_remembered_until_tokens_are_added():
+    own = tokenizer()
+    assert btok_ids(own) == []
+    own.add_special_tokens({"additional_special_tokens": ["<|btok_0|>"]})
+    btok_ids(own).append(7)
+    assert btok_ids(own) == [own.convert_tokens_to_ids("<|btok_0|>")], "what a caller does with its list stays there"
+
+
 def test_other_special_tokens_stay(family):
     _, processor = build(family)
     own = getattr(processor, "tokenizer", processor)
