@@ -20,7 +20,14 @@ from recipes.study.runs import mean_reciprocal_ranks
 
 EQUAL = ("steps", "time")
 # What the defaults rest on, beside the baseline: each arm against the one that differs from it in one thing.
-PAIRS = (("BToks", "BToks, last"), ("BToks", "end token"), ("BToks, term 0.2", "BToks"))
+PAIRS = (
+    ("BToks", "BToks, last"),
+    ("BToks", "end token"),
+    ("BToks, term 0.2", "BToks"),
+    ("BToks, term 0.2", "no mask"),
+    ("BToks, term 0.2", "K = 1"),
+    ("BToks, term 0.2", "K = 16"),
+)
 
 
 @dataclass(frozen=True)
