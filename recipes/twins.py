@@ -289,7 +289,8 @@ def fit_twin(
     Returns:
         What it took and logged.
     """
-    model.model_card_data.generate_widget_examples = False  # they would decode a thousand rows
+    card = model.model_card_data
+    card.widget = [{}]  # or the Trainer would decode a thousand rows for examples of a card that nobody reads
     rates = {}
     if "row_lr" in twin.options:
         rates = {r"trainable_tokens_delta": twin.options["row_lr"] * settings.learning_rate}
@@ -317,6 +318,7 @@ def fit_twin(
     trainer = SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=data, loss=loss, callbacks=followers
     )
+    card.widget = []
     trainer.remove_callback(PrinterCallback)  # which prints a dictionary for every step
     trainer.train()
     folder.cleanup()
