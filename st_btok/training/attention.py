@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, sdpa_mask
 
@@ -61,7 +62,8 @@ def register_condensation_attention() -> None:
 def condensation_attention(model: PreTrainedModel, segments: Tensor) -> Iterator[None]:
     """Run the forward passes inside this block under the condensation mask.
 
-    Gradient checkpointing is safe: layers get the finished mask, so recomputing them in `backward` needs no context.
+    Gradient checkpointing is safe: a layer that is recomputed in `backward` gets the finished mask, and the attention
+    that goes with it (eager attention would add a mask of booleans, flash attention takes it for a mask of padding).
 
     Args:
         model: The backbone; its text config is switched and switched back.
@@ -79,11 +81,41 @@ def condensation_attention(model: PreTrainedModel, segments: Tensor) -> Iterator
             f"the attention route needs a backbone that supports SDPA attention, {type(model).__name__} does not."
         )
     register_condensation_attention()
-    previous = config._attn_implementation
     token = _SEGMENTS.set(segments)
+    try:
+        with _named(config), _recomputed_alike(model, config):
+            yield
+    finally:
+        _SEGMENTS.reset(token)
+
+
+@contextmanager
+def _named(config: PreTrainedConfig) -> Iterator[None]:
+    previous = config._attn_implementation
     config._attn_implementation = CONDENSATION_ATTENTION
     try:
         yield
     finally:
         config._attn_implementation = previous
-        _SEGMENTS.reset(token)
+
+
+@contextmanager
+def _recomputed_alike(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
+    """What is checkpointed inside this block is recomputed behind it, under the name that it was computed under."""
+    name = "_gradient_checkpointing_func"
+    functions = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
+
+    def under_the_name(layer: Callable, *args: Any, **kwargs: Any) -> Any:
+        with _named(config):
+            return layer(*args, **kwargs)
+
+    def checkpoint(function: Callable, layer: Callable, *args: Any, **kwargs: Any) -> Any:
+        return function(partial(under_the_name, layer), *args, **kwargs)
+
+    for module, function in functions:
+        setattr(module, name, partial(checkpoint, function))
+    try:
+        yield
+    finally:
+        for module, function in functions:
+            setattr(module, name, function)
