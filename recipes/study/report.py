@@ -66,13 +66,20 @@ class Group:
 
 
 def groups_of(lines: Sequence[dict[str, Any]], costs: Costs) -> list[Group]:
-    """Runs on the test split, by backbone, corpus and batch; as many steps as the baseline's are `steps`."""
-    keys = dict.fromkeys((line["backbone"], line["corpus"], line["batch_size"]) for line in _tests(lines))
+    """Runs on the test split, by backbone, corpus and batch; as many steps as the baseline's are `steps`.
+
+    Every arm may have a rate of its own, but not two: runs that differ in nothing but the rate are groups by rate.
+    """
+    tests = [line for line in lines if line["split"] == "test"]
+    by_rate = _at_several_rates(tests)
+
+    def key(line: dict[str, Any]) -> tuple[str, str, int, float | None]:
+        kind = line["backbone"], line["corpus"], line["batch_size"]
+        return *kind, line["rate"] if kind in by_rate else None
+
     found = []
-    for backbone, corpus, batch_size in keys:
-        own = [
-            x for x in _tests(lines) if (x["backbone"], x["corpus"], x["batch_size"]) == (backbone, corpus, batch_size)
-        ]
+    for backbone, corpus, batch_size, rate in dict.fromkeys(map(key, tests)):
+        own = [line for line in tests if key(line) == (backbone, corpus, batch_size, rate)]
         base = [line["steps"] for line in own if line["arm"] == BASELINE]
         steps = max(base) if base else max(line["steps"] for line in own)
         runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = {equal: {} for equal in EQUAL}
@@ -81,12 +88,18 @@ def groups_of(lines: Sequence[dict[str, Any]], costs: Costs) -> list[Group]:
             runs[equal].setdefault(line["arm"], {})[line["seed"]] = line
         ratios = {arm: costs.ratio(backbone, corpus, arm) for arm in ARMS}
         known = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
-        found.append(Group(f"{backbone}, {corpus}, {steps} steps of {batch_size}", runs, known))
+        title = f"{backbone}, {corpus}, {steps} steps of {batch_size}" + (f" at {rate:g}" if rate else "")
+        found.append(Group(title, runs, known))
     return found
 
 
-def _tests(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [line for line in lines if line["split"] == "test"]
+def _at_several_rates(lines: Sequence[dict[str, Any]]) -> set[tuple[str, str, int]]:
+    """Backbones, corpora and batches of which an arm was run at more than one rate with the same seed and steps."""
+    rates: dict[tuple[Any, ...], set[float]] = {}
+    for line in lines:
+        kind = line["backbone"], line["corpus"], line["batch_size"]
+        rates.setdefault((*kind, line["arm"], line["seed"], line["steps"]), set()).add(line["rate"])
+    return {run[:3] for run, several in rates.items() if len(several) > 1}
 
 
 def table(groups: Sequence[Group]) -> str:

@@ -225,5 +225,14 @@ def test_the_table_says_what_the_lines_say(costs):
     assert "not timed" in table([untimed])
 
 
+def test_runs_at_two_rates_do_not_stand_for_each_other(costs):
+    lines = [line(BASELINE, 0, [1, 1, 1, 1]), line("mean", 0, [2, 2, 2, 2]) | {"rate": 2e-3}]
+    assert len(groups_of(lines, costs)) == 1, "each arm has a rate of its own"
+    lines += [line(BASELINE, 0, [4, 4, 4, 4]) | {"rate": 2e-3}]
+    first, second = groups_of(lines, costs)
+    assert [group.title[-6:] for group in (first, second)] == [" 0.001", " 0.002"]
+    assert first.scores(BASELINE) == [100] and second.difference("mean", "steps").mean == pytest.approx(25)
+
+
 def test_twins_of_controls_reach_the_loss():
     assert Twin.parse(ARMS["further token"].twin).options["condensation_btoks"] == 4
