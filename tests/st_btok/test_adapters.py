@@ -59,6 +59,27 @@ def test_a_trained_adapter_reloads_plainly(model, family, use_dora, tmp_path):
     np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "merged")).encode(inputs), expected, atol=1e-5)
 
 
+def test_float32_adapters_over_a_half_precision_base(tmp_path):
+    """They load in the type of the base, rounded; asked for, as float32, unchanged."""
+    backbone, processor = build("llama")
+    backbone.to(torch.bfloat16).save_pretrained(tmp_path / "backbone")
+    processor.save_pretrained(tmp_path / "backbone")
+    model = build_model(tmp_path / "backbone", device="cpu")
+    adapted(model, base=tmp_path / "base")
+    for parameter in trained(model).values():
+        parameter.data = parameter.data.float() + 1e-4  # less than bfloat16 holds
+    kept = {name: parameter.clone() for name, parameter in trained(model).items()}
+    save_trained(model, tmp_path / "saved")
+    plain = SentenceTransformer(str(tmp_path / "saved"))
+    exact = SentenceTransformer(str(tmp_path / "saved"), model_kwargs={"dtype": "float32"})
+    assert {parameter.dtype for parameter in plain[0].model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in exact[0].model.parameters()} == {torch.float32}
+    loaded = dict(exact[0].model.named_parameters())
+    assert kept and all(torch.equal(loaded[name], value) for name, value in kept.items())
+    texts = ["one two", "three"]
+    np.testing.assert_allclose(exact.encode(texts), model.float().encode(texts), atol=1e-6)
+
+
 def test_only_the_language_model_and_the_btok_rows_train(model, family):
     backbone = model[0].model
     inside = {id(parameter) for parameter in backbone.get_decoder().parameters()}
