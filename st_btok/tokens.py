@@ -104,7 +104,9 @@ def add_btoks(
         tokenizer: Its tokenizer.
         num_btoks: K, at least 1. Default 4 (paper).
         init: What a row starts from: `"eos"`, the end-of-turn row (default); `"mean"`, the mean of all token rows;
-            `"random"`, only noise of the matrix' own scale; any other text, the mean of that text's token rows.
+            `"random"`, only noise of the matrix' own scale; any other text of K tokens, each from its own token's row,
+            as a prompt that asks for a summary (PromptEOL, https://arxiv.org/abs/2307.16645); of another length, all
+            from the mean of that text's token rows.
         seed: Seed of the noise.
 
     Returns:
@@ -140,7 +142,7 @@ def add_btoks(
 
 
 def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str) -> list[int] | None:
-    """Token ids whose mean row the new rows start from; an empty list for all tokens, None for pure noise."""
+    """Token ids whose rows the new rows start from; an empty list for all tokens, None for pure noise."""
     if init == "random":
         return None
     if init == "mean":
@@ -166,6 +168,8 @@ def _write_rows(matrix: Tensor, ids: list[int], source_ids: list[int] | None, nu
     if source_ids is None:
         rows = noise * tokens.std()
     else:
-        base = tokens.mean(0) if source_ids == [] else tokens[source_ids].mean(0)
-        rows = base + INIT_NOISE * base.square().mean().sqrt() * noise
+        base = tokens[source_ids] if source_ids else tokens
+        if len(source_ids) != len(ids):
+            base = base.mean(0, keepdim=True)
+        rows = base + INIT_NOISE * base.square().mean(1, keepdim=True).sqrt() * noise
     matrix[ids] = rows.to(matrix.dtype)

@@ -43,6 +43,7 @@ class Arm:
         return twin.pooling == "btok" and twin.options.get("condensation_weight", 0.2) > 0
 
 
+_PROMPT = "btok:num_btoks=6,init= This means in one word:"  # six tokens of SmolLM2, and of most vocabularies
 _END = "btok:num_btoks=1,readout=last,train_btoks=false"
 
 ARMS = {
@@ -56,6 +57,13 @@ ARMS = {
         "btok:train_btoks=false,condensation_weight=0", "Are four more positions enough, without learning them?"
     ),
     "BToks, rows x10": Arm("btok:row_lr=10,condensation_weight=0", "Do the new rows need a higher learning rate?"),
+    "prompt start": Arm(f"{_PROMPT},condensation_weight=0", "Rows that start as a prompt, each as one of its tokens."),
+    "prompt start, last": Arm(f"{_PROMPT},readout=last,condensation_weight=0", "The same, the last one is read."),
+    "prompt start, rows untrained": Arm(
+        f"{_PROMPT},readout=last,train_btoks=false,condensation_weight=0",
+        "The prompt itself, behind every input (PromptEOL).",
+    ),
+    "prompt start, term 0.2": Arm(f"{_PROMPT},condensation_weight=0.2", "Such rows with the term."),
     "BToks, term 0.05": Arm("btok:condensation_weight=0.05", "A little of the term."),
     "BToks, term 0.2": Arm("btok:condensation_weight=0.2", "The default of `BTokLoss`."),
     "BToks, term 1": Arm("btok:condensation_weight=1", "The term as much as the ranking."),

@@ -23,6 +23,8 @@ EQUAL = ("steps", "time")
 PAIRS = (
     ("BToks", "BToks, last"),
     ("BToks", "end token"),
+    ("prompt start", "BToks"),
+    ("prompt start", "prompt start, rows untrained"),
     ("BToks, term 0.2", "BToks"),
     ("BToks, term 0.2", "no mask"),
     ("BToks, term 0.2", "K = 1"),

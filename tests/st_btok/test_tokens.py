@@ -78,6 +78,16 @@ def test_other_starts(init):
         torch.testing.assert_close(written, rows[ids].mean(0).expand(4, -1), atol=0.05, rtol=0.2)
 
 
+def test_a_text_of_k_tokens_gives_each_row_its_own():
+    """So that the rows start as a prompt that asks for a summary."""
+    model, own = build("llama")
+    rows, ids = model.get_input_embeddings().weight.detach().clone(), own("sum:")["input_ids"]
+    written = model.get_input_embeddings().weight[add_btoks(model, own, 4, "sum:")].detach()
+    assert len(ids) == 4
+    torch.testing.assert_close(written, rows[ids], atol=0.1 * rows[ids].std().item(), rtol=0.1)
+    assert (written[0] - written[1]).norm() > 0.5 * written[0].norm()
+
+
 def test_the_seed_decides_the_noise():
     rows = []
     for seed in (0, 0, 1):
