@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BTOK_PATTERN = re.compile(r"<\|btok_(\d+)\|>")
 # Vocabulary size and BTok ids of each tokenizer that was asked. Reading a vocabulary takes 26 ms at 49,152 tokens, and
-# the losses ask a dozen times a step.
+# the losses ask at each pass through the model.
 _KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[int]]] = WeakKeyDictionary()
 # Relative size of the noise that tells K equal rows apart; it keeps the meaning of the row they start from.
 INIT_NOISE = 0.02

@@ -21,7 +21,7 @@ MAX_BUCKETS = 4
 _CALL = 128
 # On an accelerator a call of few positions takes as long as its kernels take to be started, whatever they read: on an
 # H100, 0.17 s forward and backward for 30 layers of width 576 with LoRA. In that time it could read about this many
-# positions, times the square of the width. Cut into four calls, a step of 32 short texts took three times as long.
+# positions, times the square of the width.
 _CALL_ON_ACCELERATOR = 5e9
 
 
