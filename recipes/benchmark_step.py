@@ -137,7 +137,7 @@ class SecondPassOnly(BTokLoss):
 class InGraph(BTokLoss):
     """Targets never apart from their sources."""
 
-    def apart(self, targets: list[list[Tensor] | None], share: float = 1.0) -> None:
+    def apart(self, targets: list[list[Tensor] | None], most: int | None = None) -> None:
         """Nothing reads them apart."""
 
 

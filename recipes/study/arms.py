@@ -44,6 +44,7 @@ class Arm:
 
 
 _PROMPT = "btok:num_btoks=6,init= This means in one word:"  # six tokens of SmolLM2, and of most vocabularies
+_BREAK = 'btok:init="\\n"'
 _END = "btok:num_btoks=1,readout=last,train_btoks=false"
 
 ARMS = {
@@ -57,6 +58,12 @@ ARMS = {
         "btok:train_btoks=false,condensation_weight=0", "Are four more positions enough, without learning them?"
     ),
     "BToks, rows x10": Arm("btok:row_lr=10,condensation_weight=0", "Do the new rows need a higher learning rate?"),
+    "line break start": Arm(f"{_BREAK},condensation_weight=0", "Rows that all start as a line break."),
+    "line break start, last": Arm(f"{_BREAK},readout=last,condensation_weight=0", "The same, the last one is read."),
+    "line break": Arm(
+        f"{_BREAK},num_btoks=1,readout=last,train_btoks=false,condensation_weight=0",
+        "One line break behind every input, its row untrained.",
+    ),
     "prompt start": Arm(f"{_PROMPT},condensation_weight=0", "Rows that start as a prompt, each as one of its tokens."),
     "prompt start, last": Arm(f"{_PROMPT},readout=last,condensation_weight=0", "The same, the last one is read."),
     "prompt start, rows untrained": Arm(

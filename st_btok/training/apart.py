@@ -2,8 +2,9 @@
 
 On the K/V route a target is read in a call of its own, and all that this call takes from its source are the bottleneck
 tokens' keys, values and last state. So everything behind them can be differentiated on the spot, a few targets at a
-time. What has to be kept until the backward pass is small: the gradient of those keys, values and states, and one sum
-for each parameter, all up to the one factor (weight / tokens) that every target token shares.
+time, and beside the targets of other calls that are as long. What has to be kept until the backward pass is small: the
+gradient of those keys, values and states, and one sum for each parameter, all up to the one factor (weight / tokens)
+that every target token shares.
 
 * In a plain step the activations of the targets are never alive beside those of their sources.
 * Under GradCache the first pass, which needs the value of the term for the loss that it returns, makes the gradients
@@ -15,8 +16,7 @@ that it replaces (`pays`): under adapters always, in full training of a large mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -27,70 +27,76 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from st_btok.training.buckets import call_cost, length_buckets
+from st_btok.training.unread import NllOf, Unread
+
 # Values that a decoder layer keeps for its backward pass, for each position, in multiples of its width: inputs and
 # normed inputs of both halves, queries and outputs of attention, and three times an MLP of about three widths.
 KEPT_BY_A_LAYER = 16
 
 
-# From what targets read of their sources, and the numbers of these rows, the rows' likelihoods (r,).
-Likelihoods = Callable[[list[Tensor], Tensor], Tensor]
-
-
-@dataclass
-class Known:
-    """One call's likelihoods, and the gradient of their sum with respect to what the call took from its source."""
-
-    nll: Tensor
-    source_grads: list[Tensor]
-
-
 class Apart:
-    """The term of one batch, whose parts are read at once and enter the graph later.
+    """The term of one batch: targets wait for each other, are read by length, and enter the graph where they stood.
 
     Args:
         parameters: What may get a gradient from the targets; frozen ones are passed over.
+        most: Positions to read at a time, more only for a single row; None: whatever saves padding.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], most: int | None = None) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
-        self.known: dict[Any, Known] = {}
+        self.most = most
+        self.total = torch.zeros(())  # the likelihood of all that was read
+        self.waiting: dict[Hashable, Unread] = {}
+        self.source_grads: dict[Hashable, list[Tensor]] = {}
+        self.carrier: Hashable = None  # the call that hands over the parameters' gradients for all calls
+        self.nll_of: NllOf | None = None
 
     @torch.compiler.disable
-    def read(
-        self,
-        key: Any,
-        sources: list[Tensor],
-        parts: Sequence[Tensor],
-        nll_of: Callable[[list[Tensor], Tensor], Tensor],
-    ) -> Tensor:
-        """Value and gradients, part by part.
+    def add(self, key: Hashable, unread: Unread, nll_of: NllOf) -> None:
+        """Keep the targets of one call until they are read.
 
         Args:
             key: Names the call.
-            sources: What the targets read, each (R, ...).
-            parts: Row numbers to read together; all parts hold every row once.
-            nll_of: From the sources of some rows, and their numbers, the (r,) likelihoods of these rows.
+            unread: Its targets, and what they read.
+            nll_of: What reads them; those of all calls do the same.
+        """
+        self.carrier = key if self.carrier is None else self.carrier
+        self.waiting[key], self.nll_of = unread.detached(), nll_of
+
+    @torch.compiler.disable
+    def read(self) -> Tensor:
+        """Value and gradients of all that waits, targets of similar length together.
 
         Returns:
-            (R,) float32, in nats, without a graph.
+            (), float32: the likelihood summed over all that was ever read, in nats, without a graph.
         """
-        nll = torch.zeros(len(sources[0]), device=sources[0].device)
-        source_grads = [torch.zeros_like(source) for source in sources]
-        for rows in parts:
-            taken = [source.detach()[rows].requires_grad_() for source in sources]
+        waiting, self.waiting = self.waiting, {}
+        # Calls with pictures and calls of text alone may count positions on different axes.
+        for axes in sorted({unread.last.ndim for unread in waiting.values()}):
+            self._read({key: unread for key, unread in waiting.items() if unread.last.ndim == axes})
+        return self.total
+
+    def _read(self, pieces: dict[Hashable, Unread]) -> None:
+        joined = Unread.joined(list(pieces.values()))
+        grads = [torch.zeros_like(source) for source in joined.sources]
+        cost = call_cost(joined.last.device, joined.sources[0].shape[-1])
+        for rows in length_buckets(joined.lengths, cost, self.most):
+            part = joined.take(rows)
             with torch.enable_grad():
-                values = nll_of(taken, rows)
-                found = torch.autograd.grad(values.sum(), [*taken, *self.parameters], allow_unused=True)
-            nll[rows] = values.detach().float()
-            for total, grad in zip(source_grads, found, strict=False):
+                nll = self.nll_of(part).sum()  # type: ignore[misc]
+                found = torch.autograd.grad(nll, [*part.sources, *self.parameters], allow_unused=True)
+            self.total = self.total + nll.detach().float()
+            for total, grad in zip(grads, found, strict=False):
                 if grad is not None:
                     total[rows] = grad
-            for number, grad in enumerate(found[len(taken) :]):
+            for number, grad in enumerate(found[len(part.sources) :]):
                 if grad is not None:
                     self._add(number, grad)
-        self.known[key] = Known(nll, source_grads)
-        return nll
+        sizes = [len(unread.targets) for unread in pieces.values()]
+        shares = zip(*(grad.split(sizes) for grad in grads), strict=True)
+        self.source_grads.update((key, list(share)) for key, share in zip(pieces, shares, strict=True))
 
     def _add(self, number: int, grad: Tensor) -> None:
         """Into the sum of a parameter, which is at least float32: small terms must not be lost in it."""
@@ -101,34 +107,33 @@ class Apart:
             total += grad
 
     @torch.compiler.disable
-    def enter(self, key: Any, sources: list[Tensor]) -> Tensor:
-        """What `read` has found under this key, as a part of the graph.
+    def enter(self, key: Hashable, sources: list[Tensor]) -> Tensor:
+        """The place of a call's targets in the graph.
 
         Args:
             key: Names the call.
-            sources: As they were in `read`, now with a graph.
+            sources: As they were in `add`, with a graph.
 
         Returns:
-            (R,) float32. All of its elements, and those of the batch's other calls, must get one same gradient.
+            (R,) float32 zeros, with the gradient of the likelihoods, which `read` has made by the backward pass. All
+            of its elements, and those of the batch's other calls, must get one same gradient.
         """
-        carries = next(iter(self.known)) == key  # hands over the parameters' gradients for all calls
-        parameters = self.parameters if carries else []
-        return _Enter.apply(self, self.known[key], len(sources), *sources, *parameters)  # type: ignore[no-any-return, no-untyped-call]
+        parameters = self.parameters if key == self.carrier else []
+        return _Enter.apply(self, key, len(sources), *sources, *parameters)  # type: ignore[no-any-return, no-untyped-call]
 
-    def at_once(self, sources: list[Tensor], parts: Sequence[Tensor], nll_of: Likelihoods) -> Tensor:
-        """`read` and `enter`, for a pass that has a graph already.
+    def later(self, unread: Unread, nll_of: NllOf) -> Tensor:
+        """`add` and `enter`, for a pass that has a graph already.
 
         Args:
-            sources: As for `read`.
-            parts: As for `read`.
-            nll_of: As for `read`.
+            unread: As for `add`.
+            nll_of: As for `add`.
 
         Returns:
             As `enter`.
         """
-        key = len(self.known)
-        self.read(key, sources, parts, nll_of)
-        return self.enter(key, sources)
+        key = len(self.waiting)
+        self.add(key, unread, nll_of)
+        return self.enter(key, unread.sources)
 
     def times(self, factor: Tensor) -> list[Tensor | None]:
         """The parameters' gradients times a factor, in new tensors: what a backward pass gets may become `.grad`."""
@@ -139,18 +144,18 @@ class Apart:
 
 
 class _Enter(torch.autograd.Function):
-    """Known values whose gradients are known too."""
+    """Zeros in place of values that are known elsewhere, with the gradients of these values."""
 
     @staticmethod
-    def forward(ctx: Any, apart: Apart, known: Known, sources: int, *tensors: Tensor) -> Tensor:
-        ctx.apart, ctx.known, ctx.carries = apart, known, len(tensors) > sources
-        return known.nll.clone()
+    def forward(ctx: Any, apart: Apart, key: Hashable, sources: int, *tensors: Tensor) -> Tensor:
+        ctx.apart, ctx.key, ctx.carries = apart, key, len(tensors) > sources
+        return tensors[0].new_zeros(len(tensors[0]), dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         factor = weights[0]
-        sources = [grad * factor.to(grad) for grad in ctx.known.source_grads]
+        sources = [grad * factor.to(grad) for grad in ctx.apart.source_grads[ctx.key]]
         parameters = ctx.apart.times(factor) if ctx.carries else []
         return (None, None, None, *sources, *parameters)
 
@@ -188,13 +193,13 @@ def can_read_apart(model: nn.Module, backbone: PreTrainedModel) -> bool:
     return not any(parameter.dtype == torch.float16 for parameter in backbone.parameters())
 
 
-def pays(backbone: PreTrainedModel, head: nn.Parameter | None, tokens: float) -> bool:
+def pays(backbone: PreTrainedModel, head: nn.Parameter | None, tokens: int) -> bool:
     """Whether the gradients of what trains take less memory than the activations of the targets.
 
     Args:
         backbone: The backbone inside the `Transformer` module.
         head: The loss' own LM head, if it has one.
-        tokens: Target tokens whose activations would be alive at a time.
+        tokens: Target tokens whose activations would be alive at a time in the graph.
 
     Returns:
         True where they do.
@@ -207,20 +212,23 @@ def pays(backbone: PreTrainedModel, head: nn.Parameter | None, tokens: float) ->
     return trained <= KEPT_BY_A_LAYER * width * layers * tokens
 
 
-def reader_of(model: nn.Module, backbone: PreTrainedModel, head: nn.Parameter | None, tokens: float) -> Apart | None:
+def reader_of(
+    model: nn.Module, backbone: PreTrainedModel, head: nn.Parameter | None, tokens: int, most: int | None = None
+) -> Apart | None:
     """What reads the targets of one batch apart, where that can be done and takes less memory.
 
     Args:
         model: The model of the loss, also wrapped.
         backbone: The backbone inside the `Transformer` module.
         head: The loss' own LM head, if it has one.
-        tokens: Target tokens that are read together.
+        tokens: Target tokens of the batch.
+        most: As for `Apart`.
 
     Returns:
         The reader; None for targets as a part of the graph.
     """
-    if not tokens or not torch.is_grad_enabled() or not pays(backbone, head, tokens):
+    if not tokens or not torch.is_grad_enabled() or not can_read_apart(model, backbone):
         return None
-    if not can_read_apart(model, backbone):
+    if not pays(backbone, head, tokens if most is None else min(tokens, most)):
         return None
-    return Apart([*backbone.parameters(), *([] if head is None else [head])])
+    return Apart([*backbone.parameters(), *([] if head is None else [head])], most)

@@ -11,18 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from st_btok.training.slicing import row_offsets, take_rows
 
-MAX_BUCKETS = 4
-# What one more call costs on a CPU, in positions: below this much saved padding it does not pay.
-_CALL = 128
-# On an accelerator a call of few positions takes as long as its kernels take to be started, whatever they read: on an
-# H100, 0.17 s forward and backward for 30 layers of width 576 with LoRA. In that time it could read about this many
-# positions, times the square of the width.
-_CALL_ON_ACCELERATOR = 5e9
+# What one more call costs, in positions that could be read in the same time: some for the weights and their gradients,
+# which are read and written once more, and some for starting the kernels, fewer the larger the model is. Measured on
+# one core for widths from 64 to 896, and on an H100 for width 576 with LoRA: 0.17 s, forward and backward, 30 layers.
+_CALL = 20
+_STARTS = {"cpu": 5e5}  # times the square of the width
+_STARTS_ON_ACCELERATOR = 5e9
 
 
 def call_cost(device: torch.device, width: int) -> int:
@@ -35,7 +35,7 @@ def call_cost(device: torch.device, width: int) -> int:
     Returns:
         How many positions it could read in the same time.
     """
-    return _CALL if device.type == "cpu" else max(_CALL, round(_CALL_ON_ACCELERATOR / width**2))
+    return round(_CALL + _STARTS.get(device.type, _STARTS_ON_ACCELERATOR) / width**2)
 
 
 def row_lengths(features: dict[str, Any], targets: list[Tensor] | None) -> list[int]:
@@ -52,32 +52,34 @@ def row_lengths(features: dict[str, Any], targets: list[Tensor] | None) -> list[
     return lengths if targets is None else [n + len(target) for n, target in zip(lengths, targets, strict=True)]
 
 
-def length_buckets(lengths: list[int], cost: int = _CALL) -> list[list[int]]:
-    """Split rows into 1, 2 or 4 parts of neighbouring lengths, whichever reads the fewest positions.
+def length_buckets(lengths: list[int], cost: int, most: int | None = None) -> list[list[int]]:
+    """Split rows into parts of neighbouring lengths, so that the fewest positions are read.
 
     Args:
         lengths: Length of each row in tokens.
-        cost: From `call_cost`.
+        cost: From `call_cost`: what each part costs beside its positions.
+        most: Positions of a part, padding included, unless it is a single row; None: any number.
 
     Returns:
-        Row numbers by part, ascending within each part, so that a single part leaves the batch as it is.
+        Row numbers by part, the shortest first, ascending within each part, so that a single part leaves the batch as
+        it is.
     """
-    best = [list(range(len(lengths)))]
-    if len(lengths) < 2:
-        return best
     by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    least = len(lengths) * max(lengths)
-    for parts in (2, MAX_BUCKETS):
-        size = -(-len(lengths) // parts)
-        split: list[list[int]] = []
-        positions = -cost  # the first call is there in any case; each further one has to earn its cost
-        for start in range(0, len(lengths), size):
-            rows = by_length[start : start + size]
-            split.append(sorted(rows))
-            positions += len(rows) * lengths[rows[-1]] + cost  # every row is padded to the longest of its part
-        if positions < least:
-            best, least = split, positions
-    return best
+    least = np.zeros(len(lengths) + 1)  # of the first rows, in the best split
+    begins = [0]  # where the last part of that split begins
+    for end, row in enumerate(by_length, 1):
+        sizes = end - np.arange(end)
+        positions = sizes * lengths[row]  # every row is padded to the longest of its part
+        totals = least[:end] + positions + cost
+        if most is not None:
+            totals[(positions > most) & (sizes > 1)] = np.inf
+        begins.append(int(totals.argmin()))
+        least[end] = totals[begins[-1]]
+    parts, end = [], len(lengths)
+    while end:
+        parts.append(sorted(by_length[begins[end] : end]))
+        end = begins[end]
+    return parts[::-1] or [[]]
 
 
 def is_split(features: dict[str, Any], width: int) -> bool:
@@ -130,7 +132,7 @@ def split_by_length(
         apart: The targets are read in calls of their own, so a row's length is that of its input.
 
     Returns:
-        At most `MAX_BUCKETS` parts that hold every row once.
+        Parts that together hold every row once.
     """
     whole = [Part(list(range(len(targets))), features, targets)]
     buckets = _buckets(features, None if apart else targets, width)

@@ -29,6 +29,7 @@ from st_btok.training.losses import BTokLoss
 from st_btok.training.negatives import RowFacts
 from st_btok.training.routes import Readers
 from st_btok.training.slicing import row_offsets, take_rows
+from st_btok.training.unread import NllOf, Unread
 
 _COLUMN = "btok_column"
 
@@ -121,8 +122,8 @@ class CachedBTokLoss(nn.Module):
         columns = list(sentence_features)
         self._facts = self.loss.facts(columns)
         weight, targets = self.loss.targets(columns)
-        share = min(1.0, self.mini_batch_size / len(columns[0]["input_ids"]))
-        apart = self.loss.apart(targets, share)
+        longest = max((len(target) for column in targets if column for target in column), default=0)
+        apart = self.loss.apart(targets, self.mini_batch_num_tokens or self.mini_batch_size * longest)
         self._orders = [
             self._order(features, None if apart else target) for features, target in zip(columns, targets, strict=True)
         ]
@@ -251,6 +252,8 @@ class _GradCache(CachedLossMixin):
             self.passed = None
             return self.last_grad.detach(), None
         keeps = copy_random_state and self.keeps_last and column.last and end >= len(column.order)
+        if keeps and self.apart is not None:
+            self.apart.read()  # while no activations are alive
         readers = partial(self._readers, key, with_grad or keeps, copy_random_state)
         with random_state or nullcontext(), torch.set_grad_enabled(with_grad or keeps):
             state = RandContext(*features.values()) if copy_random_state else None
@@ -274,7 +277,7 @@ class _GradCache(CachedLossMixin):
         self.kept = None  # a second backward pass embeds this mini-batch like the others
 
     def _readers(self, key: tuple[int, ...], with_grad: bool, again: bool, part: int) -> Readers:
-        """How targets are read: made in the first pass (`again`: a second follows), sent on where there is a graph."""
+        """How targets are read: in the first pass (`again`: a second follows); their gradients go where a graph is."""
         if not (with_grad or again):  # evaluation
             return None, None
         key, apart = (*key, part), self.apart
@@ -286,9 +289,10 @@ class _GradCache(CachedLossMixin):
         if apart is None:
             return likelihood, None
 
-        def reading(sources: list[Tensor], *arguments: Any) -> Tensor:
-            nll = apart.read(key, sources, *arguments) if again else None
-            return apart.enter(key, sources) if nll is None or with_grad else nll
+        def reading(unread: Unread, nll_of: NllOf) -> Tensor:
+            if again:
+                apart.add(key, unread, nll_of)
+            return apart.enter(key, unread.sources) if with_grad else unread.sources[0].new_zeros(len(unread.targets))
 
         return None, reading
 
@@ -303,7 +307,8 @@ class _GradCache(CachedLossMixin):
         if with_backward:
             for rep in [rep for column in embeddings for rep in column]:
                 rep.requires_grad_()
-        nll = torch.cat(sums).sum().requires_grad_(with_backward)
+        value = torch.cat(sums).sum() + (self.apart.read() if self.apart else 0)
+        nll = value.requires_grad_(with_backward)
         self.ranking = self.owner.calculate_loss(embeddings, labels, with_backward=with_backward)
         self.nll, self.tokens = loss.condense(nll, self.own_tokens, self.weight)
         if with_backward:

@@ -274,7 +274,7 @@ class BTokLoss(nn.Module):
         alone = [number for number in numbers if equal or targets[number] is not None or split[number]]
         together = [number for number in numbers if number not in alone]
         apart = self.apart(targets)
-        readers = (None, apart.at_once if apart else None)
+        readers = (None, apart.later if apart else None)
         embeddings: dict[int, Tensor] = {}
         sums, tokens = [torch.zeros((), device=columns[0]["input_ids"].device)], 0
         for number in alone:
@@ -283,18 +283,19 @@ class BTokLoss(nn.Module):
             if len(nll):
                 sums.append(nll.sum())
                 tokens += sum(map(len, targets[number] or []))
+        total = torch.stack(sums).sum() + (apart.read() if apart else 0)
         if together:
             with self._passes():  # as in MNRL: a query column by itself, the candidates merged into one call
                 merged = embed_columns(self.model, [columns[n] for n in together], separate_first=0 in together)
             embeddings.update(zip(together, merged, strict=True))
-        return [embeddings[number] for number in range(len(columns))], torch.stack(sums).sum(), tokens
+        return [embeddings[number] for number in numbers], total, tokens
 
-    def apart(self, targets: list[list[Tensor] | None], share: float = 1.0) -> Apart | None:
-        """What reads a batch's targets, a share of them at a time, apart from the graph; None where nothing does."""
+    def apart(self, targets: list[list[Tensor] | None], most: int | None = None) -> Apart | None:
+        """What reads a batch's targets apart from the graph, so many positions at a time; None where nothing does."""
         if not self.reads_apart or self._by_layer():
             return None
         tokens = sum(len(target) for column in targets if column for target in column)
-        return reader_of(self.model, find_btoks(unwrap(self.model))[0].model, self.lm_head, tokens * share)
+        return reader_of(self.model, find_btoks(unwrap(self.model))[0].model, self.lm_head, tokens, most)
 
     def _by_layer(self) -> bool:
         """Whether `AdaptiveLayerLoss` keeps the states of all layers in a column's own dict."""

@@ -12,7 +12,7 @@ pooling sees the original layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,9 +26,9 @@ from transformers import DynamicCache
 from st_btok.anatomy import embedding_matrix
 from st_btok.pooling import check_btoks
 from st_btok.training.attention import condensation_attention
-from st_btok.training.buckets import call_cost, length_buckets
 from st_btok.training.likelihood import condensation_nll
 from st_btok.training.targets import join_targets
+from st_btok.training.unread import Reading, Unread
 
 Route = Literal["attention", "kv", "prefix", "unmasked"]
 ROUTES = ("attention", "kv", "prefix")
@@ -41,10 +41,6 @@ ALL_LAYERS = "all_layer_embeddings"
 
 
 Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
-# From what the targets read of their sources, the rows to read together, and what turns the former into likelihoods:
-# the likelihoods of all rows. See `apart.py`.
-Reading = Callable[[list[Tensor], Sequence[Tensor], Callable[[list[Tensor], Tensor], Tensor]], Tensor]
-
 Readers = tuple[Likelihood | None, Reading | None]
 
 
@@ -170,7 +166,6 @@ class KVRoute:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.rows, self.ids, self.mask = _padded(task.targets, task.features["input_ids"].device)
         self.cache = DynamicCache()  # without a config: sliding layers too keep every position
         self.positions: Tensor | None = None
         self.reading = False  # the second call reads what the first has kept
@@ -194,45 +189,40 @@ class KVRoute:
         self.reading = True
         output = {key: value for key, value in output.items() if value is not self.cache and key != "use_cache"}
         states = output["token_embeddings"]
-        btok_positions = self.task.btok_positions()[self.rows]  # (R, K)
+        numbers = [row for row, target in enumerate(self.task.targets) if len(target)]
+        rows = torch.tensor(numbers, device=states.device)  # (R,)
+        btok_positions = self.task.btok_positions()[rows]  # (R, K)
         # The last BTok predicts the first target token: (R, D). Keys and values: (R, H, K, d).
-        sources = [states[self.rows, btok_positions[:, -1]]]
-        if self.ids.shape[1] > 1:
-            sources += _btok_cache(self.cache, self.rows, btok_positions, states.shape[1])
+        sources = [states[rows, btok_positions[:, -1]]]
+        sources += _btok_cache(self.cache, rows, btok_positions, states.shape[1])
         self.cache.layers.clear()  # nothing else reads it, and it holds every position
-        mask = self.task.features["attention_mask"][self.rows]
-        ends = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # each row's last token, behind which the target stands
-        self.positions = _next_positions(self.positions, self.rows, ends, self.ids.shape[1] - 1, len(states))
-        if self.task.reading is None:
-            nll = self._read(sources, torch.arange(len(self.rows), device=states.device))
-        else:
-            buckets = length_buckets(self.mask.sum(1).tolist(), call_cost(states.device, states.shape[-1]))
-            parts = [torch.tensor(rows, device=states.device) for rows in buckets]
-            nll = self.task.reading(sources, parts, self._read)
-        output[NLL_KEY] = nll.new_zeros(len(states)).index_add(0, self.rows, nll)
+        mask = self.task.features["attention_mask"][rows]
+        last = _positions_of(self.positions, rows, mask.shape[1] - 1 - mask.flip(1).argmax(1), len(states))
+        unread = Unread(sources, [self.task.targets[row] for row in numbers], last)
+        nll = self._read(unread) if self.task.reading is None else self.task.reading(unread, self._read)
+        output[NLL_KEY] = nll.new_zeros(len(states)).index_add(0, rows, nll)
         return output
 
-    def _read(self, sources: list[Tensor], rows: Tensor) -> Tensor:
-        """The likelihoods (r,) of some rows' targets, which read the BToks' states, keys and values."""
-        mask = self.mask[rows]
-        width = int(mask.sum(1).max())
-        ids, mask = self.ids[rows, :width], mask[:, :width]
-        predictors = sources[0][:, None]  # (r, 1, D)
-        if width > 1:
+    def _read(self, unread: Unread) -> Tensor:
+        """The likelihoods (R,) of targets, of whichever call, which read their BToks' states, keys and values."""
+        rows, ids, mask = _padded(unread.targets, unread.last.device)
+        predictors = unread.sources[0][:, None]  # (R, 1, D)
+        if ids.shape[1] > 1:
             model = self.task.transformer.model
             cache = DynamicCache()
-            for number in range(len(sources) // 2):
-                cache.update(sources[1 + 2 * number], sources[2 + 2 * number], number)
+            for number, (keys, values) in enumerate(zip(unread.sources[1::2], unread.sources[2::2], strict=True)):
+                cache.update(keys, values, number)
             read = model.get_decoder()(
                 inputs_embeds=model.get_input_embeddings()(ids[:, :-1]),
                 attention_mask=_behind_btoks(mask, len(self.task.btoks)),
-                position_ids=self.positions[..., rows, : width - 1],  # type: ignore[index]
+                # They continue on every axis, as they would in the joint sequence.
+                position_ids=unread.last[..., None] + torch.arange(1, ids.shape[1], device=ids.device),
                 past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
-            ).last_hidden_state  # (r, N - 1, D)
+            ).last_hidden_state  # (R, N - 1, D)
             predictors = torch.cat([predictors, read], 1)
-        owner = torch.arange(len(rows), device=ids.device)[:, None].expand_as(ids)[mask]
+        owner = rows[:, None].expand_as(ids)[mask]
         return self.task.row_nll(predictors[mask], ids[mask], owner, len(rows))
 
 
@@ -330,24 +320,21 @@ def _btok_cache(cache: DynamicCache, rows: Tensor, btok_positions: Tensor, width
     return kept
 
 
-def _next_positions(positions: Tensor | None, rows: Tensor, last: Tensor, length: int, batch_size: int) -> Tensor:
-    """Positions that continue behind the last token on every axis, as they would in the joint sequence.
+def _positions_of(positions: Tensor | None, rows: Tensor, places: Tensor, batch_size: int) -> Tensor:
+    """The position that the backbone gives to one token of each row.
 
     Args:
         positions: (B, T), (1, T), or (A, B, T) for mRoPE with A axes; None where the backbone counts from 0.
         rows: (R,) rows with a target.
-        last: (R,) index of the last token of these rows.
-        length: How many positions to return.
+        places: (R,) index of the token in each of them.
         batch_size: B.
 
     Returns:
-        (R, length), or (A, R, length).
+        (R,), or (A, R).
     """
-    steps = torch.arange(1, length + 1, device=last.device)
     if positions is None:
-        return last[:, None] + steps
-    positions = positions.expand(*positions.shape[:-2], batch_size, -1)
-    return positions[..., rows, last][..., None] + steps
+        return places
+    return positions.expand(*positions.shape[:-2], batch_size, -1)[..., rows, places]
 
 
 def _padded(targets: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

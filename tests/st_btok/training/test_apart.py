@@ -7,6 +7,7 @@ import torch
 
 from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config
 from st_btok.training import apart
+from st_btok.training.unread import Unread
 from tests.backbones import inputs, picture, takes, total
 
 
@@ -20,13 +21,13 @@ def always(monkeypatch):
 def reads(monkeypatch):
     """The number of rows of each part that was read apart."""
     found = []
-    read = apart.Apart.read
+    take = Unread.take
 
-    def watched(self, key, sources, parts, nll_of):
-        found.extend(map(len, parts))
-        return read(self, key, sources, parts, nll_of)
+    def watched(self, rows):
+        found.append(len(rows))
+        return take(self, rows)
 
-    monkeypatch.setattr(apart.Apart, "read", watched)
+    monkeypatch.setattr(Unread, "take", watched)
     return found
 
 
@@ -152,8 +153,8 @@ def test_under_gradcache_targets_are_read_once(qwen, always, monkeypatch):
     width = features[0]["input_ids"].shape[1], features[1]["input_ids"].shape[1]
     generated = max(len(target) for target in loss.loss.targets(features)[1][0]) - 1
     query, target, positive = (2, width[0]), (2, generated), (2, width[1])
-    # First pass: a query mini-batch and its targets, twice; the positives. Second: all but the last mini-batch.
-    assert seen == [query, target, query, target, positive, positive, query, query, positive]
+    # First pass: the queries, a positive mini-batch, all targets, the last mini-batch. Second: all but that one.
+    assert seen == [query, query, positive, target, target, positive, query, query, positive]
 
 
 def test_where_it_is_not_done(qwen, always, reads):
