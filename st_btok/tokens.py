@@ -147,6 +147,11 @@ def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str) -> list[int] | No
         return None
     if init == "mean":
         return []
+    if init == "newline":
+        ids = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]  # some write a blank before it
+        if ids and ids[0] != tokenizer.unk_token_id:
+            return ids
+        init = "eos"  # a tokenizer that knows no line break
     if init == "eos":
         if tokenizer.eos_token_id is None:
             raise ValueError(
@@ -156,7 +161,9 @@ def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str) -> list[int] | No
         return [tokenizer.eos_token_id]
     ids = tokenizer(init, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"init={init!r} has no tokens. Pass 'eos', 'mean', 'random' or a text to start from.")
+        raise ValueError(
+            f"init={init!r} has no tokens. Pass 'newline', 'eos', 'mean', 'random' or a text to start from."
+        )
     return ids
 
 

@@ -40,13 +40,14 @@ class Apart:
 
     Args:
         parameters: What may get a gradient from the targets; frozen ones are passed over.
+        cost: From `call_cost`: what one more call costs.
         most: Positions to read at a time, more only for a single row; None: whatever saves padding.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], most: int | None = None) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], cost: int, most: int | None = None) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.grads: list[Tensor | None] = [None] * len(self.parameters)
-        self.most = most
+        self.cost, self.most = cost, most
         self.total = torch.zeros(())  # the likelihood of all that was read
         self.waiting: dict[Hashable, Unread] = {}
         self.source_grads: dict[Hashable, list[Tensor]] = {}
@@ -81,8 +82,7 @@ class Apart:
     def _read(self, pieces: dict[Hashable, Unread]) -> None:
         joined = Unread.joined(list(pieces.values()))
         grads = [torch.zeros_like(source) for source in joined.sources]
-        cost = call_cost(joined.last.device, joined.sources[0].shape[-1])
-        for rows in length_buckets(joined.lengths, cost, self.most):
+        for rows in length_buckets(joined.lengths, self.cost, self.most):
             part = joined.take(rows)
             with torch.enable_grad():
                 nll = self.nll_of(part).sum()  # type: ignore[misc]
@@ -231,4 +231,4 @@ def reader_of(
         return None
     if not pays(backbone, head, tokens if most is None else min(tokens, most)):
         return None
-    return Apart([*backbone.parameters(), *([] if head is None else [head])], most)
+    return Apart([*backbone.parameters(), *([] if head is None else [head])], call_cost(backbone), most)

@@ -14,28 +14,32 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from st_btok.training.slicing import row_offsets, take_rows
 
 # What one more call costs, in positions that could be read in the same time: some for the weights and their gradients,
 # which are read and written once more, and some for starting the kernels, fewer the larger the model is. Measured on
 # one core for widths from 64 to 896, and on an H100 for width 576 with LoRA: 0.17 s, forward and backward, 30 layers.
-_CALL = 20
+_WEIGHTS = 20
 _STARTS = {"cpu": 5e5}  # times the square of the width
 _STARTS_ON_ACCELERATOR = 5e9
 
 
-def call_cost(device: torch.device, width: int) -> int:
+def call_cost(backbone: PreTrainedModel) -> int:
     """What one more call of the model costs.
 
     Args:
-        device: Where the model runs.
-        width: Width D of its states.
+        backbone: The backbone inside the `Transformer` module.
 
     Returns:
         How many positions it could read in the same time.
     """
-    return round(_CALL + _STARTS.get(device.type, _STARTS_ON_ACCELERATOR) / width**2)
+    rows = max(backbone.get_input_embeddings().parameters(), key=Tensor.numel)  # adapters keep trained rows beside it
+    layers = sum(parameter.numel() for parameter in backbone.get_decoder().parameters()) - rows.numel()
+    # A trained vocabulary gets a gradient of its own size in every call, however few of its rows were looked up.
+    weights = 1 + rows.numel() / max(1, layers) if rows.requires_grad else 1
+    return round(_WEIGHTS * weights + _STARTS.get(rows.device.type, _STARTS_ON_ACCELERATOR) / rows.shape[1] ** 2)
 
 
 def row_lengths(features: dict[str, Any], targets: list[Tensor] | None) -> list[int]:
@@ -82,21 +86,17 @@ def length_buckets(lengths: list[int], cost: int, most: int | None = None) -> li
     return parts[::-1] or [[]]
 
 
-def is_split(features: dict[str, Any], width: int) -> bool:
+def is_split(features: dict[str, Any], cost: int) -> bool:
     """Whether `split_by_length` cuts a column that generates nothing.
 
     Args:
         features: Features of B rows.
-        width: Width D of the model's states.
+        cost: From `call_cost`.
 
     Returns:
         True where it saves padding.
     """
-    return len(_buckets(features, None, width)) > 1
-
-
-def _buckets(features: dict[str, Any], targets: list[Tensor] | None, width: int) -> list[list[int]]:
-    return length_buckets(row_lengths(features, targets), call_cost(features["input_ids"].device, width))
+    return len(length_buckets(row_lengths(features, None), cost)) > 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Part:
 
 
 def split_by_length(
-    features: dict[str, Any], targets: list[Tensor], media_tokens: dict[str, int], width: int, apart: bool = False
+    features: dict[str, Any], targets: list[Tensor], media_tokens: dict[str, int], cost: int, apart: bool = False
 ) -> list[Part]:
     """A column in parts of similar length; in one, its own dict of features, where splitting saves nothing.
 
@@ -128,14 +128,14 @@ def split_by_length(
         features: Features of B rows.
         targets: B id tensors.
         media_tokens: Ids of the placeholder tokens by kind, as for `row_offsets`.
-        width: Width D of the model's states.
+        cost: From `call_cost`.
         apart: The targets are read in calls of their own, so a row's length is that of its input.
 
     Returns:
         Parts that together hold every row once.
     """
     whole = [Part(list(range(len(targets))), features, targets)]
-    buckets = _buckets(features, None if apart else targets, width)
+    buckets = length_buckets(row_lengths(features, None if apart else targets), cost)
     if len(buckets) == 1:
         return whole
     try:

@@ -27,9 +27,8 @@ from st_btok.training.buckets import row_lengths
 from st_btok.training.cached_likelihood import CachedLikelihood
 from st_btok.training.losses import BTokLoss
 from st_btok.training.negatives import RowFacts
-from st_btok.training.routes import Readers
 from st_btok.training.slicing import row_offsets, take_rows
-from st_btok.training.unread import NllOf, Unread
+from st_btok.training.unread import NllOf, Readers, Unread
 
 _COLUMN = "btok_column"
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import WordWeights
 from sentence_transformers.util import cos_sim
@@ -19,7 +20,7 @@ from st_btok.anatomy import find_btoks, unwrap
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.pooling import check_btoks
 from st_btok.training.apart import Apart, reader_of
-from st_btok.training.buckets import in_order, is_split, split_by_length
+from st_btok.training.buckets import call_cost, in_order, is_split, split_by_length
 from st_btok.training.callback import BTokCallback, Measured, read_tokens
 from st_btok.training.card import CITATION, settings_of
 from st_btok.training.leak import choose_route, kv_agrees
@@ -28,19 +29,10 @@ from st_btok.training.modifiers import in_modifier
 from st_btok.training.negatives import FilteredSimilarity, RowFacts, row_facts
 from st_btok.training.precision import warn_of_half_precision
 from st_btok.training.processes import across_processes, gather_columns, parameters_in_use, token_mean
-from st_btok.training.routes import (
-    ALL_LAYERS,
-    NLL_KEY,
-    ROUTES,
-    UNMASKED,
-    Likelihood,
-    Readers,
-    Reading,
-    Route,
-    condensed_forward,
-)
+from st_btok.training.routes import ALL_LAYERS, NLL_KEY, ROUTES, UNMASKED, Route, condensed_forward
 from st_btok.training.schedule import Schedule
 from st_btok.training.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets, first_btoks
+from st_btok.training.unread import Likelihood, Readers, Reading
 
 
 class BTokLoss(nn.Module):
@@ -185,7 +177,6 @@ class BTokLoss(nn.Module):
             model, scale=scale, similarity_fct=self.filter or similarity_fct, **ranking
         )
         transformer, self.btoks = find_btoks(model)
-        self.width = transformer.get_embedding_dimension()
         check_appends_all(model)
         self.condensed = first_btoks(self.btoks, condensation_btoks)
         self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
@@ -270,7 +261,8 @@ class BTokLoss(nn.Module):
         # FSDP gathers weights in every call: all processes must make the same calls, whatever their rows hold.
         single, numbers = get_world_size() == 1, range(len(columns))
         equal = not single and weight != 0 and self.target != "none"
-        split = [single and not self._by_layer() and is_split(column, self.width) for column in columns]
+        cost = call_cost(self._transformer.model)
+        split = [single and not self._by_layer() and is_split(column, cost) for column in columns]
         alone = [number for number in numbers if equal or targets[number] is not None or split[number]]
         together = [number for number in numbers if number not in alone]
         apart = self.apart(targets)
@@ -295,11 +287,16 @@ class BTokLoss(nn.Module):
         if not self.reads_apart or self._by_layer():
             return None
         tokens = sum(len(target) for column in targets if column for target in column)
-        return reader_of(self.model, find_btoks(unwrap(self.model))[0].model, self.lm_head, tokens, most)
+        return reader_of(self.model, self._transformer.model, self.lm_head, tokens, most)
+
+    @property
+    def _transformer(self) -> Transformer:
+        """The model's first module, whatever wraps the model."""
+        return find_btoks(unwrap(self.model))[0]
 
     def _by_layer(self) -> bool:
         """Whether `AdaptiveLayerLoss` keeps the states of all layers in a column's own dict."""
-        return "forward" in vars(find_btoks(unwrap(self.model))[0])
+        return "forward" in vars(self._transformer)
 
     def embed_in_buckets(
         self, features: dict[str, Any], targets: list[Tensor] | None, apart: bool, readers: Callable[[int], Readers]
@@ -308,7 +305,8 @@ class BTokLoss(nn.Module):
         if self._by_layer() or get_world_size() > 1:  # the column has to stay whole
             return self.embed(features, targets, *readers(0))
         generated = targets or [torch.zeros(0, dtype=torch.long)] * len(features["input_ids"])
-        parts = split_by_length(features, generated, self.reader.media_tokens, self.width, apart)
+        cost = call_cost(self._transformer.model)
+        parts = split_by_length(features, generated, self.reader.media_tokens, cost, apart)
         return in_order(parts, lambda number, part: self.embed(part.features, part.generated, *readers(number)))
 
     def embed(
@@ -329,12 +327,13 @@ class BTokLoss(nn.Module):
         Returns:
             (B, D) embeddings, with budgets (B, budgets, D), and the (B,) summed NLL; (0,) without one.
         """
-        transformer, _ = find_btoks(unwrap(self.model))
         with self._passes() as stack:
             if targets is not None and ALL_LAYERS not in features:
                 route = "kv" if reading else self.route or "attention"
                 options = (self.lm_head, likelihood, reading)
-                stack.enter_context(condensed_forward(transformer, features, targets, self.condensed, route, *options))
+                stack.enter_context(
+                    condensed_forward(self._transformer, features, targets, self.condensed, route, *options)
+                )
             output = self.model(features)
         # Taken out: MatryoshkaLoss hands the same output to one call per dimension, and the term counts once.
         nll = output.pop(NLL_KEY, None)
@@ -344,7 +343,7 @@ class BTokLoss(nn.Module):
     def _passes(self) -> ExitStack:
         """What every pass through the model needs around it."""
         stack = ExitStack()
-        stack.enter_context(parameters_in_use(self.model, find_btoks(unwrap(self.model))[0]))
+        stack.enter_context(parameters_in_use(self.model, self._transformer))
         if self.budgets is not None:
             stack.enter_context(budget_embeddings(unwrap(self.model), self.btoks, self.budgets))
         return stack

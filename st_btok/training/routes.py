@@ -12,7 +12,7 @@ pooling sees the original layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from st_btok.pooling import check_btoks
 from st_btok.training.attention import condensation_attention
 from st_btok.training.likelihood import condensation_nll
 from st_btok.training.targets import join_targets
-from st_btok.training.unread import Reading, Unread
+from st_btok.training.unread import Likelihood, Reading, Unread
 
 Route = Literal["attention", "kv", "prefix", "unmasked"]
 ROUTES = ("attention", "kv", "prefix")
@@ -38,10 +38,6 @@ UNMASKED = "unmasked"
 NLL_KEY = "condensation_nll"
 # Where `AdaptiveLayerLoss` looks for the states of every layer.
 ALL_LAYERS = "all_layer_embeddings"
-
-
-Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
-Readers = tuple[Likelihood | None, Reading | None]
 
 
 @dataclass(frozen=True)

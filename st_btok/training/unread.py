@@ -61,7 +61,10 @@ class Unread:
         return cls(sources, targets, torch.cat([piece.last for piece in pieces], -1))
 
 
+# (M, D) states, (M,) labels and the (V, D) head -> (M,) negative log-likelihoods.
+Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Rows' (R,) likelihoods, in nats.
 NllOf = Callable[[Unread], Tensor]
 # From what is to be read and what reads it, a part of the graph: (R,) likelihoods, or zeros for those known later.
 Reading = Callable[[Unread, NllOf], Tensor]
+Readers = tuple[Likelihood | None, Reading | None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from transformers import LlamaConfig, LlamaModel
 
 from st_btok import BTokLoss, CachedBTokLoss
 from st_btok.training import likelihood
@@ -147,13 +148,29 @@ def test_no_split_into_neighbours_reads_less(most):
         assert sum(len(rows) * max(lengths[row] for row in rows) + cost for rows in found) == min(splits)
 
 
+def decoder(width, vocabulary=1000, device="cpu"):
+    """A decoder of a width; on the meta device as on any that is no CPU."""
+    with torch.device(device):
+        config = LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=width, num_hidden_layers=2)
+        return LlamaModel(config)
+
+
 def test_a_call_costs_an_accelerator_more_than_short_rows_save():
     lengths = [8, 64] * 16
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert len(length_buckets(lengths, call_cost(cpu, 576))) == 2
-    assert len(length_buckets(lengths, call_cost(cuda, 576))) == 1, "32 texts into a small decoder"
-    assert len(length_buckets([100 * length for length in lengths], call_cost(cuda, 1536))) == 2, "pages into a 2B one"
-    assert call_cost(cpu, 64) > 2 * call_cost(cpu, 576), "the larger the model, the less a call weighs"
+    assert len(length_buckets(lengths, call_cost(decoder(576)))) == 2
+    assert len(length_buckets(lengths, call_cost(decoder(576, device="meta")))) == 1, "32 texts into a small decoder"
+    pages = [100 * length for length in lengths]
+    assert len(length_buckets(pages, call_cost(decoder(1536, device="meta")))) == 2, "pages into a larger one"
+    assert call_cost(decoder(64)) > 2 * call_cost(decoder(576)), "the larger the model, the less a call weighs"
+
+
+def test_a_trained_vocabulary_makes_calls_dear():
+    """Each would give it a gradient of its own size; a frozen one, as under LoRA, gets none."""
+    small, large = decoder(64), decoder(64, 50_000)
+    assert call_cost(large) > 5 * call_cost(small)
+    for model in (small, large):
+        model.get_input_embeddings().requires_grad_(False)
+    assert call_cost(large) == call_cost(small)
 
 
 def test_the_cached_loss_reads_rows_of_similar_length_together(qwen):
