@@ -43,23 +43,28 @@ class Arm:
         return twin.pooling == "btok" and twin.options.get("condensation_weight", 0.2) > 0
 
 
+# Rows that start as the end-of-turn token, which was the default of `build_model` when most arms were run.
+_BTOKS = "btok:init=eos"
 _PROMPT = "btok:num_btoks=6,init= This means in one word:"  # six tokens of SmolLM2, and of most vocabularies
-_BREAK = 'btok:init="\\n"'
-_END = "btok:num_btoks=1,readout=last,train_btoks=false"
+_BREAK = "btok:init=newline"
+_END = f"{_BTOKS},num_btoks=1,readout=last,train_btoks=false"
 
 ARMS = {
     BASELINE: Arm("lasttoken", "The state of the last token: what others do."),
     "mean": Arm("mean", "The mean over all tokens, which needs no token of its own."),
     "end token": Arm(f"{_END},condensation_weight=0", "One end-of-turn token behind every input, its row untrained."),
     "end token, term 0.2": Arm(f"{_END},condensation_weight=0.2", "The term without bottleneck tokens."),
-    "BToks": Arm("btok:condensation_weight=0", "Four tokens, read as their mean, without the term."),
-    "BToks, last": Arm("btok:readout=last,condensation_weight=0", "Four tokens, the last one is read."),
+    "BToks": Arm(f"{_BTOKS},condensation_weight=0", "Four tokens, read as their mean, without the term."),
+    "BToks, last": Arm(f"{_BTOKS},readout=last,condensation_weight=0", "Four tokens, the last one is read."),
     "BToks, rows untrained": Arm(
-        "btok:train_btoks=false,condensation_weight=0", "Are four more positions enough, without learning them?"
+        f"{_BTOKS},train_btoks=false,condensation_weight=0", "Are four more positions enough, without learning them?"
     ),
-    "BToks, rows x10": Arm("btok:row_lr=10,condensation_weight=0", "Do the new rows need a higher learning rate?"),
+    "BToks, rows x10": Arm(
+        f"{_BTOKS},row_lr=10,condensation_weight=0", "Do the new rows need a higher learning rate?"
+    ),
     "line break start": Arm(f"{_BREAK},condensation_weight=0", "Rows that all start as a line break."),
     "line break start, last": Arm(f"{_BREAK},readout=last,condensation_weight=0", "The same, the last one is read."),
+    "line break start, term 0.2": Arm(f"{_BREAK},condensation_weight=0.2", "Such rows with the term."),
     "line break": Arm(
         f"{_BREAK},num_btoks=1,readout=last,train_btoks=false,condensation_weight=0",
         "One line break behind every input, its row untrained.",
@@ -71,25 +76,29 @@ ARMS = {
         "The prompt itself, behind every input (PromptEOL).",
     ),
     "prompt start, term 0.2": Arm(f"{_PROMPT},condensation_weight=0.2", "Such rows with the term."),
-    "BToks, term 0.05": Arm("btok:condensation_weight=0.05", "A little of the term."),
-    "BToks, term 0.2": Arm("btok:condensation_weight=0.2", "The default of `BTokLoss`."),
-    "BToks, term 1": Arm("btok:condensation_weight=1", "The term as much as the ranking."),
-    "BToks, last, term 0.2": Arm("btok:readout=last,condensation_weight=0.2", "The term with the last one read."),
-    "no mask": Arm("btok:route=unmasked,condensation_weight=0.2", "Is it the mask, or just one more task?"),
-    "prefix route": Arm("btok:route=prefix,condensation_weight=0.2", "Targets read what is pooled, and nothing else."),
-    "K = 1": Arm("btok:num_btoks=1,condensation_weight=0.2", "One token with the term."),
-    "K = 16": Arm("btok:num_btoks=16,condensation_weight=0.2", "Sixteen tokens with the term."),
+    "BToks, term 0.05": Arm(f"{_BTOKS},condensation_weight=0.05", "A little of the term."),
+    "BToks, term 0.2": Arm(f"{_BTOKS},condensation_weight=0.2", "The default of `BTokLoss`."),
+    "BToks, term 1": Arm(f"{_BTOKS},condensation_weight=1", "The term as much as the ranking."),
+    "BToks, last, term 0.2": Arm(f"{_BTOKS},readout=last,condensation_weight=0.2", "The term with the last one read."),
+    "no mask": Arm(f"{_BTOKS},route=unmasked,condensation_weight=0.2", "Is it the mask, or just one more task?"),
+    "prefix route": Arm(
+        f"{_BTOKS},route=prefix,condensation_weight=0.2", "Targets read what is pooled, and nothing else."
+    ),
+    "K = 1": Arm(f"{_BTOKS},num_btoks=1,condensation_weight=0.2", "One token with the term."),
+    "K = 16": Arm(f"{_BTOKS},num_btoks=16,condensation_weight=0.2", "Sixteen tokens with the term."),
     "further token": Arm(
-        "btok:num_btoks=5,condensation_btoks=4,readout=last,condensation_weight=0.2",
+        f"{_BTOKS},num_btoks=5,condensation_btoks=4,readout=last,condensation_weight=0.2",
         "Four tokens for the term, a fifth for the ranking (LaME).",
     ),
-    "term first": Arm("btok:condensation_weight=0.2", "A third of the steps for the term alone.", term_first=1 / 3),
+    "term first": Arm(
+        f"{_BTOKS},condensation_weight=0.2", "A third of the steps for the term alone.", term_first=1 / 3
+    ),
     "unlabelled first": Arm(
-        "btok:condensation_weight=0",
+        f"{_BTOKS},condensation_weight=0",
         "A third of the steps on documents without queries.",
         term_first=1 / 3,
         unlabelled=True,
     ),
 }
 # What an adopter asks first; the rest are controls.
-HEADLINES = [BASELINE, "mean", "end token", "BToks", "BToks, last", "BToks, term 0.2"]
+HEADLINES = [BASELINE, "mean", "end token", "BToks", "BToks, last", "line break start", "BToks, term 0.2"]

@@ -23,6 +23,10 @@ EQUAL = ("steps", "time")
 PAIRS = (
     ("BToks", "BToks, last"),
     ("BToks", "end token"),
+    ("line break start", "BToks"),
+    ("line break start", "line break start, last"),
+    ("line break start", "line break"),
+    ("prompt start", "line break start"),
     ("prompt start", "BToks"),
     ("prompt start", "prompt start, rows untrained"),
     ("BToks, term 0.2", "BToks"),

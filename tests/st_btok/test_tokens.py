@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from st_btok import add_btoks, btok_ids, btok_tokens
@@ -53,20 +54,21 @@ def test_rows_are_written_with_and_without_spare_rows(rows, tied):
     torch.manual_seed(0)
     model, own = LlamaForCausalLM(LlamaConfig(**{**TEXT, "vocab_size": rows}, tie_word_embeddings=tied)), tokenizer()
     spare = model.get_input_embeddings().weight[263:].clone()
-    end = own.eos_token_id
-    expected = [model.get_input_embeddings().weight[end].clone(), model.get_output_embeddings().weight[end].clone()]
+    (newline,) = own("\n")["input_ids"]
+    matrices = model.get_input_embeddings(), model.get_output_embeddings()
+    expected = [matrix.weight[newline].clone() for matrix in matrices]
     ids = add_btoks(model, own, 4)
     assert ids == [263, 264, 265, 266]
     assert len(model.get_input_embeddings().weight) == max(rows, 267) == model.config.vocab_size
     for matrix, start in zip((model.get_input_embeddings(), model.get_output_embeddings()), expected, strict=True):
         written = matrix.weight[ids]
-        assert (written - start).abs().max() < 0.2 * start.abs().max(), "each row starts from the end-of-turn row"
+        assert (written - start).abs().max() < 0.2 * start.abs().max(), "each row starts from that of the line break"
         assert torch.pdist(written).min() > 0, "the rows differ"
     if len(spare):
         assert not torch.allclose(model.get_input_embeddings().weight[263 : 263 + len(spare)][:4], spare[:4])
 
 
-@pytest.mark.parametrize("init", ["mean", "random", "summary"])
+@pytest.mark.parametrize("init", ["eos", "mean", "random", "summary"])
 def test_other_starts(init):
     model, own = build("llama")
     rows = model.get_input_embeddings().weight.detach().clone()
@@ -74,8 +76,28 @@ def test_other_starts(init):
     if init == "random":
         assert 0.5 < (written.std() / rows[:263].std()).item() < 1.5
     else:
-        ids = own(init)["input_ids"] if init != "mean" else list(range(263))
+        ids = {"mean": list(range(263)), "eos": [own.eos_token_id]}.get(init, own(init)["input_ids"])
         torch.testing.assert_close(written, rows[ids].mean(0).expand(4, -1), atol=0.05, rtol=0.2)
+
+
+def test_where_there_is_no_line_break_rows_start_as_the_end_of_turn():
+    """A tokenizer that takes line breaks for blanks."""
+    model, own = build("llama")
+    own.backend_tokenizer.normalizer = normalizers.Replace("\n", " ")
+    rows = model.get_input_embeddings().weight.detach().clone()
+    written = model.get_input_embeddings().weight[add_btoks(model, own)].detach()
+    end = rows[own.eos_token_id]
+    torch.testing.assert_close(written, end.expand(4, -1), atol=0.1 * end.std().item(), rtol=0.1)
+
+
+def test_a_blank_before_the_line_break_is_no_part_of_it():
+    """As Llama 2's tokenizer writes one."""
+    model, own = build("llama")
+    own.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    assert len(own("\n")["input_ids"]) == 2
+    start = model.get_input_embeddings().weight[198].detach().clone()
+    written = model.get_input_embeddings().weight[add_btoks(model, own)].detach()
+    torch.testing.assert_close(written, start.expand(4, -1), atol=0.1 * start.std().item(), rtol=0.1)
 
 
 def test_a_text_of_k_tokens_gives_each_row_its_own():
@@ -113,7 +135,10 @@ def test_starts_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="has no tokens"):
         add_btoks(model, own, init="")
     own.eos_token = None
-    with pytest.raises(ValueError, match="needs a tokenizer with an eos_token"):
+    with pytest.raises(ValueError, match="'eos' needs a tokenizer with an eos_token"):
+        add_btoks(model, own, init="eos")
+    own.backend_tokenizer.normalizer = normalizers.Replace("\n", " ")
+    with pytest.raises(ValueError, match="'newline' needs a tokenizer with a line break or an eos_token"):
         add_btoks(model, own)
     assert btok_ids(own) == [], "a refused call leaves the tokenizer as it was"
 
