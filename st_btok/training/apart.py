@@ -6,7 +6,7 @@ time, and beside the targets of other calls that are as long. What has to be kep
 gradient of those keys, values and states, and one sum for each parameter, all up to the one factor (weight / tokens)
 that every target token shares.
 
-* In a plain step the activations of the targets are never alive beside those of their sources.
+* In a plain step the activations of one part of the targets at a time stand beside those of the sources.
 * Under GradCache the first pass, which needs the value of the term for the loss that it returns, makes the gradients
   as well; the second pass only sends them on. The targets are read once, and not twice.
 
