@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +53,22 @@ class QuickstartConfig:
     learning_rate: float = 5e-4
     split: str = "test"
     max_candidates: int | None = None
+    twins: list[str] = field(default_factory=lambda: ["last token", "BToks"])  # of TWINS; the first is the baseline
+
+    def __post_init__(self) -> None:
+        """Refuse names that mean nothing before anything is trained."""
+        if unknown := [name for name in self.twins if name not in TWINS]:
+            raise ValueError(f"twins must be of {list(TWINS)}, got {unknown}.")
+        if all(TWINS[name].pooling != "btok" for name in self.twins):
+            raise ValueError(f"one of the twins must have BToks, whose model is kept, got {self.twins}.")
 
 
 # The rows of the BToks start the same in every run.
-TWINS = {"last token": Twin("lasttoken"), "BToks": Twin("btok", {"seed": 0})}
+TWINS = {
+    "last token": Twin("lasttoken"),
+    "BToks": Twin("btok", {"seed": 0}),
+    "BToks, no term": Twin("btok", {"seed": 0, "condensation_weight": 0}),
+}
 
 
 def settings_of(config: QuickstartConfig) -> TwinSettings:
@@ -78,12 +90,12 @@ def train_all(config: QuickstartConfig, searches: Sequence[Search]) -> tuple[Sen
     runs, kept = [], None
     for seed in range(config.seeds):
         data = pairs.train_dataset(config.steps * config.batch_size // 2, seed)
-        for name, twin in TWINS.items():
+        for name in config.twins:
             title = f"   {name}, seed {seed}"
-            model, run = train_twin(name, twin, settings_of(config), seed, data, searches, title)
+            model, run = train_twin(name, TWINS[name], settings_of(config), seed, data, searches, title)
             runs.append(run)
             print(f"{title}: {run.summary()}", flush=True)
-            if kept is None and name == "BToks":
+            if kept is None and TWINS[name].pooling == "btok":
                 kept = model
     return kept, runs
 
@@ -140,7 +152,7 @@ def main() -> None:
     searches = pairs.searches(config.split, size)
     print(f"1. Train on pairs from {len(scenes.words('train'))} words; score on {size} others.", flush=True)
     model, runs = train_all(config, searches)
-    text = table(runs, "last token", {search.name: len(search.documents) for search in searches})
+    text = table(runs, config.twins[0], {search.name: len(search.documents) for search in searches})
     print(f"\n{size} held-out words, captions among {2 * size} candidates (each word in two inks):\n\n{text}\n")
     print(f"2. Save {output}/ and load it with plain sentence-transformers, in a process without st_btok.")
     # sentence-transformers 6.2 takes pictures for texts where a column holds dicts, and then writes no model card

@@ -29,3 +29,9 @@ def test_quickstart_runs(tmp_path, monkeypatch, capsys):
 def test_a_model_that_does_not_load_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="could not load"):
         quickstart.plain_embeddings(tmp_path, ["a"])
+
+
+@pytest.mark.parametrize(("twins", "message"), [(["mean"], "twins must be of"), (["last token"], "must have BToks")])
+def test_twins_that_make_no_model_are_refused(twins, message):
+    with pytest.raises(ValueError, match=message):
+        quickstart.QuickstartConfig(twins=twins)
