@@ -38,7 +38,7 @@ def assert_same(found, expected, atol=1e-5):
     for name in ("total", "ranking", "condensation", "tokens"):
         torch.testing.assert_close(parts[name].detach(), wanted_parts[name].detach(), atol=atol, rtol=1e-5)
     assert grads.keys() == wanted.keys() and len(wanted) > 10
-    assert sum(grad.abs().sum() for grad in wanted.values()) > 1e-2, "vacuous"
+    assert sum(grad.abs().sum() for grad in wanted.values()) > 1e-3, "vacuous"
     for name in wanted:
         scale = max(1.0, wanted[name].abs().max().item())
         torch.testing.assert_close(grads[name] / scale, wanted[name] / scale, atol=atol, rtol=0, msg=name)

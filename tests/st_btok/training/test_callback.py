@@ -107,7 +107,7 @@ def test_a_loss_modifier_reports_once(qwen, tmp_path):
 def test_a_loop_of_ones_own(qwen, kind):
     """The line of the docstrings; with a schedule, the step is set by hand."""
     loss = scheduled(qwen, kind)
-    optimizer = torch.optim.AdamW(qwen.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(qwen.parameters(), lr=1e-3)
     batch = [qwen.preprocess(["a", "b", "c"]), qwen.preprocess(["red", "blue", "green"])]
     values, weights = [], []
     for step in range(4):
