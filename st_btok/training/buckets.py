@@ -24,6 +24,8 @@ from st_btok.training.slicing import row_offsets, take_rows
 _WEIGHTS = 20
 _STARTS = {"cpu": 5e5}  # times the square of the width
 _STARTS_ON_ACCELERATOR = 5e9
+# With targets inside of the graph each part keeps a gradient of the LM head, which is large, until the backward pass.
+_MOST_PARTS_IN_GRAPH = 4
 
 
 def call_cost(backbone: PreTrainedModel) -> int:
@@ -135,7 +137,11 @@ def split_by_length(
         Parts that together hold every row once.
     """
     whole = [Part(list(range(len(targets))), features, targets)]
-    buckets = length_buckets(row_lengths(features, None if apart else targets), cost)
+    lengths = row_lengths(features, None if apart else targets)
+    buckets = length_buckets(lengths, cost)
+    while not apart and any(map(len, targets)) and len(buckets) > _MOST_PARTS_IN_GRAPH:
+        cost *= 2
+        buckets = length_buckets(lengths, cost)
     if len(buckets) == 1:
         return whole
     try:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from st_btok import BTokLoss, CachedBTokLoss
 from st_btok.training import likelihood
-from st_btok.training.buckets import call_cost, length_buckets
+from st_btok.training.buckets import call_cost, length_buckets, split_by_length
 from tests.backbones import picture, total
 
 # The forms of in-batch ranking that MultipleNegativesRankingLoss is used in.
@@ -129,6 +129,16 @@ def test_buckets_are_made_where_they_save_padding():
     assert length_buckets([1000, 10, 1000, 10], 100) == [[1, 3], [0, 2]]
     assert length_buckets([100, 5000, 1200, 2500, 100, 5000, 1200, 2500], 100) == [[0, 4], [2, 6], [3, 7], [1, 5]]
     assert length_buckets([7, 900, 7, 7], 100) == [[0, 2, 3], [1]], "one long row"
+
+
+def test_targets_in_the_graph_are_read_in_four_parts_at_most():
+    """Each part keeps a gradient of the head until the backward pass."""
+    mask = (torch.arange(2000) < 200 * torch.arange(1, 11)[:, None]).long()
+    features = {"input_ids": mask, "attention_mask": mask}
+    targets, none = [torch.ones(5)] * 10, [torch.ones(0)] * 10
+    assert 1 < len(split_by_length(features, targets, {}, cost=1)) <= 4
+    assert len(split_by_length(features, targets, {}, cost=1, apart=True)) == 10
+    assert len(split_by_length(features, none, {}, cost=1)) == 10
 
 
 @pytest.mark.parametrize("most", [None, 100, 20])
