@@ -37,11 +37,14 @@ def call_cost(backbone: PreTrainedModel) -> int:
     Returns:
         How many positions it could read in the same time.
     """
-    rows = max(backbone.get_input_embeddings().parameters(), key=Tensor.numel)  # adapters keep trained rows beside it
-    layers = sum(parameter.numel() for parameter in backbone.get_decoder().parameters()) - rows.numel()
     # A trained vocabulary gets a gradient of its own size in every call, however few of its rows were looked up.
-    weights = 1 + rows.numel() / max(1, layers) if rows.requires_grad else 1
-    return round(_WEIGHTS * weights + _STARTS.get(rows.device.type, _STARTS_ON_ACCELERATOR) / rows.shape[1] ** 2)
+    rows = list(backbone.get_input_embeddings().parameters())
+    trained = sum(parameter.numel() for parameter in rows if parameter.requires_grad)
+    all_rows = sum(parameter.numel() for parameter in rows)
+    layers = sum(parameter.numel() for parameter in backbone.get_decoder().parameters()) - all_rows
+    width = getattr(backbone.config.get_text_config(decoder=True), "hidden_size", 1)
+    starts = _STARTS.get(backbone.device.type, _STARTS_ON_ACCELERATOR) / width**2
+    return round(_WEIGHTS * (1 + trained / max(1, layers)) + starts)
 
 
 def row_lengths(features: dict[str, Any], targets: list[Tensor] | None) -> list[int]:

@@ -261,7 +261,7 @@ class BTokLoss(nn.Module):
         # FSDP gathers weights in every call: all processes must make the same calls, whatever their rows hold.
         single, numbers = get_world_size() == 1, range(len(columns))
         equal = not single and weight != 0 and self.target != "none"
-        cost = call_cost(self._transformer.model)
+        cost = call_cost(self._transformer.model) if single else 0  # several processes split nothing
         split = [single and not self._by_layer() and is_split(column, cost) for column in columns]
         alone = [number for number in numbers if equal or targets[number] is not None or split[number]]
         together = [number for number in numbers if number not in alone]
