@@ -162,11 +162,11 @@ def test_prefix_route_reads_the_last_layer_states():
 
 @pytest.mark.parametrize(("name", "message"), [("qwen3_5", 'around the mask. Use route="prefix"'), ("mamba", "SDPA")])
 def test_backbones_that_no_mask_can_cut_take_the_prefix_route(name, message):
-    model = make(name)
+    model = make(name, init="eos")  # random weights answer alike where the rows start as a line break
     with pytest.raises(ValueError, match=message):
         decode_btoks(model, ["a red kitten"])
     decoded, other = decode_btoks(model, ["a red kitten", "What is the city?"], max_new_tokens=3, route="prefix")
-    assert (decoded.scores - other.scores).abs().max() > 1e-3, "each from its own BToks"
+    assert decoded.ids.tolist() != other.ids.tolist()
 
 
 def test_attention_weights_need_attention_layers():
