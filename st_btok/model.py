@@ -78,7 +78,8 @@ def build_model(
         max_pixels: Largest image area in pixels. Default 1,003,520, or the backbone's own limit if that is smaller.
         prompts: Instructions by name, such as `{"query": "...", "document": "..."}`, used by `encode_query`,
             `encode_document` and `prompt_name`.
-        device: Device of the result. Default: what sentence-transformers picks.
+        device: Device of the result. Default: what sentence-transformers picks, or what `device_map` in
+            `model_kwargs` says, which has priority.
         seed: Seed of the noise in the new rows, and of the weights of `attention`.
         model_kwargs: For `from_pretrained` of the model, such as `{"dtype": "bfloat16"}` or, for a file of that format
             inside `backbone`, `{"gguf_file": "name.gguf"}`; its weights are unpacked while they load.
@@ -120,6 +121,8 @@ def build_model(
         torch.manual_seed(seed)
         pooling = BTokPooling(transformer.get_embedding_dimension(), ids, readout).to(transformer.model.dtype)
     own = readout == "attention"
+    if (model_kwargs or {}).get("device_map") is not None:
+        device = str(transformer.model.device)  # else a model that was sent to cuda:1 would be moved to cuda:0
     modules = [transformer, *([pooling] if own else pooling.stock_modules(tokenizer)), Normalize()]
     if readout != "last":
         # vLLM reads `Pooling` and skips `WordWeights`: without this it serves the mean over all tokens, in silence.

@@ -115,7 +115,8 @@ def add_btoks(
 
     Raises:
         ValueError: If the tokenizer holds another number of bottleneck tokens, `num_btoks` is smaller than 1, `init`
-            is empty, or the tokenizer has no end-of-turn token where one is needed.
+            is empty, the tokenizer has no end-of-turn token where one is needed, or the embedding matrix is not in
+            memory.
     """
     names = btok_tokens(num_btoks)
     present = btok_ids(tokenizer)
@@ -126,6 +127,12 @@ def add_btoks(
         )
     if present:
         return present
+    if model.get_input_embeddings().get_parameter("weight").is_meta:
+        raise ValueError(
+            "the rows of the bottleneck tokens are written into an embedding matrix in memory, but this model's is "
+            "offloaded (device_map). Build without device_map, save, and load what was saved with it: "
+            'SentenceTransformer(path, model_kwargs={"device_map": ...}).'
+        )
     source_ids = _source_ids(tokenizer, init)
     num_tokens = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)

@@ -143,6 +143,27 @@ def test_saved_model_gives_equal_embeddings_for_every_input(model, family, tmp_p
     assert len(card) < 50_000, "the vocabulary must not be printed into the model card"
 
 
+def test_a_model_that_stays_on_the_disk_reads_as_one_in_memory(qwen, tmp_path):
+    qwen.save_pretrained(str(tmp_path / "saved"))
+    offload = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offload")}
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu", model_kwargs=offload)
+    assert {weight.device.type for weight in loaded[0].model.parameters()} == {"meta"}
+    samples = inputs("qwen2_vl")[:-1]
+    np.testing.assert_allclose(loaded.encode(samples), qwen.encode(samples), atol=1e-6)
+
+
+def test_building_leaves_a_model_where_its_device_map_put_it(monkeypatch, tmp_path):
+    for part in llama():
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr("sentence_transformers.base.model.get_device_name", lambda: "meta")  # a place it must not go
+    options = {"template": "plain", "max_seq_length": 64}
+    model = build_model(str(tmp_path), model_kwargs={"device_map": {"": "cpu"}}, **options)
+    assert {weight.device.type for weight in model.parameters()} == {"cpu"}
+    offload = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offload")}
+    with pytest.raises(ValueError, match="offloaded .*Build without device_map"):
+        build_model(str(tmp_path), model_kwargs=offload, **options)
+
+
 def test_saved_model_loads_in_bare_transformers(qwen, tmp_path):
     qwen.save_pretrained(str(tmp_path))
     backbone = AutoModel.from_pretrained(tmp_path).eval()
