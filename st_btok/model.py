@@ -45,7 +45,7 @@ def build_model(
     num_btoks: int = 4,
     readout: Literal["mean", "last", "attention"] = "mean",
     template: Literal["chat", "plain"] = "chat",
-    init: str = "newline",
+    init: str = "prompt",
     *,
     processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
     max_seq_length: int | None = None,
@@ -70,7 +70,7 @@ def build_model(
             installed, with `SentenceTransformer(path, trust_remote_code=True)`, and no engine serves it.
         template: `"chat"`, the backbone's own chat template with the BToks behind it (default), or `"plain"`, the
             authors' layout: each medium on its own line, text, newline, BToks.
-        init: What the K embedding rows start from; see `add_btoks`. Default `"newline"`.
+        init: What the K embedding rows start from; see `add_btoks`. Default `"prompt"`.
         processor: Processor or tokenizer of a loaded model; must be left out for a name or path.
         max_seq_length: Limit of an input in tokens. Longer inputs lose text at the end, never media or BToks; exact
             for text, an upper bound with media. Default: what tokenizer and backbone allow.

@@ -18,6 +18,9 @@ BTOK_PATTERN = re.compile(r"<\|btok_(\d+)\|>")
 # Vocabulary size and BTok ids of each tokenizer that was asked. Reading a vocabulary takes 26 ms at 49,152 tokens, and
 # the losses ask at each pass through the model.
 _KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[int]]] = WeakKeyDictionary()
+# What the rows start as: the beginning of a sentence whose next word says what the input is about (the idea is
+# PromptEOL's, https://arxiv.org/abs/2307.16645). Four tokens of most vocabularies.
+PROMPT = " The topic is the"
 # Relative size of the noise that tells K equal rows apart; it keeps the meaning of the row they start from.
 INIT_NOISE = 0.02
 
@@ -90,7 +93,7 @@ def add_btoks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     num_btoks: int = 4,
-    init: str = "newline",
+    init: str = "prompt",
     seed: int = 0,
 ) -> list[int]:
     """Add K bottleneck tokens to a tokenizer and write their rows in the model's embedding matrices, in place.
@@ -103,11 +106,12 @@ def add_btoks(
         model: A transformers model with input embeddings, with or without an LM head.
         tokenizer: Its tokenizer.
         num_btoks: K, at least 1. Default 4 (paper).
-        init: What a row starts from: `"newline"`, the row of the line break (default; of six starts the steadiest in
-            the study, docs/findings.md), or as `"eos"` for a tokenizer without one; `"eos"`, the end-of-turn row;
-            `"mean"`, the mean of all token rows; `"random"`, only noise of the matrix' own scale; any other text of K
-            tokens, each from its own token's row, as a prompt that asks for a summary (PromptEOL,
-            https://arxiv.org/abs/2307.16645); of another length, all from the mean of that text's token rows.
+        init: What a row starts from: `"prompt"`, each from the row of its token in " The topic is the" (default: the
+            best start of the study, docs/findings.md), fewer than four from its last tokens, more than four as
+            `"newline"` before it, and all as `"newline"` where the vocabulary lacks these words; `"newline"`, the row
+            of the line break, or as `"eos"` for a tokenizer without one; `"eos"`, the end-of-turn row; `"mean"`, the
+            mean of all token rows; `"random"`, only noise of the matrix' own scale; any other text of K tokens, each
+            from its own token's row; of another length, all from the mean of that text's token rows.
         seed: Seed of the noise.
 
     Returns:
@@ -133,7 +137,7 @@ def add_btoks(
             "offloaded (device_map). Build without device_map, save, and load what was saved with it: "
             'SentenceTransformer(path, model_kwargs={"device_map": ...}).'
         )
-    source_ids = _source_ids(tokenizer, init)
+    source_ids = _source_ids(tokenizer, init, num_btoks)
     num_tokens = len(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": names}, replace_extra_special_tokens=False)
     ids = btok_ids(tokenizer)
@@ -149,30 +153,47 @@ def add_btoks(
     return ids
 
 
-def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str) -> list[int] | None:
+def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str, num_btoks: int) -> list[int] | None:
     """Token ids whose rows the new rows start from; an empty list for all tokens, None for pure noise."""
     if init == "random":
         return None
     if init == "mean":
         return []
-    if init == "newline":
-        ids = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]  # some write a blank before it
-        if "\n" in str(tokenizer.decode(ids)):
-            return ids
+    if init == "prompt":
+        return _prompt_ids(tokenizer, num_btoks) or [_break_id(tokenizer, "newline")]
     if init in ("newline", "eos"):
-        if tokenizer.eos_token_id is None:
-            needed = "an eos_token" if init == "eos" else "a line break or an eos_token"
-            raise ValueError(
-                f"init={init!r} needs a tokenizer with {needed}, this one has none. "
-                "Set tokenizer.eos_token, or pass init='mean'."
-            )
-        return [tokenizer.eos_token_id]
+        return [_break_id(tokenizer, init)]
     ids = tokenizer(init, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(
-            f"init={init!r} has no tokens. Pass 'newline', 'eos', 'mean', 'random' or a text to start from."
+            f"init={init!r} has no tokens. Pass 'prompt', 'newline', 'eos', 'mean', 'random' or a text to start from."
         )
     return ids
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, num_btoks: int) -> list[int]:
+    """Ids of the last K tokens of the prompt, after line breaks where it has fewer; none if its words are unknown."""
+    for text in (PROMPT, PROMPT.lstrip()):  # some write the blank themselves
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) == len(PROMPT.split()) and str(tokenizer.decode(ids)).strip() == PROMPT.strip():
+            missing = num_btoks - len(ids)
+            return [_break_id(tokenizer, "newline")] * missing + ids if missing > 0 else ids[-num_btoks:]
+    return []
+
+
+def _break_id(tokenizer: PreTrainedTokenizerBase, init: str) -> int:
+    """Id of the line break, for `"newline"` and where there is one, or of the end of a turn."""
+    if init == "newline":
+        ids = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]  # some write a blank before it
+        if "\n" in str(tokenizer.decode(ids)):
+            return ids[0]
+    if tokenizer.eos_token_id is None:
+        needed = "an eos_token" if init == "eos" else "a line break or an eos_token"
+        raise ValueError(
+            f"init={init!r} needs a tokenizer with {needed}, this one has none. "
+            "Set tokenizer.eos_token, or pass init='mean'."
+        )
+    return int(tokenizer.eos_token_id)
 
 
 @torch.no_grad()

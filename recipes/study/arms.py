@@ -47,6 +47,7 @@ class Arm:
 _BTOKS = "btok:init=eos"
 _PROMPT = "btok:num_btoks=6,init= This means in one word:"  # six tokens of SmolLM2, and of most vocabularies
 _BREAK = "btok:init=newline"
+_TOPIC = "btok:init=prompt"  # " The topic is the", the default; a line break where the vocabulary lacks these words
 _END = f"{_BTOKS},num_btoks=1,readout=last,train_btoks=false"
 
 ARMS = {
@@ -69,6 +70,12 @@ ARMS = {
         f"{_BREAK},num_btoks=1,readout=last,train_btoks=false,condensation_weight=0",
         "One line break behind every input, its row untrained.",
     ),
+    "topic start": Arm(f"{_TOPIC},condensation_weight=0", "Rows that start as a prompt of four tokens, the default."),
+    "topic start, last": Arm(f"{_TOPIC},readout=last,condensation_weight=0", "The same, the last one is read."),
+    "topic start, rows untrained": Arm(
+        f"{_TOPIC},train_btoks=false,condensation_weight=0", "That prompt itself, its rows untrained."
+    ),
+    "topic start, term 0.2": Arm(f"{_TOPIC},condensation_weight=0.2", "Such rows with the term: the default of all."),
     "prompt start": Arm(f"{_PROMPT},condensation_weight=0", "Rows that start as a prompt, each as one of its tokens."),
     "prompt start, last": Arm(f"{_PROMPT},readout=last,condensation_weight=0", "The same, the last one is read."),
     "prompt start, rows untrained": Arm(

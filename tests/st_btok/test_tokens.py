@@ -110,6 +110,20 @@ def test_a_text_of_k_tokens_gives_each_row_its_own():
     assert (written[0] - written[1]).norm() > 0.5 * written[0].norm()
 
 
+@pytest.mark.parametrize("num_btoks", [1, 4, 6])
+@pytest.mark.parametrize("words", [[" The", " topic", " is", " the"], ["The", " topic", " is", " the"]])
+def test_rows_start_as_the_prompt_where_the_vocabulary_has_its_words(words, num_btoks):
+    model, own = build("llama")
+    own.add_tokens(words)
+    if words[0] == "The":  # as Llama 2's tokenizer, which writes a blank before every text
+        own.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    model.resize_token_embeddings(len(own))
+    rows = model.get_input_embeddings().weight.detach().clone()
+    written = model.get_input_embeddings().weight[add_btoks(model, own, num_btoks)].detach()
+    starts = rows[([198, 198] + own.convert_tokens_to_ids(words))[-num_btoks:]]  # 198 is the line break
+    torch.testing.assert_close(written, starts, atol=0.1 * rows.std().item(), rtol=0.1)
+
+
 def test_the_seed_decides_the_noise():
     rows = []
     for seed in (0, 0, 1):
