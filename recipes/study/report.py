@@ -77,31 +77,39 @@ class Group:
 
 
 def groups_of(lines: Sequence[dict[str, Any]], costs: Costs) -> list[Group]:
-    """Runs on the test split, by backbone, corpus and batch; as many steps as the baseline's are `steps`.
+    """Runs on the test split, by backbone, corpus, batch and steps of the baseline; runs of as many are `steps`.
 
     Every arm may have a rate of its own, but not two: runs that differ in nothing but the rate are groups by rate.
     """
     tests = [line for line in lines if line["split"] == "test"]
     by_rate = _at_several_rates(tests)
 
-    def key(line: dict[str, Any]) -> tuple[str, str, int, float | None]:
+    def key(line: dict[str, Any]) -> tuple[str, str, int, int, float | None]:
         kind = line["backbone"], line["corpus"], line["batch_size"]
-        return *kind, line["rate"] if kind in by_rate else None
+        return *kind, _steps_of_baseline(line, tests), line["rate"] if kind in by_rate else None
 
     found = []
-    for backbone, corpus, batch_size, rate in dict.fromkeys(map(key, tests)):
-        own = [line for line in tests if key(line) == (backbone, corpus, batch_size, rate)]
-        base = [line["steps"] for line in own if line["arm"] == BASELINE]
-        steps = max(base) if base else max(line["steps"] for line in own)
+    for group in dict.fromkeys(map(key, tests)):
+        backbone, corpus, batch_size, steps, rate = group
+        own = [line for line in tests if key(line) == group]
         runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = {equal: {} for equal in EQUAL}
         for line in own:
             equal = "steps" if line["steps"] == steps else "time"
             runs[equal].setdefault(line["arm"], {})[line["seed"]] = line
         ratios = {arm: costs.ratio(backbone, corpus, arm) for arm in ARMS}
         known = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
-        title = f"{backbone}, {corpus}, {steps} steps of {batch_size}" + (f" at {rate:g}" if rate else "")
+        trained = f"{steps} steps of {batch_size}" if steps else "untrained"
+        title = f"{backbone}, {corpus}, {trained}" + (f" at {rate:g}" if rate else "")
         found.append(Group(title, runs, known))
     return found
+
+
+def _steps_of_baseline(line: dict[str, Any], lines: Sequence[dict[str, Any]]) -> int:
+    """Of the baseline's runs beside this one, the number of steps that is nearest to its own, as a ratio."""
+    kind = ("backbone", "corpus", "batch_size")
+    beside = [other for other in lines if all(other[name] == line[name] for name in kind)]
+    steps = {other["steps"] for other in beside if other["arm"] == BASELINE} or {max(o["steps"] for o in beside)}
+    return min(sorted(steps), key=lambda own: abs(float(np.log((own + 1e-3) / (line["steps"] + 1e-3)))))
 
 
 def _at_several_rates(lines: Sequence[dict[str, Any]]) -> set[tuple[str, str, int]]:

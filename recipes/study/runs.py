@@ -34,7 +34,7 @@ class Wanted:
         arm: Name of the arm.
         seed: Seed.
         rate: Peak learning rate.
-        steps: Training steps, both phases.
+        steps: Training steps, both phases; 0: the untrained model is searched.
         batch_size: Pairs a step.
         split: What is searched: `validation` to choose a rate, `test` to report.
     """
@@ -99,22 +99,25 @@ def make_run(wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str)
     own = replace(settings, steps=wanted.steps, learning_rate=wanted.rate, batch_size=wanted.batch_size)
     model, loss = build_twin(twin, own, wanted.seed)
     probe = _probe(corpus.searches["validation"])
-    conflict = Conflict(loss, probe, _probed_steps(wanted.steps)) if arm.term and not arm.term_first else None
+    probed = wanted.steps and arm.term and not arm.term_first
+    conflict = Conflict(loss, probe, _probed_steps(wanted.steps)) if probed else None
     trainings = []
-    if arm.unlabelled:
+    if arm.unlabelled and wanted.steps:
         first = arm.first_steps(wanted.steps)
         phase, alone = replace(own, steps=first), unlabelled_loss(model, first)
         trainings.append(fit_twin(model, alone, twin, phase, wanted.seed, corpus.unlabelled, f"{title}, first"))
         own = replace(own, steps=wanted.steps - first)
     followers: list[TrainerCallback] = [conflict] if conflict else []
-    trainings.append(fit_twin(model, loss, twin, own, wanted.seed, corpus.train, title, lambda _: list(followers)))
+    if wanted.steps:
+        trainings.append(fit_twin(model, loss, twin, own, wanted.seed, corpus.train, title, lambda _: list(followers)))
+    log = trainings[-1].log if trainings else []
     ranks = {search.name: list(map(int, search.ranks(model))) for search in corpus.searches[wanted.split]}
     line = {
         **asdict(wanted),
         "ranks": ranks,
-        "seconds_a_step": round(_seconds(trainings) / wanted.steps, 4),
-        "loss": [round(row.get("ranking", row["loss"]), 3) for row in trainings[-1].log],
-        "term": [round(row["condensation_nll"], 3) for row in trainings[-1].log if "condensation_nll" in row],
+        "seconds_a_step": round(_seconds(trainings) / max(1, wanted.steps), 4),
+        "loss": [round(row.get("ranking", row["loss"]), 3) for row in log],
+        "term": [round(row["condensation_nll"], 3) for row in log if "condensation_nll" in row],
     }
     if conflict:
         line["conflict"] = conflict.found

@@ -36,7 +36,7 @@ class StudyConfig:
     corpora: list[str] = _option(["packages", "words", "languages@250"], f"{', '.join(CORPORA)}; NAME@N: N pairs.")
     arms: list[str] = _option(list(ARMS), f"Of: {', '.join(ARMS)}. The baseline is always run.")
     seeds: int = _option(2, "Seeds 0 to N-1 of each arm; 5 for finals.")
-    steps: int = _option(100, "Training steps of a run.")
+    steps: int = _option(100, "Training steps of a run; 0: untrained models.")
     workers: int = _option(1, "Runs at a time, each in a process of its own: for a GPU with room for several.")
     cost_rounds: int = _option(2, "How often a step of every arm is timed, for the runs at equal time.")
     rates: list[float] = _option([1e-3], "Peak learning rates; of several the best on validation, for each arm.")
@@ -54,6 +54,8 @@ class StudyConfig:
         """Refuse what can't run before anything is loaded."""
         if self.only not in ("", "plan", "costs", "table"):
             raise ValueError(f"only must be plan, costs or table, got {self.only!r}.")
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0 (untrained models), got {self.steps}.")
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}.")
         if unknown := [arm for arm in self.arms if arm not in ARMS]:

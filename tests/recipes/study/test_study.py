@@ -18,7 +18,7 @@ from recipes.study.jobs import Job
 from recipes.study.report import groups_of, table
 from recipes.study.runs import Log, Wanted, best_rate
 from recipes.study.settings import StudyConfig
-from recipes.twins import Twin
+from recipes.twins import Twin, plain_model
 from tests.backbones import build
 
 
@@ -151,6 +151,7 @@ def test_few_pairs_leave_the_rest_unlabelled(folder):
         ({"corpora": ["x@3"]}, "corpora must be of"),
         ({"only": "x"}, "only must be"),
         ({"workers": 0}, "workers must be"),
+        ({"steps": -1}, "steps must be"),
     ],
 )
 def test_what_cannot_run_is_refused_first(folder, options, message):
@@ -232,6 +233,30 @@ def test_runs_at_two_rates_do_not_stand_for_each_other(costs):
     first, second = groups_of(lines, costs)
     assert [group.title[-6:] for group in (first, second)] == [" 0.001", " 0.002"]
     assert first.scores(BASELINE) == [100] and second.difference("mean", "steps").mean == pytest.approx(25)
+
+
+def test_steps_of_the_baseline_make_groups_of_their_own(costs):
+    lines = [line(BASELINE, 0, [4, 4, 4, 4], steps=steps) for steps in (0, 10, 100)]
+    lines += [line("mean", 0, [1, 1, 1, 1], steps=steps) for steps in (0, 11, 62)]
+    groups = groups_of(lines, costs)
+    assert [group.title.split(", ")[-1] for group in groups] == ["untrained", "10 steps of 32", "100 steps of 32"]
+    for group, equal in zip(groups, ("steps", "time", "time"), strict=True):
+        assert list(group.runs[equal]["mean"]) == [0] and group.difference("mean", equal).mean == pytest.approx(75)
+
+
+def test_without_steps_the_untrained_models_are_searched(folder, tmp_path):
+    arms = ["BToks, term 0.2", "unlabelled first", "term first"]
+    study = Study(config(folder, steps=0, seeds=1, arms=arms, equal_time=False))
+    study.log = Log(tmp_path / "runs.jsonl")
+    study.run()
+    assert {line["arm"] for line in study.log.lines} == {BASELINE, *arms}
+    base = study.log.lines[0]
+    rows = [json.loads(row) for row in (folder / "study" / "corpora" / "words-40" / "test.jsonl").open()]
+    bare = plain_model(str(folder / "backbone"), "lasttoken", "cpu", max_seq_length=64)
+    words, meanings = (bare.encode([row[f"{side}_text"] for row in rows]) for side in ("query", "positive"))
+    for scores, found in zip((words @ meanings.T, meanings @ words.T), base["ranks"].values(), strict=True):
+        assert found == [int((row >= row[right]).sum()) for right, row in enumerate(scores)]
+    assert base["loss"] == [] and "untrained" in study.write()
 
 
 def test_twins_of_controls_reach_the_loss():
