@@ -19,6 +19,7 @@ from recipes.study.costs import SAME_COST, Costs
 from recipes.study.runs import mean_reciprocal_ranks
 
 EQUAL = ("steps", "time")
+COLUMNS = 5  # of a figure
 # What the defaults rest on, beside the baseline: each arm against the one that differs from it in one thing.
 PAIRS = (
     ("BToks", "BToks, last"),
@@ -204,10 +205,15 @@ def draw(groups: Sequence[Group], path: Path) -> None:
         groups: What was run.
         path: The PNG.
     """
+    groups = [group for group in groups if len(group.runs["steps"]) > 1]  # nothing is compared with a lone baseline
     names = [arm for arm in ARMS if arm != BASELINE and any(arm in group.runs["steps"] for group in groups)]
-    size = (3.4 * len(groups) + 2.2, 0.34 * len(names) + 1.6)
-    figure, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, group in zip(axes[0], groups, strict=True):
+    columns = min(len(groups), COLUMNS) or 1
+    rows = max(1, -(-len(groups) // columns))
+    size = (3.4 * columns + 2.2, (0.28 * len(names) + 1.2) * rows + 0.4)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    for axis, group in zip(axes.flat, groups, strict=False):
         for place, arm in enumerate(names):
             for equal, shift, face in (("steps", -0.13, "C0"), ("time", 0.13, "white")):
                 found = group.difference(arm, equal)
