@@ -100,7 +100,7 @@ def groups_of(lines: Sequence[dict[str, Any]], costs: Costs) -> list[Group]:
         ratios = {arm: costs.ratio(backbone, corpus, arm) for arm in ARMS}
         known = {arm: ratio for arm, ratio in ratios.items() if ratio is not None}
         trained = f"{steps} steps of {batch_size}" if steps else "untrained"
-        title = f"{backbone}, {corpus}, {trained}" + (f" at {rate:g}" if rate else "")
+        title = f"{backbone}, {corpus}, {trained}" + (f" at {rate:g}" if rate and steps else "")
         found.append(Group(title, runs, known))
     return found
 
