@@ -89,10 +89,11 @@ def groups_of(lines: Sequence[dict[str, Any]], costs: Costs) -> list[Group]:
         kind = line["backbone"], line["corpus"], line["batch_size"]
         return *kind, _steps_of_baseline(line, tests), line["rate"] if kind in by_rate else None
 
+    keys = [key(line) for line in tests]
     found = []
-    for group in dict.fromkeys(map(key, tests)):
+    for group in dict.fromkeys(keys):
         backbone, corpus, batch_size, steps, rate = group
-        own = [line for line in tests if key(line) == group]
+        own = [line for line, mine in zip(tests, keys, strict=True) if mine == group]
         runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = {equal: {} for equal in EQUAL}
         for line in own:
             equal = "steps" if line["steps"] == steps else "time"
