@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.adapters import btok_lora_config, language_model_linears, merge_adapters, save_trained
     from st_btok.budgets import read_budget
     from st_btok.chat_template import append_btoks, plain_template
-    from st_btok.inputs.encoding import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
+    from st_btok.inputs.encode import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
     from st_btok.inputs.images import open_image, rgb_image
     from st_btok.inputs.pdf import pdf_pages
     from st_btok.inputs.vectors import EncodedRow, encode_rows
@@ -28,12 +28,12 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.tokens import add_btoks, btok_ids, btok_tokens
     from st_btok.tools.explain import btok_attention, decode_btoks
     from st_btok.tools.explain_figure import draw_attention
-    from st_btok.training.attention import condensation_attention, condensation_mask, register_condensation_attention
-    from st_btok.training.cached_losses import CachedBTokLoss
+    from st_btok.training.cached_loss import CachedBTokLoss
     from st_btok.training.callback import BTokCallback
-    from st_btok.training.likelihood import condensation_nll
     from st_btok.training.lm_head import TrainedHead, save_lm_head
-    from st_btok.training.losses import BTokLoss
+    from st_btok.training.loss import BTokLoss
+    from st_btok.training.mask import condensation_attention, condensation_mask, register_condensation_attention
+    from st_btok.training.vocabulary_loss import condensation_nll
 
 __all__ = [
     "__version__",
@@ -79,7 +79,7 @@ _MODULES = {
     "st_btok.adapters": ("btok_lora_config", "language_model_linears", "merge_adapters", "save_trained"),
     "st_btok.budgets": ("read_budget",),
     "st_btok.chat_template": ("append_btoks", "plain_template"),
-    "st_btok.inputs.encoding": (
+    "st_btok.inputs.encode": (
         "CheckedEmbeddings",
         "CheckedInputs",
         "SkippedInput",
@@ -95,12 +95,12 @@ _MODULES = {
     "st_btok.tokens": ("add_btoks", "btok_ids", "btok_tokens"),
     "st_btok.tools.explain": ("btok_attention", "decode_btoks"),
     "st_btok.tools.explain_figure": ("draw_attention",),
-    "st_btok.training.attention": ("condensation_attention", "condensation_mask", "register_condensation_attention"),
-    "st_btok.training.cached_losses": ("CachedBTokLoss",),
+    "st_btok.training.mask": ("condensation_attention", "condensation_mask", "register_condensation_attention"),
+    "st_btok.training.cached_loss": ("CachedBTokLoss",),
     "st_btok.training.callback": ("BTokCallback",),
-    "st_btok.training.likelihood": ("condensation_nll",),
+    "st_btok.training.vocabulary_loss": ("condensation_nll",),
     "st_btok.training.lm_head": ("TrainedHead", "save_lm_head"),
-    "st_btok.training.losses": ("BTokLoss",),
+    "st_btok.training.loss": ("BTokLoss",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

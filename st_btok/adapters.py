@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from st_btok.anatomy import embedding_matrix, find_btoks
+from st_btok.model_parts import embedding_matrix, find_btoks
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from sentence_transformers.base.modules.transformer import Transformer
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
-from st_btok.anatomy import tokenizer_of
+from st_btok.model_parts import tokenizer_of
 
 # The first tokens of a text can depend on what stands before it, so words, digits, other scripts and signs are tried.
 _PROBES = ("Which town lies by the sea?", "42 kites", "東京の夜", "- two\n  lines", "x")

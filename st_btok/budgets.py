@@ -18,8 +18,8 @@ from sentence_transformers.sentence_transformer.modules import WordWeights
 from torch import nn
 from torch.nn import functional as F
 
-from st_btok.anatomy import find_btoks, tokenizer_of
 from st_btok.chat_template import append_btoks
+from st_btok.model_parts import find_btoks, tokenizer_of
 from st_btok.pooling import BTokPooling, select_btoks
 from st_btok.tokens import btok_tokens
 

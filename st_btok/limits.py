@@ -19,7 +19,7 @@ from PIL import Image
 from sentence_transformers.base.modules.transformer import Transformer
 from transformers import PreTrainedTokenizerBase
 
-from st_btok.anatomy import tokenizer_of
+from st_btok.model_parts import tokenizer_of
 from st_btok.tokens import btok_ids
 
 # For `processing_kwargs` of one call: an input as long as it is, for measurements.

@@ -29,10 +29,10 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import quantization_config
 
-from st_btok.anatomy import tokenizer_of
 from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.limits import set_max_seq_length
+from st_btok.model_parts import tokenizer_of
 from st_btok.pooling import ENGINE_PLUGIN, BTokPooling
 from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
 

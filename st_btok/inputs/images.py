@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageColor, ImageOps
 
+from st_btok.inputs.fetch import read_source, source_name
 from st_btok.inputs.pixels import LARGEST_DEEP_IMAGE, LARGEST_IMAGE, eight_bits, image_of_array, is_deep
-from st_btok.inputs.sources import read_source, source_name
 
 # What is opened. Not on the list: formats whose plugins start programs (EPS), open what they hold as a file of any
 # other format (IPTC, MIC, FPX), or only announce what other software would have to read (GRIB, HDF5, BUFR, WMF).

@@ -1,6 +1,6 @@
 """One input of any kind, checked and normalised for one model: text, medium, dict of them, or conversation.
 
-Every problem is a ValueError that says what was seen and what to do; `encoding.py` adds the row. Media follow
+Every problem is a ValueError that says what was seen and what to do; `encode.py` adds the row. Media follow
 the rules of `images.py` and `videos.py`.
 """
 
@@ -25,8 +25,8 @@ from sentence_transformers.base.modality import (
 )
 from transformers import PreTrainedTokenizerBase
 
+from st_btok.inputs.fetch import is_url, read_source
 from st_btok.inputs.images import open_image, rgb_image
-from st_btok.inputs.sources import is_url, read_source
 from st_btok.inputs.videos import check_video, read_video
 from st_btok.tokens import btok_ids
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError
 
+from st_btok.inputs.fetch import read_source, source_name
 from st_btok.inputs.images import formats, is_postscript, normalise, rgb_image, shrink
 from st_btok.inputs.pixels import channels_last, to_bytes
-from st_btok.inputs.sources import read_source, source_name
 
 # FFmpeg's names. Not on the list: playlists (hls, concat, dash), numbered images, text drawn as a terminal (tty).
 CONTAINERS = "mov,mp4,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,m4v,h264,hevc,av1,ivf,nut,mxf,dv,rm,wav"

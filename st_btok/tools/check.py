@@ -17,8 +17,8 @@ from typing import Any, Literal
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 
-from st_btok.anatomy import find_btoks
 from st_btok.model import build_model
+from st_btok.model_parts import find_btoks
 from st_btok.tools.invariants import (
     KINDS,
     MEASUREMENTS,

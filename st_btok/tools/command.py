@@ -68,8 +68,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "check": (check, "st_btok.tools.check"),
     "convert": (convert, "st_btok.tools.convert"),
     "explain": (explain, "st_btok.tools.explain_figure"),
-    "export": (export, "st_btok.tools.export"),
-    "serve-check": (serve_check, "st_btok.tools.serve_check"),
+    "export": (export, "st_btok.serving.export"),
+    "serve-check": (serve_check, "st_btok.serving.serve_check"),
 }
 
 

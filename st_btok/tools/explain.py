@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from st_btok.anatomy import find_btoks, tokenizer_of
+from st_btok.model_parts import find_btoks, tokenizer_of
 from st_btok.pooling import check_btoks
-from st_btok.training.attention import condensation_attention
 from st_btok.training.leak import find_leak
 from st_btok.training.lm_head import output_embeddings
+from st_btok.training.mask import condensation_attention
 from st_btok.training.targets import ContentReader, join_targets
 
 

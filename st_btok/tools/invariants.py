@@ -23,10 +23,10 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor, nn
 
 from st_btok.adapters import btok_lora_config, merge_adapters
-from st_btok.anatomy import embedding_matrix, find_btoks
 from st_btok.limits import UNLIMITED
-from st_btok.training.cached_losses import CachedBTokLoss
-from st_btok.training.losses import BTokLoss
+from st_btok.model_parts import embedding_matrix, find_btoks
+from st_btok.training.cached_loss import CachedBTokLoss
+from st_btok.training.loss import BTokLoss
 from st_btok.training.routes import ROUTES
 from st_btok.training.targets import ContentReader
 

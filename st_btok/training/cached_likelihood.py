@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from st_btok.training.likelihood import condensation_nll
+from st_btok.training.vocabulary_loss import condensation_nll
 
 
 @dataclass

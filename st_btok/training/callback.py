@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from st_btok.anatomy import unwrap
+from st_btok.model_parts import unwrap
 from st_btok.training.card import mend_card
 
 

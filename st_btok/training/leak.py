@@ -14,9 +14,9 @@ from PIL import Image
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor, nn
 
-from st_btok.anatomy import tokenizer_of
 from st_btok.limits import UNLIMITED
-from st_btok.training.attention import BTOK, INPUT, TARGET, condensation_attention
+from st_btok.model_parts import tokenizer_of
+from st_btok.training.mask import BTOK, INPUT, TARGET, condensation_attention
 from st_btok.training.routes import NLL_KEY, Route, condensed_forward
 from st_btok.training.targets import JointBatch, join_targets
 

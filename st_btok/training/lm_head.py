@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from st_btok.anatomy import embedding_matrix
+from st_btok.model_parts import embedding_matrix
 
 FOLDER, KEY = "lm_head", "lm_head.weight"
 

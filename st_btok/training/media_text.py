@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from sentence_transformers.base.modules.transformer import Transformer
 
-from st_btok.anatomy import tokenizer_of
 from st_btok.limits import UNLIMITED
+from st_btok.model_parts import tokenizer_of
 
 _FRAMES = (2, 4, 8)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sentence_transformers.sentence_transformer.losses import adaptive_layer, matryoshka
 
-from st_btok.anatomy import unwrap
+from st_btok.model_parts import unwrap
 
 _DECORATORS = (matryoshka.ForwardDecorator, adaptive_layer.ForwardDecorator)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st_btok.training.processes import gather_rows
+from st_btok.training.distributed import gather_rows
 from st_btok.training.slicing import row_offsets
 from st_btok.training.targets import ContentReader
 

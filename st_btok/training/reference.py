@@ -1,6 +1,6 @@
 """One training step, straight: what `BTokLoss` computes on the attention route, with nothing between the lines.
 
-Start here. `BTokLoss` is this plus what the open world asks for: other routes, memory (`likelihood.py`), many
+Start here. `BTokLoss` is this plus what the open world asks for: other routes, memory (`vocabulary_loss.py`), many
 processes, loss modifiers, a schedule. `tests/st_btok/training/test_reference.py` holds the two together, in value and
 gradients, on every backbone whose information moves between positions by masked attention only.
 """
@@ -14,8 +14,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from st_btok.anatomy import embedding_matrix, find_btoks
-from st_btok.training.attention import BTOK, condensation_attention
+from st_btok.model_parts import embedding_matrix, find_btoks
+from st_btok.training.mask import BTOK, condensation_attention
 from st_btok.training.targets import join_targets
 
 

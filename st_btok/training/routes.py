@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from st_btok.anatomy import embedding_matrix
+from st_btok.model_parts import embedding_matrix
 from st_btok.pooling import check_btoks
-from st_btok.training.attention import condensation_attention
-from st_btok.training.likelihood import condensation_nll
+from st_btok.training.mask import condensation_attention
 from st_btok.training.targets import join_targets
 from st_btok.training.unread import Likelihood, Reading, Unread
+from st_btok.training.vocabulary_loss import condensation_nll
 
 Route = Literal["attention", "kv", "prefix", "unmasked"]
 ROUTES = ("attention", "kv", "prefix")

@@ -15,9 +15,9 @@ import torch
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
 
-from st_btok.anatomy import media_tokens, tokenizer_of
+from st_btok.model_parts import media_tokens, tokenizer_of
 from st_btok.tokens import btok_ids
-from st_btok.training.attention import BTOK, INPUT, TARGET
+from st_btok.training.mask import BTOK, INPUT, TARGET
 from st_btok.training.media_text import MediaText
 
 TargetSide = Literal["auto", "query", "positive", "both", "self", "none"]

@@ -17,7 +17,7 @@ import openvino
 import torch
 
 from st_btok import build_model
-from st_btok.tools.export import BOUND, export
+from st_btok.serving.export import BOUND, export
 from tests.engines.table import ROOT, Row, add
 
 BATCHES = [["b", "a much longer text " * 8, "c d e"] * 2, ["one"], ["東京の夜", "a"]]

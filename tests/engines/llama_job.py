@@ -19,8 +19,8 @@ from conversion.base import TextModel
 from sentence_transformers import SentenceTransformer
 from tokenizers import processors
 
-from st_btok.anatomy import find_btoks
-from st_btok.tools.serve_check import BOUND, LONG, rows_of
+from st_btok.model_parts import find_btoks
+from st_btok.serving.serve_check import BOUND, LONG, rows_of
 from tests.engines.table import Row, add
 from tests.engines.text_model import LIMIT, text_model
 

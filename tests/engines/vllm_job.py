@@ -21,7 +21,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from st_btok import build_model
-from st_btok.tools.serve_check import FORMS, LONG, RIGHT, TOKEN_STATES, Answer, serve_check
+from st_btok.serving.serve_check import FORMS, LONG, RIGHT, TOKEN_STATES, Answer, serve_check
 from tests.engines.table import ROOT, Row, add
 from tests.engines.text_model import text_model
 

@@ -17,7 +17,7 @@ from recipes import twins
 from recipes.compare import CompareConfig, compare
 from recipes.paired import Run
 from recipes.twins import Twin
-from st_btok.anatomy import find_btoks
+from st_btok.model_parts import find_btoks
 from tests.backbones import build
 
 

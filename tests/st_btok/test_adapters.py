@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from st_btok import BTokLoss, build_model
 from st_btok.adapters import base_gap, btok_lora_config, language_model_linears, merge_adapters, save_trained
-from st_btok.anatomy import embedding_matrix, find_btoks
+from st_btok.model_parts import embedding_matrix, find_btoks
 from tests.backbones import build, llama, picture, takes
 
 

@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 
 from st_btok import BTokLoss, build_model, read_budget
-from st_btok.anatomy import find_btoks
+from st_btok.model_parts import find_btoks
 from st_btok.pooling import select_btoks
 from tests.backbones import build, inputs
 

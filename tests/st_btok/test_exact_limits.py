@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from st_btok import build_model, encode_checked
-from st_btok.anatomy import find_btoks
 from st_btok.limits import set_max_seq_length
+from st_btok.model_parts import find_btoks
 from tests.backbones import LLAMA_TEMPLATE, QWEN_TEMPLATE, SPECIAL, TEXT, picture, tokenizer
 from tests.st_btok.test_pretrained import gguf_file
 from tests.tiny_qwen import MROPE, VISION

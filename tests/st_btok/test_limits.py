@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tokenizers import normalizers
 
-from st_btok.anatomy import find_btoks
 from st_btok.limits import growing_characters, set_max_seq_length
+from st_btok.model_parts import find_btoks
 from tests.backbones import picture, sound, takes, tokenizer
 
 LIMIT = 4000

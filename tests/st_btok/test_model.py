@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from st_btok import build_model
-from st_btok.anatomy import find_btoks
 from st_btok.model import _token_placeholder
+from st_btok.model_parts import find_btoks
 from st_btok.training.targets import ContentReader
 from tests.backbones import (
     BUILDERS,

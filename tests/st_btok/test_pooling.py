@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch.nn import functional as F
 
 from st_btok import BTokPooling, build_model
-from st_btok.anatomy import find_btoks
+from st_btok.model_parts import find_btoks
 from tests.backbones import build, inputs, picture
 
 IDS = [7, 8, 9]

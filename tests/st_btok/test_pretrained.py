@@ -26,7 +26,7 @@ from sentence_transformers import (
 
 from st_btok import BTokLoss, build_model
 from st_btok.adapters import btok_lora_config, merge_adapters
-from st_btok.anatomy import find_btoks
+from st_btok.model_parts import find_btoks
 
 
 def gguf_file() -> Path:

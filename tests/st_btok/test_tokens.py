@@ -8,7 +8,7 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from st_btok import add_btoks, btok_ids, btok_tokens
-from st_btok.anatomy import tokenizer_of
+from st_btok.model_parts import tokenizer_of
 from st_btok.tokens import control_tokens
 from tests.backbones import SPECIAL, TEXT, build, llama, tokenizer
 

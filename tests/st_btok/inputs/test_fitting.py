@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from st_btok.inputs.encoding import encode_checked
+from st_btok.inputs.encode import encode_checked
 from st_btok.limits import UNLIMITED
 from tests.backbones import BUILDERS, clip, picture, takes
 

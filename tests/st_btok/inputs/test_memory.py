@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from st_btok.inputs import images, reader
-from st_btok.inputs.encoding import checked_inputs, encode_checked
+from st_btok.inputs.encode import checked_inputs, encode_checked
 from tests.backbones import picture
 
 CHILD = """
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
-from st_btok.inputs.encoding import check_rows
+from st_btok.inputs.encode import check_rows
 from st_btok.inputs.pdf import pdf_pages
 from st_btok.inputs.reader import InputReader
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from st_btok import btok_ids, build_model, condensation_attention, condensation_nll
-from st_btok.anatomy import find_btoks
+from st_btok.model_parts import find_btoks
 from st_btok.tools.command import main
 from st_btok.tools.explain import BTokAttention, Medium, _search, btok_attention, decode_btoks, find_media
 from st_btok.tools.explain_figure import draw_attention

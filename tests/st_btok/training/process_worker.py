@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from st_btok import BTokLoss, build_model
 from st_btok.adapters import btok_lora_config
-from st_btok.training.cached_losses import CachedBTokLoss
+from st_btok.training.cached_loss import CachedBTokLoss
+from st_btok.training.distributed import gather_rows
 from st_btok.training.lm_head import TrainedHead
-from st_btok.training.processes import gather_rows
 from tests.backbones import build, picture, total
 
 TEXTS = [("a", "one"), ("what?", "two kittens"), ("bb", "three"), ("c d", "four"), ("e", "five six"), ("f", "seven")]

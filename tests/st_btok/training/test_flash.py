@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.st_btok.training.test_cached_losses import assert_same, columns, run
 
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 from tests import flash
 from tests.backbones import BUILDERS, build, picture
-from tests.st_btok.training.test_cached_losses import assert_same, columns, run
 
 # Without those whose layers are not all attention.
 FAMILIES = [name for name in BUILDERS if name not in ("mamba", "qwen3_5")]

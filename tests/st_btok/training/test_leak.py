@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from st_btok import BTokLoss, build_model
-from st_btok.anatomy import find_btoks
+from st_btok.model_parts import find_btoks
 from st_btok.training import leak as condensation_module
-from st_btok.training.attention import TARGET, condensation_attention
 from st_btok.training.leak import find_leak
 from st_btok.training.lm_head import output_embeddings
+from st_btok.training.mask import TARGET, condensation_attention
 from st_btok.training.targets import join_targets
 from tests.backbones import build, inputs, total
 

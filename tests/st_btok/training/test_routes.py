@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from st_btok import BTokLoss
-from st_btok.anatomy import find_btoks, unwrap
+from st_btok.model_parts import find_btoks, unwrap
 from st_btok.pooling import select_btoks
-from st_btok.training.attention import INPUT, TARGET
+from st_btok.training.mask import INPUT, TARGET
 from st_btok.training.routes import NLL_KEY, condensed_forward
 from st_btok.training.targets import join_targets
 from tests.backbones import inputs

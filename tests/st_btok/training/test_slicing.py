@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from st_btok.anatomy import media_tokens
+from st_btok.model_parts import media_tokens
 from st_btok.training.slicing import row_offsets, take_rows
 from tests.backbones import inputs
 

@@ -8,7 +8,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import LlamaConfig, LlamaModel
 
 from st_btok import BTokLoss, CachedBTokLoss
-from st_btok.training import likelihood
+from st_btok.training import vocabulary_loss
 from st_btok.training.buckets import call_cost, length_buckets, split_by_length
 from tests.backbones import picture, total
 
@@ -199,13 +199,13 @@ def test_the_cached_loss_reads_rows_of_similar_length_together(qwen):
 def test_the_vocabulary_is_read_once_under_gradcache(qwen, monkeypatch, train_head):
     """As often as by the plain loss, whether the head trains or not, and with the same gradients."""
     read = []
-    chunked = likelihood._chunked
+    chunked = vocabulary_loss._chunked
 
     def watched(states, *rest):
         read.append(len(states))
         return chunked(states, *rest)
 
-    monkeypatch.setattr(likelihood, "_chunked", watched)
+    monkeypatch.setattr(vocabulary_loss, "_chunked", watched)
     qwen[0].model.get_input_embeddings().requires_grad_(train_head)
     features = batch(qwen)
     expected, plain = run(BTokLoss(qwen), features), sum(read)

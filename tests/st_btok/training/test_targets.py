@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from st_btok import build_model
-from st_btok.anatomy import find_btoks
-from st_btok.training.attention import BTOK, INPUT, TARGET
+from st_btok.model_parts import find_btoks
+from st_btok.training.mask import BTOK, INPUT, TARGET
 from st_btok.training.targets import Content, ContentReader, choose_targets, join_targets
 from tests.backbones import build, clip, inputs, picture, sound, takes, tokenizer
 

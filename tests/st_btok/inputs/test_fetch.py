@@ -8,8 +8,8 @@ from threading import Thread
 
 import pytest
 
-from st_btok.inputs import sources
-from st_btok.inputs.sources import fetch, read_source
+from st_btok.inputs import fetch as fetch_module
+from st_btok.inputs.fetch import fetch, read_source
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def server():
 
 @pytest.fixture
 def local_is_public(monkeypatch):
-    is_public = sources._is_public
-    monkeypatch.setattr(sources, "_is_public", lambda address: address == "127.0.0.1" or is_public(address))
+    is_public = fetch_module._is_public
+    monkeypatch.setattr(fetch_module, "_is_public", lambda address: address == "127.0.0.1" or is_public(address))
 
 
 def test_urls_are_fetched_only_when_asked_for(server, local_is_public):
@@ -94,11 +94,11 @@ def test_redirects_lead_nowhere_else(server, local_is_public):
 
 
 def test_size_and_time_are_bounded(server, local_is_public, monkeypatch):
-    monkeypatch.setattr(sources, "_FETCH_BYTES", 3)
+    monkeypatch.setattr(fetch_module, "_FETCH_BYTES", 3)
     with pytest.raises(ValueError, match="holds more than 3 bytes"):
         fetch(f"{server.url}/a")
-    monkeypatch.setattr(sources, "_FETCH_BYTES", 100)
+    monkeypatch.setattr(fetch_module, "_FETCH_BYTES", 100)
     clock = iter([0.0, 31.0, 62.0])
-    monkeypatch.setattr(sources.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(fetch_module.time, "monotonic", lambda: next(clock))
     with pytest.raises(ValueError, match="takes more than 30 s"):
         fetch(f"{server.url}/a")

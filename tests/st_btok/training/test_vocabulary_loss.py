@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from st_btok import condensation_nll
-from st_btok.training import likelihood
+from st_btok.training import vocabulary_loss
 
 
 def sample(dtype=torch.float64, tokens=7, vocabulary=50):
@@ -26,7 +26,7 @@ def reference(states, labels, head):
 @pytest.mark.parametrize("weighting", ["sum", "weighted"])
 def test_value_and_gradients(monkeypatch, max_logits, weighting):
     """Tokens of equal weight, whose head gradient is made in the forward pass, and of unequal weight."""
-    monkeypatch.setattr(likelihood, "_MAX_LOGITS", max_logits)
+    monkeypatch.setattr(vocabulary_loss, "_MAX_LOGITS", max_logits)
     states, labels, head = sample()
     weights = torch.full((7,), 0.3) if weighting == "sum" else torch.rand(7)
     expected = reference(states, labels, head)
@@ -75,9 +75,9 @@ def test_no_token_at_all():
 
 def test_logits_never_exist_for_the_whole_batch(monkeypatch):
     sizes = []
-    product = likelihood._product
-    monkeypatch.setattr(likelihood, "_product", lambda x, y: sizes.append(len(x) * y.shape[1]) or product(x, y))
-    monkeypatch.setattr(likelihood, "_MAX_LOGITS", 200)
+    product = vocabulary_loss._product
+    monkeypatch.setattr(vocabulary_loss, "_product", lambda x, y: sizes.append(len(x) * y.shape[1]) or product(x, y))
+    monkeypatch.setattr(vocabulary_loss, "_MAX_LOGITS", 200)
     condensation_nll(torch.randn(30, 8), torch.zeros(30, dtype=torch.long), torch.randn(50, 8))
     assert len(sizes) == 8 and max(sizes) <= 200
 
@@ -146,7 +146,7 @@ def test_float16_is_finite_at_every_loss_scale(scale):
 @pytest.mark.parametrize("max_logits", [2**25, 300 * 100])
 def test_bfloat16_sums_the_head_in_float32(monkeypatch, max_logits):
     """In chunks of 100 tokens a bfloat16 sum would round twenty times."""
-    monkeypatch.setattr(likelihood, "_MAX_LOGITS", max_logits)
+    monkeypatch.setattr(vocabulary_loss, "_MAX_LOGITS", max_logits)
     states, head = torch.randn(2048, 16), 0.5 * torch.randn(300, 16)
     sample = states, torch.randint(0, 300, (2048,)), head
     torchs = relative_errors(*sample, torch.bfloat16, 1.0, whole_logits)

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.masking_utils import causal_mask_function
 
 from st_btok import condensation_attention, condensation_mask, register_condensation_attention
-from st_btok.training.attention import BTOK, CONDENSATION_ATTENTION, INPUT, TARGET
+from st_btok.training.mask import BTOK, CONDENSATION_ATTENTION, INPUT, TARGET
 from tests.backbones import build
 
 # Row = query, column = key: two input tokens, two BToks, three target tokens.

@@ -28,7 +28,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.modules import WordWeights
 
-from st_btok.anatomy import find_btoks
+from st_btok.model_parts import find_btoks
 
 BOUND = 1e-4  # float32 on both sides gives 1e-7 to 1e-6; the wrong forms seen so far give 1e-2 and more
 TIMEOUT = 120  # seconds

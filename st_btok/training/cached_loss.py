@@ -21,11 +21,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
 
-from st_btok.anatomy import find_btoks, unwrap
+from st_btok.model_parts import find_btoks, unwrap
 from st_btok.training.apart import Apart, is_alone
 from st_btok.training.buckets import row_lengths
 from st_btok.training.cached_likelihood import CachedLikelihood
-from st_btok.training.losses import BTokLoss
+from st_btok.training.loss import BTokLoss
 from st_btok.training.negatives import RowFacts
 from st_btok.training.slicing import row_offsets, take_rows
 from st_btok.training.unread import NllOf, Readers, Unread

@@ -20,7 +20,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from st_btok.anatomy import find_btoks, tokenizer_of
+from st_btok.model_parts import find_btoks, tokenizer_of
 
 BOUND = 1e-5  # float32, between the exported graph and `encode`
 SAMPLES = ["a", "Which of the two towns lies by the sea?", "Ein roter Drachen steht über dem Feld."]

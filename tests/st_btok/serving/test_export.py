@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from st_btok.tools.export import SAMPLES, Pipeline, export, trace
+from st_btok.serving.export import SAMPLES, Pipeline, export, trace
 
 TEXTS = ["b", "a much longer text than the other ones", "c d e"]
 
@@ -47,10 +47,10 @@ def test_graph_takes_other_sizes_than_it_was_traced_with(btok_model, readout):
 
 
 def test_refusals_come_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("st_btok.tools.export.find_spec", lambda name: None)
+    monkeypatch.setattr("st_btok.serving.export.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install openvino"):
         export("openvino", "nowhere", tmp_path / "out")
-    monkeypatch.setattr("st_btok.tools.export.find_spec", lambda name: True)
+    monkeypatch.setattr("st_btok.serving.export.find_spec", lambda name: True)
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="not an empty directory"):
         export("onnx", "nowhere", tmp_path)

@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from st_btok.inputs.encoding import checked_inputs, encode_checked
+from st_btok.inputs.encode import checked_inputs, encode_checked
 from st_btok.tokens import btok_ids
 from tests.backbones import BUILDERS, build, clip, inputs, picture, sound, takes, tokenizer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from st_btok.training.processes import across_processes, gather_columns, gather_rows, parameters_in_use, token_mean
+from st_btok.training.distributed import across_processes, gather_columns, gather_rows, parameters_in_use, token_mean
 
 ROOT = Path(__file__).parents[3]
 LIMIT = 600  # s; a hang ends here

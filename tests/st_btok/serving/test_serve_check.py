@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from st_btok.tools import serve_check as tool
-from st_btok.tools.serve_check import RIGHT, TOKEN_STATES, serve_check, serves, summary
+from st_btok.serving import serve_check as tool
+from st_btok.serving.serve_check import RIGHT, TOKEN_STATES, serve_check, serves, summary
 from tests.backbones import picture
 from tests.fake_engine import serving
 

@@ -16,19 +16,19 @@ from sentence_transformers.util import cos_sim
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
-from st_btok.anatomy import find_btoks, unwrap
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
+from st_btok.model_parts import find_btoks, unwrap
 from st_btok.pooling import check_btoks
 from st_btok.training.apart import Apart, reader_of
 from st_btok.training.buckets import call_cost, in_order, is_split, split_by_length
 from st_btok.training.callback import BTokCallback, Measured, read_tokens
 from st_btok.training.card import CITATION, settings_of
+from st_btok.training.distributed import across_processes, gather_columns, parameters_in_use, token_mean
 from st_btok.training.leak import choose_route, kv_agrees
 from st_btok.training.lm_head import own_head
 from st_btok.training.modifiers import in_modifier
 from st_btok.training.negatives import FilteredSimilarity, RowFacts, row_facts
 from st_btok.training.precision import warn_of_half_precision
-from st_btok.training.processes import across_processes, gather_columns, parameters_in_use, token_mean
 from st_btok.training.routes import ALL_LAYERS, NLL_KEY, ROUTES, UNMASKED, Route, condensed_forward
 from st_btok.training.schedule import Schedule
 from st_btok.training.targets import TARGET_SIDES, ContentReader, TargetSide, choose_targets, first_btoks
@@ -41,7 +41,7 @@ class BTokLoss(nn.Module):
     loss = MNRL(embeddings) + condensation_weight · (1/M) sum_i -log p(y_i | BToks of the source, y_<i)
 
     The M target tokens of a batch are the text of the other side. They see the K bottleneck tokens and each other, not
-    the source's input (see `attention.py`), so what they need has to pass through the tokens that are pooled.
+    the source's input (see `mask.py`), so what they need has to pass through the tokens that are pooled.
 
     Args:
         model: A BTok model: from `build_model`, or a saved one loaded with `SentenceTransformer(path)`.
@@ -172,7 +172,7 @@ class BTokLoss(nn.Module):
         self.filter = None
         if false_negative_margin is not None or same_modality_negatives:
             self.filter = FilteredSimilarity(similarity_fct, false_negative_margin, same_modality_negatives)
-        # Gathering is done here (see `processes.py`), so the ranking loss always sees one whole batch.
+        # Gathering is done here (see `distributed.py`), so the ranking loss always sees one whole batch.
         self.ranking = MultipleNegativesRankingLoss(
             model, scale=scale, similarity_fct=self.filter or similarity_fct, **ranking
         )

@@ -16,7 +16,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss
-from st_btok.anatomy import find_btoks, unwrap
+from st_btok.model_parts import find_btoks, unwrap
 from tests.backbones import picture, takes, total
 
 TEXTS = (["a", "bb", "what?"], ["one", "two", "three kittens"])
