@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
@@ -26,6 +26,21 @@ class BrokenMediaError(ValueError):
 
 def _open(source: str | bytes) -> Image.Image:
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def read_image(source: str | bytes) -> Image.Image:
+    """An image as models see it: turned as its EXIF data say, in RGB.
+
+    Args:
+        source: Path of the image, or its encoded bytes.
+
+    Returns:
+        The picture, without a transparency key: a processor would paint the pixels of that colour white.
+    """
+    with _open(source) as image:
+        picture = ImageOps.exif_transpose(image).convert("RGB")
+    picture.info.pop("transparency", None)
+    return picture
 
 
 def check_image(source: str | bytes) -> None:
@@ -55,15 +70,16 @@ def enlarged(source: str) -> str | bytes:
         source: Path of the image.
 
     Returns:
-        The path, or, where width or height is under 28 pixels, a PNG of the image resized to 56 x 56, as bytes; the
-        path too where the image can't be read, which `check_image` reports.
+        The path, or, where width or height is under 28 pixels, a TIFF of the image resized to 56 x 56, as bytes (it
+        isn't compressed, so the bytes are equal on every machine); the path too where the image can't be read, which
+        `check_image` reports.
     """
     try:
         with _open(source) as image:
             if min(image.size) >= SMALLEST_SIDE:
                 return source
             buffer = io.BytesIO()
-            image.resize(ENLARGED).save(buffer, "PNG")
+            image.resize(ENLARGED).save(buffer, "TIFF")
             return buffer.getvalue()
     except (OSError, SyntaxError, Image.DecompressionBombError):
         return source
@@ -112,7 +128,7 @@ class StoredFrames:
 
     def images(self) -> list[Image.Image]:
         """The frames as RGB pictures."""
-        return [_open(source).convert("RGB") for source in self.paths]
+        return [read_image(source) for source in self.paths]
 
     def as_video(self) -> dict[str, Any]:
         """The frames as sentence-transformers' video input, so that every one of them is shown.
@@ -127,7 +143,7 @@ class StoredFrames:
 
     def get_frames_at(self, indices: Sequence[int]) -> SimpleNamespace:
         """The chosen frames as `data`, uint8 (frames, 3, height, width); all of them take the first one's size."""
-        pictures = [_open(self.paths[index]).convert("RGB") for index in indices]
+        pictures = [read_image(self.paths[index]) for index in indices]
         size = pictures[0].size
         arrays = [np.asarray(p if p.size == size else p.resize(size)) for p in pictures]
         return SimpleNamespace(data=torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous())

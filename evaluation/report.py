@@ -1,6 +1,6 @@
 """Result folders into a report people can read: Markdown, leaderboard JSON and figures.
 
-    python -m evaluation.report results --output report
+    python -m evaluation.report results --output_dir report
     python -m evaluation.report results --protocol btoks
     python -m evaluation.report results --suite "mteb:ViDoRe(v3)"
 
@@ -19,7 +19,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from evaluation.atomic_write import read_json
 from evaluation.dataset import PROTOCOLS
+from evaluation.markdown import table
 from evaluation.mini import MINI
 from evaluation.reporting.figures import group_bars, size_plot
 from evaluation.reporting.leaderboard import leaderboard_entry
@@ -35,7 +37,6 @@ from evaluation.reporting.scores import (
     summarize,
 )
 from evaluation.stock import stock_benchmark, stock_suite
-from evaluation.whole_files import read_json
 
 RUN_FILE = "run.json"
 """Written by `evaluation.run` beside the results: command, seed, hardware and versions of every run."""
@@ -153,7 +154,7 @@ def _sizes_table(curves: Mapping[str, Mapping[int, Mean]]) -> str:
         [str(size), *(_cell(curve[size]) if size in curve else "-" for curve in curves.values())] for size in sizes
     ]
     head = "## Embedding size\n\nMean over all data sets, by numbers per embedding.\n\n"
-    return f"{head}{_table(['numbers', *curves], rows)}\n\n![quality against size](sizes.png)"
+    return f"{head}{table(['numbers', *curves], rows)}\n\n![quality against size](sizes.png)"
 
 
 def distinguish(models: Sequence[ModelScores]) -> list[ModelScores]:
@@ -198,11 +199,6 @@ def _chance(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]])
     return levels
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _cell(mean: Mean) -> str:
     return f"{mean.text()}{_interval(mean.standard_error)}" if mean.present else "-"
 
@@ -218,7 +214,7 @@ def _means_table(models: Sequence[ModelScores], means: Sequence[Mapping[str, Mea
         "Plain means over data sets, in %, with 95 % intervals over queries. `(n of m)`: data sets are missing; "
         "`~`: queries are missing (broken data left out, or a fraction asked). Neither is the suite's score."
     )
-    return f"## Means\n\n{_table(['', *(model.name for model in models)], rows)}\n\n{notes}"
+    return f"## Means\n\n{table(['', *(model.name for model in models)], rows)}\n\n{notes}"
 
 
 def _datasets_table(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) -> str:
@@ -234,7 +230,7 @@ def _datasets_table(models: Sequence[ModelScores], suite: Mapping[str, tuple[str
         values = [f"{100 * score.value:.1f}{_interval(score.standard_error)}" if score else "-" for score in found]
         rows.append([name, group, first.metric, ", ".join(counts), chance, *values])
     head = ["data set", "group", "metric", "queries", "chance", *(model.name for model in models)]
-    return f"## Data sets\n\n{_table(head, rows)}"
+    return f"## Data sets\n\n{table(head, rows)}"
 
 
 def _remarks(models: Sequence[ModelScores]) -> str:
@@ -269,7 +265,7 @@ def _differences(models: Sequence[ModelScores], seed: int) -> str:
         return ""
     head = ["model", "against", "difference, 95 % interval", "data sets", "interval excludes 0"]
     note = f"Paired bootstrap over queries (not over training seeds), 2,000 redraws, seed {seed}."
-    return f"## Differences\n\n{note}\n\n{_table(head, rows)}"
+    return f"## Differences\n\n{note}\n\n{table(head, rows)}"
 
 
 def _provenance(models: Sequence[ModelScores], folders: Sequence[str | Path]) -> str:
@@ -310,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's first lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="result folders, of one or more models")
-    parser.add_argument("--output", default="report", help="folder to write to (default: report)")
+    parser.add_argument("--output_dir", default="report", help="folder to write to (default: report)")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="use results of this protocol (default: what is there)")
     parser.add_argument("--suite", help="mteb:<benchmark>: its tasks alone, missing ones counted")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
@@ -318,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     expected = None
     if options.suite:
         expected = stock_suite(stock_benchmark(options.suite.removeprefix("mteb:")))
-    write_report(options.folders, options.output, expected=expected, protocol=options.protocol, seed=options.seed)
+    write_report(options.folders, options.output_dir, expected=expected, protocol=options.protocol, seed=options.seed)
 
 
 if __name__ == "__main__":

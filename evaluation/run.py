@@ -6,10 +6,10 @@
     python -m evaluation.run --model recipes/backbone --pooling lasttoken --suite mini
     python -m evaluation.run --model PATH_OR_NAME --suite "mteb:MIEB(lite)" --device cuda:0 cuda:1
     python -m evaluation.run --model PATH_OR_NAME --suite "mteb:ViDoRe(v3)" --data snapshots --report
-    python -m evaluation.run --model PATH_OR_NAME --suite mini --truncate-dims 16,32,64,128 --report
+    python -m evaluation.run --model PATH_OR_NAME --suite mini --truncate_dims 16,32,64,128 --report
 
-Results go to `--output`, one file per data set and checkpoint; the same command continues a killed run. Embeddings of
-our own suites are kept in `--output`/embeddings as they are made (delete them when you are done), so a data set that
+Results go to `--output_dir`, one file per data set and checkpoint; the same command continues a killed run. Embeddings
+of our own suites are kept in `embeddings` there as they are made (delete them when you are done), so a data set that
 was cut short continues too. `--report` writes Markdown, leaderboard JSON and figures for everything in that folder,
 `--sheets` a picture of queries with their results per task and checkpoint.
 """
@@ -37,6 +37,7 @@ from mteb import Benchmark
 from mteb.results import TaskResult
 from sentence_transformers import SentenceTransformer
 
+from evaluation.atomic_write import atomic_write, read_json
 from evaluation.baselines import POOLINGS, load_model
 from evaluation.dataset import PROTOCOLS
 from evaluation.embedding.store import EmbeddingStore
@@ -45,9 +46,9 @@ from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.mmeb_v2.visdoc import PAGE_SPLITS
 from evaluation.report import RUN_FILE, read_runs, write_report
 from evaluation.reporting.retrieval_sheet import retrieval_sheet
+from evaluation.result_cache import WholeResultCache
 from evaluation.stock import stock_benchmark, stock_suite
 from evaluation.task import MMEBRetrieval, mmeb_v2_benchmark
-from evaluation.whole_files import WholeResultCache, read_json, write_whole
 from evaluation.wrapping import wrap
 
 MTEB_PREFIX = "mteb:"
@@ -66,7 +67,7 @@ def build_suite(options: argparse.Namespace) -> Benchmark:
     Raises:
         ValueError: Unknown suite, or MMEB-V2 without a data folder.
     """
-    store = EmbeddingStore(Path(options.output) / "embeddings")
+    store = EmbeddingStore(Path(options.output_dir) / "embeddings")
     if options.suite == "mini":
         return mini_benchmark(options.split, options.seed, options.subset, store=store)
     if options.suite == "mmeb-v2":
@@ -113,7 +114,7 @@ def record_run(output: Path, command: str, options: argparse.Namespace) -> None:
         "versions": {package: version(package) for package in _PACKAGES},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    write_whole(output / RUN_FILE, json.dumps([*read_runs([output]), run], indent=1))
+    atomic_write(output / RUN_FILE, json.dumps([*read_runs([output]), run], indent=1))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -144,20 +145,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--subset", nargs="+", help="data sets, groups or modalities; tasks of mteb (default: all)")
     add("--fraction", type=float, default=1.0, help="part of the queries, in (0, 1] (mmeb-v2; default: 1)")
     add(
-        "--page-split",
+        "--page_split",
         choices=PAGE_SPLITS,
         default="page-fixed",
         help="version of the -page sets (default: page-fixed)",
     )
     add("--revision", nargs="+", type=_pin, help="pin annotations of MMEB-V2: CIRR=<hub commit> (default: recorded)")
-    add("--truncate-dims", type=_sizes, help="score the first 16,32,64 numbers of the embeddings, from one encoding")
+    add("--truncate_dims", type=_sizes, help="score the first 16,32,64 numbers of the embeddings, from one encoding")
     add("--split", default="test", help="split of mini: test, validation or train (default: test)")
     add("--seed", type=int, default=0, help="seed of the sample or drawing (default: 0)")
-    add("--batch-size", type=int, default=16, help="inputs per forward pass (default: 16)")
+    add("--batch_size", type=int, default=16, help="inputs per forward pass (default: 16)")
     add("--device", nargs="+", help="one device, or several for a pool of processes (default: the best)")
-    add("--output", default="results", help="result folder (default: results)")
-    add("--report", action="store_true", help="write <output>/report afterwards")
-    add("--sheets", action="store_true", help="write <output>/sheets/<checkpoint>/<task>.png for our own tasks")
+    add("--output_dir", default="results", help="result folder (default: results)")
+    add("--report", action="store_true", help="write <output_dir>/report afterwards")
+    add("--sheets", action="store_true", help="write <output_dir>/sheets/<checkpoint>/<task>.png for our own tasks")
     return parser.parse_args(arguments)
 
 
@@ -199,7 +200,7 @@ def variants(model: SentenceTransformer, sizes: Sequence[int] | None) -> list[di
     with model.truncate_embeddings(None):
         width = model.get_embedding_dimension() or 0
     if sizes[-1] > width:
-        raise ValueError(f"--truncate-dims asks for {sizes[-1]} numbers, but the embeddings have {width}")
+        raise ValueError(f"--truncate_dims asks for {sizes[-1]} numbers, but the embeddings have {width}")
     return [{} if size == width else {"truncate_dim": size} for size in sizes]
 
 
@@ -214,7 +215,7 @@ def run(options: argparse.Namespace, command: str) -> dict[int | None, list[Task
         Embedding size -> one result per task.
     """
     benchmark = build_suite(options)
-    output = Path(options.output)
+    output = Path(options.output_dir)
     devices = options.device or [None]
     model = load_model(options.model, options.pooling, devices[0])
     asked = variants(model, options.truncate_dims)

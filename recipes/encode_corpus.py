@@ -16,11 +16,8 @@ image is another input than a text behind it), media by path, and the weights in
 from __future__ import annotations
 
 import json
-import os
 import socket
-import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -34,6 +31,7 @@ from sentence_transformers.util import quantize_embeddings
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from evaluation.atomic_write import atomic_write
 from evaluation.embedding.fingerprint import fingerprint
 from recipes.data.corpus import Corpus, as_input, open_corpus
 from recipes.data.corpus_records import BrokenRecordError
@@ -97,7 +95,7 @@ def plan(config: EncodeConfig, corpus: Corpus, model: SentenceTransformer) -> It
     settings |= {"corpus": corpus.digest, "num_rows": corpus.num_rows, "model": fingerprint(model)}
     manifest = folder / "corpus.json"
     if not manifest.exists():
-        write_whole(manifest, lambda path: path.write_text(json.dumps(settings, indent=2)), may_replace=False)
+        atomic_write(manifest, lambda path: path.write_text(json.dumps(settings, indent=2)), replace=False)
     found = json.loads(manifest.read_text())
     other = {key: (found.get(key), value) for key, value in settings.items() if found.get(key) != value}
     if other:
@@ -118,30 +116,10 @@ def _missing(config: EncodeConfig, corpus: Corpus) -> Iterator[Shard]:
         if path.exists():
             continue
         if not corpus.has(first):
-            write_whole(end, lambda place, rows=first: place.write_text(json.dumps(rows)))
+            atomic_write(end, lambda place, rows=first: place.write_text(json.dumps(rows)))
             return
         stop = first + config.shard_size
         yield Shard(first, stop if known is None else min(stop, known), str(path))
-
-
-def write_whole(path: Path, write: Any, may_replace: bool = True) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash or on a full disk.
-
-    Without `may_replace` the first of two processes wins.
-    """
-    unique = f"{socket.gethostname()}.{uuid.uuid4().hex[:8]}.{os.getpid()}"
-    part = path.with_name(f"{path.name}.{unique}.unfinished")
-    try:
-        write(part)
-        with part.open("rb") as stream:
-            os.fsync(stream.fileno())
-        if may_replace:
-            os.replace(part, path)
-        else:
-            with suppress(FileExistsError):
-                os.link(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _clean_up(folder: Path) -> None:
@@ -185,7 +163,7 @@ def encode_shard(model: SentenceTransformer, corpus: Corpus, shard: Shard, confi
         for row, value in zip(kept, values, strict=True):
             stored[row] = value
     columns = {"id": ids, "embedding": pa.array(stored, pa.list_(_TYPES[config.precision])), "error": errors}
-    write_whole(Path(shard.path), lambda path: pq.write_table(pa.table(columns), path))
+    atomic_write(Path(shard.path), lambda path: pq.write_table(pa.table(columns), path))
     return sum(map(bool, errors))
 
 
@@ -243,7 +221,7 @@ def int8_ranges(model: SentenceTransformer, corpus: Corpus, config: EncodeConfig
             with path.open("wb") as stream:
                 np.save(stream, np.stack([values.min(0), values.max(0)]))
 
-        write_whole(place, write)
+        atomic_write(place, write)
     return np.load(place)
 
 

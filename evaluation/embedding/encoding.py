@@ -16,13 +16,12 @@ from datasets import Dataset, Image
 from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.types import PromptType
-from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from evaluation.embedding.fingerprint import fingerprint
 from evaluation.embedding.store import EmbeddingStore, content_key
-from evaluation.media import StoredFrames
+from evaluation.media import StoredFrames, read_image
 
 _BATCHES_PER_CALL = 16  # media of that many batches are decoded, and written as one shard; ST sorts within one call
 _FULL_WIDTH = 2**31 - 1
@@ -141,8 +140,7 @@ def _as_input(record: dict[str, Any]) -> dict[str, Any] | str:
     """A row as SentenceTransformer input: `{"image": ..., "text": ...}` in that order, absent parts left out."""
     inputs: dict[str, Any] = {}
     if record.get("image"):
-        picture: PILImage.Image = Image().decode_example(record["image"])
-        inputs["image"] = picture.convert("RGB")
+        inputs["image"] = read_image(record["image"].get("bytes") or record["image"]["path"])
     if record.get("video"):
         inputs["video"] = StoredFrames(tuple(record["video"])).as_video()
     if not inputs:

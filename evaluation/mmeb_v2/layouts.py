@@ -1,6 +1,6 @@
 """Synthetic copies of the 78 data sets in the layout of the real ones: their columns, folders and names, tiny media.
 
-The tests write a few rows and break some of them; `evaluation.rehearse` writes as many rows as the real sets have.
+The tests write a few rows and break some of them; `evaluation.dry_run` writes as many rows as the real sets have.
 Media are one small picture each, made different by bytes behind its end, which decoders ignore: thousands of distinct
 files cost no encoding.
 """

@@ -13,8 +13,9 @@ from typing import Any
 import mteb
 import numpy as np
 
+from evaluation.atomic_write import read_json
 from evaluation.mmeb_v2 import GROUPS, MMEB_V2
-from evaluation.whole_files import SAVING, read_json
+from evaluation.result_cache import SAVING
 
 OVERALL = "All"
 MODALITIES = ("image", "video", "visdoc")

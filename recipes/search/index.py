@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
+from evaluation.atomic_write import atomic_write
 from evaluation.embedding.fingerprint import fingerprint
 from recipes.search.folder import Item, Source, items_of, list_sources, root_of
 from recipes.search.store import LanceStore, Store
@@ -76,7 +76,7 @@ def open_index(
             "dimension": int(probe.shape[1]),
             "half": half,
         }
-        write_whole(path, json.dumps(settings, indent=2))
+        atomic_write(path, json.dumps(settings, indent=2))
     settings = json.loads(path.read_text())
     if settings["model"] != identity:
         raise ValueError(
@@ -210,13 +210,6 @@ def thumbnail(value: Any, model: SentenceTransformer, longest: int = 256) -> byt
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return buffer.getvalue()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever reads half of it."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def test_any_saved_sentence_transformer_is_loaded_by_name(backbone, tmp_path):
 
 def test_the_command_line_scores_resumes_and_reports(clip_folder, tmp_path, capsys):
     words = ["--model", f"open_clip:local-dir:{clip_folder}", "--name", "test/clip", "--suite", "mini"]
-    words += ["--subset", "I-VG", "V-CLS", "--split", "validation", "--output", str(tmp_path), "--device", "cpu"]
+    words += ["--subset", "I-VG", "V-CLS", "--split", "validation", "--output_dir", str(tmp_path), "--device", "cpu"]
     main([*words, "--report", "--sheets"])
     shown = capsys.readouterr().out
     assert "mini-1.I-VG.validation: split mini-1/validation, 100 queries, chance 12.5" in shown
@@ -177,13 +177,13 @@ def test_a_sweep_over_embedding_sizes_encodes_once_and_draws_a_curve(clip_folder
 
     monkeypatch.setattr(OpenClip, "preprocess", count)
     words = ["--model", f"open_clip:local-dir:{clip_folder}", "--name", "test/clip", "--subset", "VisDoc"]
-    words += ["--split", "validation", "--output", str(tmp_path), "--device", "cpu"]
-    main([*words, "--truncate-dims", "4,16", "--report"])
+    words += ["--split", "validation", "--output_dir", str(tmp_path), "--device", "cpu"]
+    main([*words, "--truncate_dims", "4,16", "--report"])
     shown = capsys.readouterr().out
     assert "first 4 numbers of the embedding:" in shown and "first 16 numbers" in shown
     assert sum(encoded) == 200, "100 queries and 100 pages, once for both sizes"
     small, whole = (float(line.split()[0]) for line in shown.splitlines() if "plain mean" in line)
-    main([*words, "--output", str(tmp_path / "whole")])
+    main([*words, "--output_dir", str(tmp_path / "whole")])
     assert float(capsys.readouterr().out.splitlines()[-1].split()[0]) == whole != small
     text = (tmp_path / "report/report.md").read_text()
     assert "## Embedding size" in text and f"| 4 | {small} (1 of 9) ±" in text and f"| 16 | {whole} (1 of 9) ±" in text
@@ -192,10 +192,10 @@ def test_a_sweep_over_embedding_sizes_encodes_once_and_draws_a_curve(clip_folder
     stored = {path.parent for path in tmp_path.rglob("mini-1.*.json")} - {tmp_path / "whole"}
     assert any(path.parts[-2:] == ("experiments", "truncate_dim_4") for path in stored)
     with pytest.raises(ValueError, match="asks for 17 numbers, but the embeddings have 16"):
-        main([*words, "--truncate-dims", "4,17"])
+        main([*words, "--truncate_dims", "4,17"])
     for wrong in ("0", "4,x", ""):
         with pytest.raises(SystemExit):
-            parse([*words, "--truncate-dims", wrong])
+            parse([*words, "--truncate_dims", wrong])
     with pytest.raises(SystemExit):
         parse([*words, "--revision", "CIRR"])
 
@@ -213,7 +213,7 @@ def test_a_pool_of_processes_gives_the_same_embeddings(backbone):
 
 
 def test_a_text_model_is_refused_by_a_task_with_pictures(backbone, tmp_path):
-    words = ["--model", str(backbone), "--pooling", "mean", "--subset", "VisDoc", "--output", str(tmp_path)]
+    words = ["--model", str(backbone), "--pooling", "mean", "--subset", "VisDoc", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="not support"):
         main([*words, "--device", "cpu"])
     assert not list(tmp_path.rglob("mini-1*.json"))
@@ -256,7 +256,7 @@ def test_mmeb_v2_from_the_command_line_ends_in_a_leaderboard_file_that_says_it_i
         data = write(rows[name]).root
     words = ["--model", f"open_clip:local-dir:{clip_folder}", "--name", "test/clip", "--suite", "mmeb-v2", "--offline"]
     words += ["--data", str(data), "--subset", "CIRR", "MSVD", "ViDoSeek-page", "--device", "cpu", "--report"]
-    main([*words, "--output", str(tmp_path / "out")])
+    main([*words, "--output_dir", str(tmp_path / "out")])
     shown = capsys.readouterr().out
     assert "MMEB-V2.vlm2vec.CIRR: protocol vlm2vec, split page-fixed, 5 queries, 4 broken rows left out" in shown
     text = (tmp_path / "out/report/report.md").read_text()

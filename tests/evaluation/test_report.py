@@ -50,7 +50,7 @@ def test_models_stand_side_by_side_with_intervals_and_provenance(run, tmp_path):
     (folder / RUN_FILE).write_text(json.dumps([record]))
     models = read_results([folder])
     assert [model.name for model in models] == ["test/oracle", "test/random"]
-    main([str(folder), "--output", str(tmp_path / "report")])
+    main([str(folder), "--output_dir", str(tmp_path / "report")])
     text = (tmp_path / "report/report.md").read_text()
     assert "split `mini-1/test`" in text
     assert "| All | 100.0 (2 of 9) ± 0.0 |" in text and "| I-QA | - | - |" in text
@@ -127,7 +127,7 @@ def test_two_protocols_are_not_compared_and_each_has_a_report(tmp_path, write, o
     assert [model.protocol for model in read_results([tmp_path / "results"])] == ["btoks", "vlm2vec"]
     with pytest.raises(ValueError, match="protocols .*not comparable.*--protocol"):
         write_report([tmp_path / "results"], tmp_path / "report")
-    main([str(tmp_path / "results"), "--output", str(tmp_path / "report"), "--protocol", "btoks"])
+    main([str(tmp_path / "results"), "--output_dir", str(tmp_path / "report"), "--protocol", "btoks"])
     text = (tmp_path / "report/report.md").read_text()
     assert (
         "# Results on split `page-fixed`, protocol `btoks`" in text and "split `page-fixed`, protocol `btoks`" in text

@@ -44,7 +44,7 @@ def test_vidore_v3_runs_with_a_btok_checkpoint_and_reaches_the_report(qwen, tmp_
     name = task.metadata.name
     write_vidore3(tmp_path / "data" / task.metadata.dataset["path"], task.hf_subsets)
     words = ["--model", str(tmp_path / "model"), "--suite", "mteb:ViDoRe(v3)", "--subset", name, "--device", "cpu"]
-    main([*words, "--data", str(tmp_path / "data"), "--output", str(tmp_path / "results"), "--report"])
+    main([*words, "--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "results"), "--report"])
     assert name in capsys.readouterr().out
     [model] = read_results([tmp_path / "results"])
     score = model.scores[name]
@@ -53,7 +53,7 @@ def test_vidore_v3_runs_with_a_btok_checkpoint_and_reaches_the_report(qwen, tmp_
     text = (tmp_path / "results/report/report.md").read_text()
     assert "| All | " in text and "(1 of 10) |" in text, "nine tasks are missing, and that is said"
     assert f"| {name} | DocumentUnderstanding | ndcg_at_10 | - | - | {100 * score.value:.1f} |" in text
-    report([str(tmp_path / "results"), "--output", str(tmp_path / "other")])
+    report([str(tmp_path / "results"), "--output_dir", str(tmp_path / "other")])
     assert "(1 of 10)" not in (tmp_path / "other/report.md").read_text(), (
         "which benchmark was meant is not known there"
     )

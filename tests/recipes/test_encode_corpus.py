@@ -22,6 +22,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from sentence_transformers.util import quantize_embeddings
 
+from evaluation.atomic_write import atomic_write
 from recipes import encode_corpus
 from recipes.data.corpus import open_corpus
 from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
@@ -365,8 +366,8 @@ def test_two_processes_share_a_folder(folders, qwen):
 def test_of_two_jobs_with_other_settings_in_a_folder_the_first_wins(tmp_path):
     """Both see no manifest; whoever comes second finds the first's, and refuses."""
     place = tmp_path / "corpus.json"
-    encode_corpus.write_whole(place, lambda path: path.write_text("first"), may_replace=False)
-    encode_corpus.write_whole(place, lambda path: path.write_text("second"), may_replace=False)
+    atomic_write(place, lambda path: path.write_text("first"), replace=False)
+    atomic_write(place, lambda path: path.write_text("second"), replace=False)
     assert place.read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["corpus.json"]
 
 

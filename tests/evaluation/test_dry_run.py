@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from evaluation.dry_run import main
 from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.mmeb_v2.image import load_image
 from evaluation.mmeb_v2.layouts import FullSize
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.mmeb_v2.video import load_video
 from evaluation.mmeb_v2.visdoc import load_visdoc
-from evaluation.rehearse import main
 
 FAMILIES = {row.family: row for row in reversed(MMEB_V2)}
 LOADERS = {"image": load_image, "video": load_video, "visdoc": load_visdoc}
@@ -26,10 +26,10 @@ def test_every_row_of_a_synthetic_data_set_is_good(family, tmp_path):
 
 
 def test_the_table_has_what_each_data_set_took(tmp_path, capsys):
-    words = ["--fraction", "0.004", "--subset", "RefCOCO", "Video-MME", "ViDoRe_docvqa", "--output", str(tmp_path)]
+    words = ["--fraction", "0.004", "--subset", "RefCOCO", "Video-MME", "ViDoRe_docvqa", "--output_dir", str(tmp_path)]
     main(words)
     shown = capsys.readouterr().out
-    assert shown.startswith("`python -m evaluation.rehearse --fraction 0.004 --subset RefCOCO")
+    assert shown.startswith("`python -m evaluation.dry_run --fraction 0.004 --subset RefCOCO")
     for name, queries in (("RefCOCO", 4), ("Video-MME", 11), ("ViDoRe_docvqa", 2), ("all", 17)):
         assert f"| {name} | {queries} |" in shown
     assert "(3 of 78)" in (tmp_path / "report/report.md").read_text()

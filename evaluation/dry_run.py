@@ -1,7 +1,7 @@
 """The whole way of MMEB-V2 on synthetic data of the real size: load, encode, score, report, and what each set costs.
 
-    python -m evaluation.rehearse --fraction 0.1
-    python -m evaluation.rehearse --fraction 1 --subset MSCOCO_t2i NExTQA VATEX
+    python -m evaluation.dry_run --fraction 0.1
+    python -m evaluation.dry_run --fraction 1 --subset MSCOCO_t2i NExTQA VATEX
 
 No data set and no model are needed: every set is written in the layout of the real one (`mmeb_v2.layouts`), with its
 number of rows times the fraction and tiny media, and the encoder answers at once. What is left is our own time and
@@ -30,11 +30,12 @@ from sentence_transformers import SentenceTransformer
 
 from evaluation.dataset import PROTOCOLS, MMEBDataset, Protocol
 from evaluation.embedding.store import EmbeddingStore
+from evaluation.markdown import table
 from evaluation.mmeb_v2.layouts import FullSize
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.report import write_report
+from evaluation.result_cache import WholeResultCache
 from evaluation.task import mmeb_task, select_rows
-from evaluation.whole_files import WholeResultCache
 from evaluation.wrapping import wrap
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -88,7 +89,7 @@ class Cost:
         self.seconds[name] = time.process_time() - start
 
 
-def rehearse(row: MMEBDataset, fraction: float, output: Path, model: SentenceTransformer, protocol: Protocol) -> Cost:
+def dry_run(row: MMEBDataset, fraction: float, output: Path, model: SentenceTransformer, protocol: Protocol) -> Cost:
     """Take one data set the whole way.
 
     Args:
@@ -134,7 +135,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def table(costs: Sequence[Cost]) -> str:
+def cost_table(costs: Sequence[Cost]) -> str:
     """The costs as Markdown, one line a data set and their sum.
 
     Args:
@@ -145,7 +146,7 @@ def table(costs: Sequence[Cost]) -> str:
     """
     stages = ["write", "load", "encode and score"]
     head = ["data set", "queries", "corpus", *(f"{stage}, s" for stage in stages), "ms / query", "peak, MB"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for cost in costs:
         spent = cost.seconds["load"] + cost.seconds["encode and score"]
         numbers = [f"{cost.seconds[stage]:.2f}" for stage in stages]
@@ -154,13 +155,13 @@ def table(costs: Sequence[Cost]) -> str:
     sums = [f"{sum(cost.seconds[stage] for cost in costs):.1f}" for stage in stages]
     queries, corpus = sum(cost.queries for cost in costs), sum(cost.corpus for cost in costs)
     lines.append(["all", f"{queries:,}", f"{corpus:,}", *sums, "", f"{max(cost.peak for cost in costs):,.0f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(head, lines, numbers=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's first lines."""
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.rehearse",
+        prog="python -m evaluation.dry_run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--fraction", type=float, default=0.1, help="part of the real number of rows, in (0, 1] (default: 0.1)")
     add("--subset", nargs="+", help="data sets, groups or modalities (default: all 78)")
     add("--protocol", choices=PROTOCOLS, default="vlm2vec", help="whose rules (default: vlm2vec)")
-    add("--output", help="keep results and report in this folder (default: delete them)")
+    add("--output_dir", help="keep results and report in this folder (default: delete them)")
     options = parser.parse_args(arguments)
     if not 0 < options.fraction <= 1:
         parser.error(f"--fraction must be in (0, 1], got {options.fraction}")
@@ -177,15 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = SentenceTransformer(modules=[Instant()], device="cpu")
     costs = []
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(options.output or folder)
+        output = Path(options.output_dir or folder)
         for row in select_rows(options.subset):
-            costs.append(rehearse(row, options.fraction, output, model, options.protocol))
+            costs.append(dry_run(row, options.fraction, output, model, options.protocol))
             print(f"{costs[-1].name}: {costs[-1].seconds}, {costs[-1].peak:,.0f} MB", file=sys.stderr, flush=True)
         start = time.process_time()
         reset_peak()
         write_report([output], output / "report", protocol=options.protocol)
         report = f"Report: {time.process_time() - start:.1f} s, {peak_memory():,.0f} MB."
-    print(f"`{shlex.join(['python', '-m', 'evaluation.rehearse', *words])}`\n\n{table(costs)}\n\n{report}")
+    print(f"`{shlex.join(['python', '-m', 'evaluation.dry_run', *words])}`\n\n{cost_table(costs)}\n\n{report}")
 
 
 if __name__ == "__main__":

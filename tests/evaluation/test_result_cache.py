@@ -10,11 +10,12 @@ import mteb
 import pytest
 from mteb.results import TaskResult
 
+from evaluation.atomic_write import atomic_write
 from evaluation.mini import mini_benchmark
 from evaluation.report import RUN_FILE, read_runs
 from evaluation.reporting.scores import read_results
+from evaluation.result_cache import WholeResultCache
 from evaluation.run import parse, record_run
-from evaluation.whole_files import WholeResultCache, write_whole
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_a_torn_record_of_runs_starts_anew(tmp_path, caplog):
 
 def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
     file = tmp_path / "run.json"
-    write_whole(file, "old")
+    atomic_write(file, "old")
 
     def killed(self, target):
         raise KeyboardInterrupt
@@ -95,5 +96,5 @@ def test_a_text_is_replaced_as_a_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            write_whole(file, "new")
+            atomic_write(file, "new")
     assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["run.json"]

@@ -1,4 +1,4 @@
-"""Result files that are whole or not there: written beside their place and renamed, and set aside where they are torn.
+"""mteb's cache of results with files that are whole or not there.
 
 mteb writes a result in place, so a full disk or a killed job leaves half a file, and every later run then ends in the
 traceback of its JSON reader. Here such a file is renamed to `<name>.torn` with a message, and scored again.
@@ -6,12 +6,8 @@ traceback of its JSON reader. Here such a file is renamed to `<name>.torn` with 
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,51 +15,10 @@ from mteb import ResultCache
 from mteb.models import ModelMeta
 from mteb.results import TaskResult
 
-logger = logging.getLogger(__name__)
+from evaluation.atomic_write import set_aside, to_disk
 
 SAVING = ".saving-"
 """Start of the name of a folder in which a result is being written."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old one or the new one, never a part.
-
-    Args:
-        path: Its place; the folder exists.
-        text: Its content.
-    """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        _to_disk(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; a torn one is set aside.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content, `None` where there is no file or it was torn.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also bytes that are no UTF-8
-        set_aside(path, error)
-        return None
-
-
-def set_aside(path: Path, error: Exception) -> None:
-    """Rename a torn file to `<name>.torn` and say so; nothing reads it there."""
-    torn = path.with_name(f"{path.name}.torn")
-    path.replace(torn)
-    logger.warning("%s was torn while it was written (%s); it now is %s and is made again", path, error, torn.name)
 
 
 class WholeResultCache(ResultCache):
@@ -97,7 +52,7 @@ class WholeResultCache(ResultCache):
                 shutil.copy(settings, staged.parent)
             staging.save_to_cache(task_result, model_name, model_revision, encode_kwargs=encode_kwargs)
             for file in sorted(staged.parent.iterdir(), key=lambda file: file == staged):
-                _to_disk(file)
+                to_disk(file)
                 file.replace(place.with_name(file.name))
 
     def load_task_result(
@@ -129,9 +84,3 @@ class WholeResultCache(ResultCache):
         except ValueError as error:  # json's and pydantic's errors are ValueErrors
             set_aside(self.get_task_result_path(task_name, model_name, model_revision, False, experiment_name), error)
             return None
-
-
-def _to_disk(path: Path) -> None:
-    """Or a power cut could leave the new name without the content."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
