@@ -96,7 +96,7 @@ gpu: setup
 	$(BIN)/python -m pytest tests/gpu -m gpu -rs
 
 pretrain: setup
-	$(BIN)/python -m recipes.pretrain
+	$(BIN)/python -m recipes.research.pretrain
 
 # A small environment of its own: the site is made from the sources' text, without importing them.
 DOCS := .venv-docs

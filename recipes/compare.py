@@ -1,4 +1,4 @@
-"""Do bottleneck tokens help on your own data? Twins trained on the same pairs, compared query by query.
+"""Do bottleneck tokens help on your own data? Variants trained on the same pairs, compared query by query.
 
     python -m recipes.compare --data pairs.jsonl --backbone Qwen/Qwen2-VL-2B-Instruct --output comparison
     python -m recipes.compare --data pairs.jsonl --backbone X --poolings btok btok:condensation_weight=0 lasttoken \
@@ -29,11 +29,12 @@ from datasets import DatasetDict
 from transformers import HfArgumentParser
 
 from recipes.data.holdout import hold_out
-from recipes.data.training_pairs import Source, content_key
+from recipes.data.searches import Search, searches_of
+from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
-from recipes.paired import Run, Search, draw, table
-from recipes.restarts import identity_of, only_training_in
-from recipes.twins import Twin, TwinSettings, quiet, train_twin
+from recipes.research.significance import Run, draw, table
+from recipes.research.variants import Variant, VariantSettings, quiet, train_variant
+from recipes.training.resume import identity_of, only_training_in
 
 CALIBRATION = 8  # steps; the median of their times decides how many fit the baseline's time
 
@@ -78,35 +79,7 @@ class CompareConfig:
         if self.baseline not in self.poolings:
             raise ValueError(f"--baseline {self.baseline} must be one of --poolings {self.poolings}.")
         for text in self.poolings:
-            Twin.parse(text)
-
-
-def searches_of(source: Source, batch_size: int) -> list[Search]:
-    """Search of the positives by the queries and the other way round; equal contents are one document.
-
-    Args:
-        source: Held-out pairs.
-        batch_size: Inputs per forward pass.
-
-    Returns:
-        Two searches.
-    """
-    found = []
-    for asked, sought in (("query", "positive"), ("positive", "query")):
-        queries: dict[str, int] = {}
-        documents: dict[str, int] = {}
-        relevant: dict[str, set[str]] = {}
-        for row, record in enumerate(source.pairs):
-            query, document = content_key(record[asked]), content_key(record[sought])
-            queries.setdefault(query, row)
-            documents.setdefault(document, row)
-            relevant.setdefault(query, set()).add(document)
-        place = {document: number for number, document in enumerate(documents)}
-        right = [{place[document] for document in relevant[query]} for query in queries]
-        name = f"{source.name}: {asked} → {sought}"
-        places = ([(row, asked) for row in queries.values()], [(row, sought) for row in documents.values()])
-        found.append(Search(name, *places, right, lambda part: [source.read(*place) for place in part], batch_size))
-    return found
+            Variant.parse(text)
 
 
 def compare(config: CompareConfig) -> str:
@@ -152,7 +125,7 @@ def run_all(config: CompareConfig, training: Sequence[Source], searches: Sequenc
     data = DatasetDict({source.name: source.dataset() for source in training})
     same = ("backbone", "steps", "batch_size", "mini_batch_size", "learning_rate", "tuning", "device", "bf16")
     build = {"max_seq_length": config.max_seq_length, "model_kwargs": {"dtype": getattr(torch, config.dtype)}}
-    settings = TwinSettings(**{name: getattr(config, name) for name in same}, build=build)
+    settings = VariantSettings(**{name: getattr(config, name) for name in same}, build=build)
     steps = _steps(config, settings, data, known, path, key)
     runs = []
     wanted = [(seed, pooling) for seed in range(config.seeds) for pooling in config.poolings]
@@ -163,7 +136,7 @@ def run_all(config: CompareConfig, training: Sequence[Source], searches: Sequenc
             continue
         own = replace(settings, steps=steps[pooling])
         title = f"{pooling}, seed {seed} ({number} of {len(wanted)})"
-        model, run = train_twin(pooling, Twin.parse(pooling), own, seed, data, searches, title)
+        model, run = train_variant(pooling, Variant.parse(pooling), own, seed, data, searches, title)
         del model
         runs.append(run)
         _append(path, {"key": key, **run.to_json()})
@@ -180,7 +153,7 @@ _FREE = ("data", "backbone", "output", "poolings", "baseline", "seeds")
 
 
 def _steps(
-    config: CompareConfig, settings: TwinSettings, data: DatasetDict, known: list[dict], path: Path, key: str
+    config: CompareConfig, settings: VariantSettings, data: DatasetDict, known: list[dict], path: Path, key: str
 ) -> dict[str, int]:
     """Steps of each pooling: the same, or as many as fit the time of the baseline's."""
     if config.equal == "steps":
@@ -189,7 +162,7 @@ def _steps(
     for pooling in config.poolings:
         if pooling not in pace:
             short = replace(settings, steps=CALIBRATION)
-            _, run = train_twin(pooling, Twin.parse(pooling), short, 0, data, [], f"{pooling}: pace")
+            _, run = train_variant(pooling, Variant.parse(pooling), short, 0, data, [], f"{pooling}: pace")
             pace[pooling] = run.step_seconds
             _append(path, {"key": key, "pooling": pooling, "pace": run.step_seconds})
     return {

@@ -27,9 +27,10 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
-from recipes.paired import Run, Search, draw, table
+from recipes.data.searches import Search
+from recipes.research.significance import Run, draw, table
+from recipes.research.variants import Variant, VariantSettings, quiet, train_variant
 from recipes.toy import pairs, scenes
-from recipes.twins import Twin, TwinSettings, quiet, train_twin
 
 # Runs in a fresh process in another folder: the saved model must need nothing but sentence-transformers.
 PLAIN = """
@@ -53,27 +54,29 @@ class QuickstartConfig:
     learning_rate: float = 5e-4
     split: str = "test"
     max_candidates: int | None = None
-    twins: list[str] = field(default_factory=lambda: ["last token", "BToks"])  # of TWINS; the first is the baseline
+    variants: list[str] = field(
+        default_factory=lambda: ["last token", "BToks"]
+    )  # of VARIANTS; the first is the baseline
 
     def __post_init__(self) -> None:
         """Refuse names that mean nothing before anything is trained."""
-        if unknown := [name for name in self.twins if name not in TWINS]:
-            raise ValueError(f"twins must be of {list(TWINS)}, got {unknown}.")
-        if all(TWINS[name].pooling != "btok" for name in self.twins):
-            raise ValueError(f"one of the twins must have BToks, whose model is kept, got {self.twins}.")
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"variants must be of {list(VARIANTS)}, got {unknown}.")
+        if all(VARIANTS[name].pooling != "btok" for name in self.variants):
+            raise ValueError(f"one of the variants must have BToks, whose model is kept, got {self.variants}.")
 
 
 # The rows of the BToks start the same in every run.
-TWINS = {
-    "last token": Twin("lasttoken"),
-    "BToks": Twin("btok", {"seed": 0}),
-    "BToks, no term": Twin("btok", {"seed": 0, "condensation_weight": 0}),
+VARIANTS = {
+    "last token": Variant("lasttoken"),
+    "BToks": Variant("btok", {"seed": 0}),
+    "BToks, no term": Variant("btok", {"seed": 0, "condensation_weight": 0}),
 }
 
 
-def settings_of(config: QuickstartConfig) -> TwinSettings:
+def settings_of(config: QuickstartConfig) -> VariantSettings:
     """What both models share."""
-    return TwinSettings(
+    return VariantSettings(
         config.backbone,
         config.steps,
         config.batch_size,
@@ -90,12 +93,12 @@ def train_all(config: QuickstartConfig, searches: Sequence[Search]) -> tuple[Sen
     runs, kept = [], None
     for seed in range(config.seeds):
         data = pairs.train_dataset(config.steps * config.batch_size // 2, seed)
-        for name in config.twins:
+        for name in config.variants:
             title = f"   {name}, seed {seed}"
-            model, run = train_twin(name, TWINS[name], settings_of(config), seed, data, searches, title)
+            model, run = train_variant(name, VARIANTS[name], settings_of(config), seed, data, searches, title)
             runs.append(run)
             print(f"{title}: {run.summary()}", flush=True)
-            if kept is None and TWINS[name].pooling == "btok":
+            if kept is None and VARIANTS[name].pooling == "btok":
                 kept = model
     return kept, runs
 
@@ -152,7 +155,7 @@ def main() -> None:
     searches = pairs.searches(config.split, size)
     print(f"1. Train on pairs from {len(scenes.words('train'))} words; score on {size} others.", flush=True)
     model, runs = train_all(config, searches)
-    text = table(runs, config.twins[0], {search.name: len(search.documents) for search in searches})
+    text = table(runs, config.variants[0], {search.name: len(search.documents) for search in searches})
     print(f"\n{size} held-out words, captions among {2 * size} candidates (each word in two inks):\n\n{text}\n")
     print(f"2. Save {output}/ and load it with plain sentence-transformers, in a process without st_btok.")
     # sentence-transformers 6.2 takes pictures for texts where a column holds dicts, and then writes no model card

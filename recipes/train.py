@@ -4,18 +4,18 @@
     accelerate launch -m recipes.train --preset qwen2-vl-2b --mmeb_root data --output_dir out
     python -m recipes.train --preset qwen2-vl-2b --mmeb_root data --output_dir out --learning_rate 1e-4 --resume
 
-`--help` shows the settings (`settings.py`): ours first, then every training argument of sentence-transformers. A
-preset (`presets.py`) sets the authors' values; what the command line gives wins over it. Formats of your own pairs:
-`user_data.py`; folders of the MMEB-V2 mix: `mmeb_train.py`.
+`--help` shows the settings (`training/settings.py`): ours first, then every training argument of
+sentence-transformers. A preset (`training/presets.py`) sets the authors' values; what the command line gives wins over
+it. Formats of your own pairs: `data/user_data.py`; folders of the MMEB-V2 mix: `data/mmeb_train.py`.
 
 1. Reads and checks the data. Broken rows are counted, listed in `<output_dir>/skipped_rows.jsonl` and left out, or are
    an error (`--on_error raise`).
-   With `--stream` rows are read and checked while training instead (`streaming.py`): for corpora that don't fit.
+   With `--stream` rows are read and checked while training instead (`data/streaming.py`): for corpora that don't fit.
 2. Holds out validation rows that share no content with the rest (`--validation_size`); test sets are never read.
 3. Mines hard negatives if asked to (`--hard_negatives mine --miner MODEL`).
 4. Builds the model, with LoRA or DoRA (`--tuning`), and trains it with checkpoints, progress bar and evaluation
    of the held-out rows in both directions, before and after training and in between (`--eval_strategy steps`), written
-   to `<output_dir>/validation.jsonl`; `--resume` goes on from the newest whole checkpoint (`restarts.py`).
+   to `<output_dir>/validation.jsonl`; `--resume` goes on from the newest whole checkpoint (`training/resume.py`).
 5. Writes `<output_dir>/model`, which plain `SentenceTransformer` loads, with a model card (data, settings, scores).
 """
 
@@ -47,9 +47,9 @@ from recipes.data.streaming import open_streams
 from recipes.data.training_card import describe_data, write_card, write_skipped
 from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
-from recipes.restarts import check_identity, identity_of, newest_complete, only_training_in, write_identity
-from recipes.settings import TrainConfig, parse
-from recipes.validation import WriteScores
+from recipes.training.resume import check_identity, identity_of, newest_complete, only_training_in, write_identity
+from recipes.training.settings import TrainConfig, parse
+from recipes.training.validation import WriteScores
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import HfArgumentParser
 
-from recipes.restarts import only_training_in
+from recipes.research.variants import quiet
 from recipes.study import report
 from recipes.study.arms import BASELINE
 from recipes.study.costs import Costs
@@ -30,7 +30,7 @@ from recipes.study.inputs import backbone_folder
 from recipes.study.jobs import Job, made
 from recipes.study.runs import Log, Wanted, best_rate, mean_reciprocal_ranks
 from recipes.study.settings import StudyConfig
-from recipes.twins import quiet
+from recipes.training.resume import only_training_in
 
 
 class Study:

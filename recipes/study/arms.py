@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from recipes.twins import Twin
+from recipes.research.variants import Variant
 
 BASELINE = "last token"
 
@@ -14,23 +14,23 @@ class Arm:
     """One way to train an embedder.
 
     Args:
-        twin: The model and its loss, as on the command line of `recipes.compare`.
+        variant: The model and its loss, as on the command line of `recipes.compare`.
         question: What it answers.
         term_first: Share of the steps that train the term alone, before the ranking begins.
         unlabelled: Whether these steps read documents without queries, each generated from its own BToks.
     """
 
-    twin: str
+    variant: str
     question: str
     term_first: float = 0.0
     unlabelled: bool = False
 
-    def build(self, steps: int) -> Twin:
-        """The twin for a training of so many steps."""
-        twin = Twin.parse(self.twin)
+    def build(self, steps: int) -> Variant:
+        """The variant for a training of so many steps."""
+        variant = Variant.parse(self.variant)
         if self.term_first and not self.unlabelled:
-            return replace(twin, options={**twin.options, "condensation_warmup": self.first_steps(steps)})
-        return twin
+            return replace(variant, options={**variant.options, "condensation_warmup": self.first_steps(steps)})
+        return variant
 
     def first_steps(self, steps: int) -> int:
         """Steps of the first phase."""
@@ -39,8 +39,8 @@ class Arm:
     @property
     def term(self) -> bool:
         """Whether it trains the condensation term."""
-        twin = Twin.parse(self.twin)
-        return twin.pooling == "btok" and twin.options.get("condensation_weight", 0.2) > 0
+        variant = Variant.parse(self.variant)
+        return variant.pooling == "btok" and variant.options.get("condensation_weight", 0.2) > 0
 
 
 # Rows that start as the end-of-turn token, which was the default of `build_model` when most arms were run.

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipes.research.variants import VariantSettings, build_variant, fit_variant
 from recipes.study.arms import ARMS, BASELINE
 from recipes.study.inputs import Corpus
 from recipes.study.runs import Log, Wanted, unlabelled_loss
-from recipes.twins import TwinSettings, build_twin, fit_twin
 
 TIMED_STEPS = 3  # after one that is not counted
 SAME_COST = 0.05  # an arm whose step costs within 5 % of the baseline's needs no run of its own at equal time
@@ -53,7 +53,7 @@ class Costs:
         return None if ratio is None or abs(ratio - 1) <= SAME_COST else max(2, round(wanted.steps / ratio))
 
     def measure(
-        self, backbone: str, corpus: Corpus, arms: Sequence[str], settings: TwinSettings, rounds: int
+        self, backbone: str, corpus: Corpus, arms: Sequence[str], settings: VariantSettings, rounds: int
     ) -> Iterator[str]:
         """Time what is not timed yet, every arm once a round.
 
@@ -79,17 +79,17 @@ class Costs:
                 yield f"{backbone}, {_kind(corpus.name)}, {arm}: {seconds:.2f} s a step (round {number})"
 
 
-def _seconds_a_step(name: str, settings: TwinSettings, corpus: Corpus) -> float:
+def _seconds_a_step(name: str, settings: VariantSettings, corpus: Corpus) -> float:
     """A step of both phases, each with its share. On the CPU of processor time, on a GPU of the clock."""
     arm = ARMS[name]
-    twin = arm.build(settings.steps)
-    model, loss = build_twin(twin, settings, 0)
+    variant = arm.build(settings.steps)
+    model, loss = build_variant(variant, settings, 0)
     parts = [(1 - arm.term_first if arm.unlabelled else 1.0, loss, corpus.train)]
     if arm.unlabelled:
         parts.append((arm.term_first, unlabelled_loss(model, settings.steps), corpus.unlabelled))
     seconds = 0.0
     for share, own, pairs in parts:
-        training = fit_twin(model, own, twin, settings, 0, pairs, f"{name}: cost")
+        training = fit_variant(model, own, variant, settings, 0, pairs, f"{name}: cost")
         clock = training.times if torch.cuda.is_available() else training.cpu_times
         seconds += share * float(np.median(np.diff(clock)[1:]))
     del model, loss, parts, own

@@ -12,10 +12,9 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import quantization_config
 
-from recipes.compare import searches_of
 from recipes.data.real import write_corpus
+from recipes.data.searches import Search, searches_of
 from recipes.data.user_data import load_user_data
-from recipes.paired import Search
 
 SHIPPED = "recipes/backbone"
 SEARCH_BATCH = 64

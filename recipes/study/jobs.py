@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from recipes.research.variants import VariantSettings, quiet
 from recipes.study.inputs import Corpus, backbone_folder, load_corpus
 from recipes.study.runs import Wanted, make_run
 from recipes.study.settings import StudyConfig
-from recipes.twins import TwinSettings, quiet
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Job:
         return f"{run.backbone}, {run.corpus}, {run.arm}, seed {run.seed}, {run.steps} steps at {run.rate:g}"
 
     @property
-    def settings(self) -> TwinSettings:
+    def settings(self) -> VariantSettings:
         """What it shares with the other arms."""
         config, folder = self.config, Path(self.config.to)
-        return TwinSettings(
+        return VariantSettings(
             backbone_folder(self.wanted.backbone, folder),
             self.wanted.steps,
             batch_size=self.wanted.batch_size,

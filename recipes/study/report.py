@@ -13,7 +13,7 @@ matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
 
-from recipes.paired import Difference, paired_difference
+from recipes.research.significance import Difference, paired_difference
 from recipes.study.arms import ARMS, BASELINE
 from recipes.study.costs import SAME_COST, Costs
 from recipes.study.runs import mean_reciprocal_ranks

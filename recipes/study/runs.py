@@ -14,11 +14,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
-from recipes.paired import Search
+from recipes.data.searches import Search
+from recipes.research.variants import Training, VariantSettings, build_variant, fit_variant
 from recipes.study.arms import ARMS
 from recipes.study.inputs import Corpus
 from recipes.study.probes import Conflict, information
-from recipes.twins import Training, TwinSettings, build_twin, fit_twin
 from st_btok import BTokLoss
 
 PROBE_ROWS = 16
@@ -81,7 +81,7 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
-def make_run(wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str) -> dict[str, Any]:
+def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: str) -> dict[str, Any]:
     """Train and score an arm.
 
     Args:
@@ -95,9 +95,9 @@ def make_run(wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str)
         losses, and what the probes found.
     """
     arm = ARMS[wanted.arm]
-    twin = arm.build(wanted.steps)
+    variant = arm.build(wanted.steps)
     own = replace(settings, steps=wanted.steps, learning_rate=wanted.rate, batch_size=wanted.batch_size)
-    model, loss = build_twin(twin, own, wanted.seed)
+    model, loss = build_variant(variant, own, wanted.seed)
     probe = _probe(corpus.searches["validation"])
     probed = wanted.steps and arm.term and not arm.term_first
     conflict = Conflict(loss, probe, _probed_steps(wanted.steps)) if probed else None
@@ -105,11 +105,13 @@ def make_run(wanted: Wanted, settings: TwinSettings, corpus: Corpus, title: str)
     if arm.unlabelled and wanted.steps:
         first = arm.first_steps(wanted.steps)
         phase, alone = replace(own, steps=first), unlabelled_loss(model, first)
-        trainings.append(fit_twin(model, alone, twin, phase, wanted.seed, corpus.unlabelled, f"{title}, first"))
+        trainings.append(fit_variant(model, alone, variant, phase, wanted.seed, corpus.unlabelled, f"{title}, first"))
         own = replace(own, steps=wanted.steps - first)
     followers: list[TrainerCallback] = [conflict] if conflict else []
     if wanted.steps:
-        trainings.append(fit_twin(model, loss, twin, own, wanted.seed, corpus.train, title, lambda _: list(followers)))
+        trainings.append(
+            fit_variant(model, loss, variant, own, wanted.seed, corpus.train, title, lambda _: list(followers))
+        )
     log = trainings[-1].log if trainings else []
     ranks = {search.name: list(map(int, search.ranks(model))) for search in corpus.searches[wanted.split]}
     line = {

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Image, Value
 from PIL import Image as PILImage
 
-from recipes.paired import Search
+from recipes.data.searches import Search
 from recipes.toy import scenes
 
 

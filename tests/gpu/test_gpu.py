@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
-from recipes.benchmark_step import BenchmarkConfig, make_step
-from recipes.benchmark_step import backbone as backbone_of
-from recipes.benchmark_step import batch as batch_of
+from recipes.bench.step import BenchmarkConfig, make_step
+from recipes.bench.step import backbone as backbone_of
+from recipes.bench.step import batch as batch_of
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 from tests.backbones import build, picture
 from tests.gpu.sharding import one_process, sharded
@@ -70,7 +70,7 @@ def step(loss, batch, dtype=None):
 
 # What is timed comes first, so that it can be run alone.
 def test_step_benchmark(rows):
-    """Times of a step of every way in `recipes.benchmark step`, on the device."""
+    """Times of a step of every way in `recipes.bench step`, on the device."""
     config = BenchmarkConfig(vocab_size=19_008)
     for way in ("mnrl", "btok", "in graph", "cached"):
         model = backbone_of(config, "qwen2_vl").cuda()

@@ -1,4 +1,4 @@
-"""The comparison end to end: the same batches for every twin, equal steps or time, going on after a kill."""
+"""The comparison end to end: the same batches for every variant, equal steps or time, going on after a kill."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from recipes import compare as recipe
-from recipes import twins
 from recipes.compare import CompareConfig, compare
-from recipes.paired import Run
-from recipes.twins import Twin
+from recipes.research import variants
+from recipes.research.significance import Run
+from recipes.research.variants import Variant
 from st_btok.model_parts import find_btoks
 from tests.backbones import build
 
@@ -45,10 +45,10 @@ def config(folder, output, **options):
     )
 
 
-def test_twins_see_the_same_batches_and_a_second_call_trains_nothing(folder, tmp_path, monkeypatch, capsys):
+def test_variants_see_the_same_batches_and_a_second_call_trains_nothing(folder, tmp_path, monkeypatch, capsys):
     seen, losses = {}, []
 
-    class Watch(twins.SentenceTransformerTrainer):
+    class Watch(variants.SentenceTransformerTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             rows = [column.tolist() for name, column in inputs.items() if name.endswith("input_ids")]
             seen.setdefault(self.loss.__class__.__name__, []).append(np.array(rows[0]).shape[0])
@@ -63,7 +63,7 @@ def test_twins_see_the_same_batches_and_a_second_call_trains_nothing(folder, tmp
             seen.setdefault("texts", []).extend(texts)
             return batches, count
 
-    monkeypatch.setattr(twins, "SentenceTransformerTrainer", Watch)
+    monkeypatch.setattr(variants, "SentenceTransformerTrainer", Watch)
     options = config(folder, tmp_path / "out")
     text = compare(options)
     wording = [[line.split("number")[-1].split()[0] for line in batch] for batch in seen["texts"]]
@@ -85,16 +85,16 @@ def test_twins_see_the_same_batches_and_a_second_call_trains_nothing(folder, tmp
     assert len(losses) - steps == 9, "lasttoken of seed 1 and two of mean"
 
 
-def test_equal_time_gives_a_slower_twin_fewer_steps(folder, tmp_path, monkeypatch):
+def test_equal_time_gives_a_slower_variant_fewer_steps(folder, tmp_path, monkeypatch):
     pace = {"btok": 0.2, "lasttoken": 0.1}
     made = []
 
-    def train(name, twin, settings, seed, data, searches, title=""):
+    def train(name, variant, settings, seed, data, searches, title=""):
         made.append((name, settings.steps))
         ranks = {search.name: np.ones(len(search.queries), int) for search in searches}
         return None, Run(name, seed, ranks, ranks, settings.steps, pace[name], 1.0, [{"step": 1, "loss": 1.0}])
 
-    monkeypatch.setattr(recipe, "train_twin", train)
+    monkeypatch.setattr(recipe, "train_variant", train)
     compare(config(folder, tmp_path, equal="time", steps=20, seeds=1))
     assert made == [("btok", recipe.CALIBRATION), ("lasttoken", recipe.CALIBRATION), ("btok", 10), ("lasttoken", 20)]
     compare(config(folder, tmp_path, equal="time", steps=20, seeds=1))
@@ -107,14 +107,14 @@ def test_untrained_rows_stay_as_they_start(folder, tmp_path, tuning):
     data = datasets.DatasetDict(
         {"pairs": datasets.Dataset.from_json(str(folder / "pairs.jsonl"), cache_dir=str(tmp_path))}
     )
-    settings = twins.TwinSettings(
+    settings = variants.VariantSettings(
         str(folder / "backbone"), 2, batch_size=4, learning_rate=1e-2, tuning=tuning, device="cpu"
     )
     rows = {}
     for text in ("btok:train_btoks=false", "btok"):
-        twin = Twin.parse(text)
-        start, _ = twins.build_twin(twin, settings, 0)
-        model, _ = twins.train_twin(text, twin, settings, 0, data, [])
+        variant = Variant.parse(text)
+        start, _ = variants.build_variant(variant, settings, 0)
+        model, _ = variants.train_variant(text, variant, settings, 0, data, [])
         ids = find_btoks(model)[1]
         rows[text] = [embed(m[0].model.get_input_embeddings(), ids) for m in (start, model)]
         assert not np.allclose(start.encode("x"), model.encode("x"), atol=1e-3), "nothing trained"
@@ -126,12 +126,12 @@ def test_rows_can_learn_faster(folder, tmp_path):
     data = datasets.DatasetDict(
         {"pairs": datasets.Dataset.from_json(str(folder / "pairs.jsonl"), cache_dir=str(tmp_path))}
     )
-    settings = twins.TwinSettings(str(folder / "backbone"), 2, 4, learning_rate=1e-2, device="cpu")
+    settings = variants.VariantSettings(str(folder / "backbone"), 2, 4, learning_rate=1e-2, device="cpu")
     moved = {}
     for factor in (0, 1, 10):
-        twin = Twin.parse(f"btok:row_lr={factor}")
-        start, _ = twins.build_twin(twin, settings, 0)
-        model, _ = twins.train_twin("x", twin, settings, 0, data, [])
+        variant = Variant.parse(f"btok:row_lr={factor}")
+        start, _ = variants.build_variant(variant, settings, 0)
+        model, _ = variants.train_variant("x", variant, settings, 0, data, [])
         ids = find_btoks(model)[1]
         before, after = (embed(m[0].model.get_input_embeddings(), ids) for m in (start, model))
         moved[factor] = np.abs(after - before).max()
@@ -143,11 +143,13 @@ def embed(embeddings, ids):
         return embeddings(torch.tensor(ids)).numpy()
 
 
-def test_options_of_a_twin_reach_the_builder_and_the_loss(folder):
-    settings = twins.TwinSettings(str(folder / "backbone"), 1, device="cpu", tuning="lora")
-    model, loss = twins.build_twin(Twin.parse("btok:readout=last,num_btoks=1,condensation_weight=0"), settings, 0)
+def test_options_of_a_variant_reach_the_builder_and_the_loss(folder):
+    settings = variants.VariantSettings(str(folder / "backbone"), 1, device="cpu", tuning="lora")
+    model, loss = variants.build_variant(
+        Variant.parse("btok:readout=last,num_btoks=1,condensation_weight=0"), settings, 0
+    )
     assert loss.get_config_dict()["condensation_weight"] == 0 and len(loss.btoks) == 1 and len(model) == 3
-    plain, loss = twins.build_twin(Twin.parse("lasttoken:scale=20"), settings, 0)
+    plain, loss = variants.build_variant(Variant.parse("lasttoken:scale=20"), settings, 0)
     assert loss.scale == 20
     adapted = [
         {name.split(".lora_A")[0] for name, _ in m.named_parameters() if "lora_A" in name} for m in (model, plain)
@@ -163,7 +165,7 @@ def test_what_cannot_run_is_refused_first(folder, tmp_path):
     with pytest.raises(ValueError, match="pooling must be one of"):
         config(folder, tmp_path, poolings=["cls", "lasttoken"])
     with pytest.raises(ValueError, match="must be name=value"):
-        Twin.parse("btok:readout")
+        Variant.parse("btok:readout")
     with pytest.raises(ValueError, match="a batch needs 64 pairs of one data set, but pairs trains on 24"):
         compare(config(folder, tmp_path / "a", batch_size=64))
     with pytest.raises(ValueError, match="mean nothing to it"):

@@ -24,9 +24,9 @@ from sentence_transformers.util import quantize_embeddings
 
 from evaluation.atomic_write import atomic_write
 from recipes import encode_corpus
+from recipes.bench.crash_test import kill_often, same_shards, start
 from recipes.data.corpus import open_corpus
 from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
-from recipes.encode_kills import kill_often, same_shards, start
 from tests.backbones import picture
 from tests.mmeb_train_files import jpeg
 from tests.st_btok.inputs.test_images import png_header
@@ -343,7 +343,7 @@ def folders(tmp_path, qwen):
 
 @pytest.mark.parametrize("together", [1, 2])
 def test_killed_jobs_leave_what_an_unbroken_one_does(folders, qwen, together):
-    """Real processes, real kills at random times; 20 of them: `python -m recipes.encode_kills`.
+    """Real processes, real kills at random times; 20 of them: `python -m recipes.bench crash_test`.
 
     Each kill is due within an eighth of the work, so that one which a busy machine delays still finds its job running.
     """

@@ -31,7 +31,9 @@ def test_a_model_that_does_not_load_is_an_error(tmp_path):
         quickstart.plain_embeddings(tmp_path, ["a"])
 
 
-@pytest.mark.parametrize(("twins", "message"), [(["mean"], "twins must be of"), (["last token"], "must have BToks")])
-def test_twins_that_make_no_model_are_refused(twins, message):
+@pytest.mark.parametrize(
+    ("variants", "message"), [(["mean"], "variants must be of"), (["last token"], "must have BToks")]
+)
+def test_variants_that_make_no_model_are_refused(variants, message):
     with pytest.raises(ValueError, match=message):
-        quickstart.QuickstartConfig(twins=twins)
+        quickstart.QuickstartConfig(variants=variants)

@@ -13,8 +13,8 @@ from sentence_transformers import SentenceTransformer
 
 from recipes import train as recipe
 from recipes.data.mmeb_train_sources import MMEB_TRAIN
-from recipes.presets import PRESETS
 from recipes.train import TrainConfig, parse, train
+from recipes.training.presets import PRESETS
 from tests.backbones import build
 from tests.mmeb_train_files import jpeg, put, write_all
 

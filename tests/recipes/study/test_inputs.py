@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from recipes.research.variants import plain_model, template_of
 from recipes.study import inputs
 from recipes.study.inputs import backbone_folder
-from recipes.twins import plain_model, template_of
 from st_btok import build_model
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from recipes.research.variants import Variant, plain_model
 from recipes.study import jobs
 from recipes.study.__main__ import Study
 from recipes.study.arms import ARMS, BASELINE, HEADLINES
@@ -18,7 +19,6 @@ from recipes.study.jobs import Job
 from recipes.study.report import groups_of, table
 from recipes.study.runs import Log, Wanted, best_rate
 from recipes.study.settings import StudyConfig
-from recipes.twins import Twin, plain_model
 from tests.backbones import build
 
 
@@ -259,5 +259,5 @@ def test_without_steps_the_untrained_models_are_searched(folder, tmp_path):
     assert base["loss"] == [] and "untrained" in study.write()
 
 
-def test_twins_of_controls_reach_the_loss():
-    assert Twin.parse(ARMS["further token"].twin).options["condensation_btoks"] == 4
+def test_variants_of_controls_reach_the_loss():
+    assert Variant.parse(ARMS["further token"].variant).options["condensation_btoks"] == 4

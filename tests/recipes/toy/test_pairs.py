@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recipes.paired import measures
+from recipes.research.significance import measures
 from recipes.toy import pairs, scenes
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sentence_transformers import SentenceTransformerTrainingArguments
 from transformers import HfArgumentParser
 
-from recipes.presets import PRESETS
+from recipes.training.presets import PRESETS
 
 CHOICES = {
     "tuning": ("lora", "dora", "full"),

@@ -1,6 +1,6 @@
 """Kill a corpus job again and again and compare what it leaves with an unbroken run, bit by bit.
 
-    python -m recipes.encode_kills --kills 20
+    python -m recipes.bench crash_test --kills 20
 
 Each job is a process of its own that ends by SIGKILL at a random time: one in four while it starts, the others within
 what a few shards take after that; the next one goes on in the same folder. The last is left alone. With `--together 2`
@@ -25,8 +25,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import HfArgumentParser
 
-from recipes.benchmark_encode import load_model
-from recipes.benchmark_encode_scale import rows_of
+from recipes.bench.encode import load_model
+from recipes.bench.encode_scale import rows_of
 from recipes.data.corpus import open_corpus
 from recipes.encode_corpus import EncodeConfig, encode_shard, plan
 

@@ -1,19 +1,19 @@
 """What a comparison measures and how sure it is: ranks of every query, paired differences, table, figure.
 
-Every twin answers the same queries after training on the same pairs with the same seeds, so the difference of two
-twins is formed query by query and seed by seed, D (seeds, queries), and then averaged. Its 95 % interval holds for new
-seeds and new queries alike: with m_s the mean of seed s and m_q that of query q,
+Every variant answers the same queries after training on the same pairs with the same seeds, so the difference of two
+variants is formed query by query and seed by seed, D (seeds, queries), and then averaged. Its 95 % interval holds for
+new seeds and new queries alike: with m_s the mean of seed s and m_q that of query q,
 
     SE^2 = var(m_s) / S + var(m_q) / Q,    interval = mean ± t * SE,
 
 t for Satterthwaite's degrees of freedom. A percentile bootstrap over three seeds is too narrow: it resamples a
-variance that three numbers underestimate, and knows nothing of the t distribution (`tests/recipes/test_paired.py`
-measures both). With one seed the interval is over queries alone, and the table says so.
+variance that three numbers underestimate, and knows nothing of the t distribution (`test_significance.py` measures
+both). With one seed the interval is over queries alone, and the table says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,47 +21,6 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from scipy import stats
-from sentence_transformers import SentenceTransformer
-
-
-@dataclass(frozen=True)
-class Search:
-    """Queries with the documents to find.
-
-    Args:
-        name: Its name in tables.
-        queries: The queries, or what `load` makes inputs from.
-        documents: The documents, or what `load` makes inputs from.
-        relevant: Numbers of the right documents of every query.
-        load: Turns a few queries or documents into inputs of sentence-transformers, when their batch comes.
-        batch_size: Inputs per forward pass.
-    """
-
-    name: str
-    queries: Sequence[Any]
-    documents: Sequence[Any]
-    relevant: Sequence[set[int]]
-    load: Callable[[Sequence[Any]], list[Any]] = list
-    batch_size: int = 32
-
-    def ranks(self, model: SentenceTransformer) -> np.ndarray:
-        """(Q,) rank of the best right document of every query, from 1; equal scores count against it."""
-        queries = self._embed(model.encode_query, self.queries)
-        documents = self._embed(model.encode_document, self.documents)
-        ranks = []
-        for query, right in zip(queries, self.relevant, strict=True):
-            scores = documents @ query
-            wrong = np.ones(len(scores), bool)
-            wrong[list(right)] = False
-            ranks.append(1 + int((scores[wrong] >= scores[~wrong].max()).sum()))
-        return np.array(ranks)
-
-    def _embed(self, encode: Callable[..., np.ndarray], inputs: Sequence[Any]) -> np.ndarray:
-        parts = []
-        for start in range(0, len(inputs), 8 * self.batch_size):
-            batch = self.load(inputs[start : start + 8 * self.batch_size])
-            parts.append(encode(batch, batch_size=self.batch_size, show_progress_bar=False))
-        return np.concatenate(parts).astype(np.float64)
 
 
 def measures(ranks: np.ndarray) -> dict[str, float]:
@@ -75,7 +34,7 @@ class Run:
     """One training.
 
     Args:
-        pooling: Name of the twin.
+        pooling: Name of the variant.
         seed: Seed.
         before: Ranks by search, untrained.
         after: Ranks by search, trained.

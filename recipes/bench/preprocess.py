@@ -1,6 +1,6 @@
 """What the chat template costs: `preprocess` of a BTok model against the backbone's own, in paired rounds.
 
-python -m recipes.benchmark preprocess --backbone recipes/backbone
+python -m recipes.bench preprocess --backbone recipes/backbone
 
 Each round measures both, in turn first, in CPU time, on 1,000 texts of 5 to 20 words in batches of 32 and on 8 texts
 of 20,000 characters. The other side is the `Transformer` of sentence-transformers with the backbone's own template
@@ -43,7 +43,7 @@ def _seconds(transformer: Transformer, texts: list[str]) -> float:
 def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default=str(Path(__file__).parent / "backbone"), help="name or path")
+    parser.add_argument("--backbone", default=str(Path(__file__).parent.parent / "backbone"), help="name or path")
     parser.add_argument("--max-seq-length", type=int, default=512, help="limit of both, in tokens (default 512)")
     parser.add_argument("--rounds", type=int, default=9, help="paired rounds (default 9)")
     options = parser.parse_args()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from recipes import to_last
+from recipes.research import distill_to_last_token
 from tests.backbones import picture
 
 
@@ -17,7 +17,7 @@ def test_copy_comes_nearer_and_is_saved_for_engines(btok_model, tmp_path, capsys
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     paths = [str(tmp_path / "mean"), str(tmp_path / "last"), "--data", str(tmp_path / "rows.jsonl")]
-    to_last.main([*paths, "--steps", "12", "--batch-size", "8", "--learning-rate", "1e-3"])
+    distill_to_last_token.main([*paths, "--steps", "12", "--batch-size", "8", "--learning-rate", "1e-3"])
     before, after = (
         float(line.split("cosine ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines()[-2:]
     )
@@ -31,14 +31,16 @@ def test_kept_neighbours_are_counted_by_hand():
     rng = np.random.default_rng(0)
     wanted = rng.standard_normal((40, 8))
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    assert to_last.compare(wanted, wanted, np.arange(5)) == to_last.Loss(pytest.approx(1.0), 1.0)
-    assert to_last.compare(-wanted, wanted, np.arange(5)).kept == 1.0  # all turned: the same neighbours
-    assert to_last.compare(-wanted, wanted, np.arange(5)).cosine == pytest.approx(-1.0)
+    assert distill_to_last_token.compare(wanted, wanted, np.arange(5)) == distill_to_last_token.Loss(
+        pytest.approx(1.0), 1.0
+    )
+    assert distill_to_last_token.compare(-wanted, wanted, np.arange(5)).kept == 1.0  # all turned: the same neighbours
+    assert distill_to_last_token.compare(-wanted, wanted, np.arange(5)).cosine == pytest.approx(-1.0)
 
 
 def test_refusals(btok_model, tmp_path):
     with pytest.raises(ValueError, match="needs no conversion"):
-        to_last.with_last_readout(btok_model("qwen2_vl", readout="last"))
+        distill_to_last_token.with_last_readout(btok_model("qwen2_vl", readout="last"))
     (tmp_path / "rows.jsonl").write_text('{"title": "a"}')
     with pytest.raises(ValueError, match="row 0"):
-        to_last.read_rows(tmp_path / "rows.jsonl")
+        distill_to_last_token.read_rows(tmp_path / "rows.jsonl")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recipes.paired import Run, Search, draw, paired_difference, table
+from recipes.data.searches import Search
+from recipes.research.significance import Run, draw, paired_difference, table
 
 
 def test_the_interval_of_one_seed_is_the_paired_t_interval():

@@ -1,6 +1,6 @@
 """What the K bottleneck tokens cost an encode: a BTok model beside a stock embedder of the same backbone.
 
-    python -m recipes.benchmark encode_cost
+    python -m recipes.bench encode_cost
 
 K more tokens of L should cost (L + K) / L. The backbone is a Qwen2 of random weights with the tokenizer of the shipped
 one; the stock side is the same backbone with its own chat template, pooled at its last token. All texts of a length
@@ -21,11 +21,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from recipes.benchmark_encode import spread, texts
-from recipes.benchmark_preprocess import own_template
+from recipes.bench.encode import spread, texts
+from recipes.bench.preprocess import own_template
 from st_btok import build_model
 
-_BACKBONE = Path(__file__).parent / "backbone"
+_BACKBONE = Path(__file__).parent.parent / "backbone"
 _LIMIT = 2048
 _BATCH = 16
 
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     (config,) = HfArgumentParser(CostConfig).parse_args_into_dataclasses(arguments)
     torch.set_num_threads(1)
     lines = [
-        f"`python -m recipes.benchmark encode_cost`, K = {config.btoks}, {config.rows} inputs, {config.rounds} paired "
+        f"`python -m recipes.bench encode_cost`, K = {config.btoks}, {config.rows} inputs, {config.rounds} paired "
         "rounds, one thread.",
         "",
         "| parameters | L | (L + K) / L | time / stock | ms an input, stock |",

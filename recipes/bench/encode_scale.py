@@ -1,6 +1,6 @@
 """Time per row and peak memory of `encode_checked` and `encode_corpus` as the rows grow: both should stay flat.
 
-    python -m recipes.benchmark encode_scale
+    python -m recipes.bench encode_scale
 
 Rows are short texts, every tenth with a small picture by path; none equals another. Each size runs in a process of its
 own, where the model is loaded and warm; memory is what encoding adds to it at its peak, rows aside. `encode_checked`
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from transformers import HfArgumentParser
 
-from recipes.benchmark_encode import load_model, resident, texts
+from recipes.bench.encode import load_model, resident, texts
 from recipes.data.corpus import open_corpus
 from recipes.encode_corpus import EncodeConfig, encode_shard, plan
 from st_btok import encode_checked
@@ -94,14 +94,14 @@ def main(arguments: list[str] | None = None) -> None:
         print(*measure(config.worker, config.rows[0]))
         return
     lines = [
-        f"`python -m recipes.benchmark encode_scale --rows {' '.join(map(str, config.rows))}`, one thread.",
+        f"`python -m recipes.bench encode_scale --rows {' '.join(map(str, config.rows))}`, one thread.",
         "",
         "| way | rows | CPU ms a row | peak MiB | of them embeddings that are returned |",
         "|---|---:|---:|---:|---:|",
     ]
     for way in config.ways:
         for count in config.rows:
-            command = [sys.executable, "-m", "recipes.benchmark_encode_scale", "--worker", way, "--rows", str(count)]
+            command = [sys.executable, "-m", "recipes.bench.encode_scale", "--worker", way, "--rows", str(count)]
             out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             took, peak, returned = map(float, out.split()[-3:])
             lines.append(f"| {way} | {count:,} | {took:.2f} | {peak:.0f} | {returned:.0f} |")

@@ -1,6 +1,6 @@
 """Train the small backbone that quickstart, tests and benchmarks use, from nothing, on two CPU cores.
 
-    python -m recipes.pretrain --output recipes/backbone
+    python -m recipes.research.pretrain --output recipes/backbone
 
 A real transformers Qwen2-VL of about 3 M parameters with its own byte-level tokenizer learns to describe and to
 answer questions about the scenes of `scenes.py` (image -> text, image + question -> text, text + question -> text).
@@ -357,7 +357,7 @@ def finish(
     model.config.save_pretrained(output)
     processor.save_pretrained(output)
     record = {
-        "command": " ".join(["python", "-m", "recipes.pretrain", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "recipes.research.pretrain", *sys.argv[1:]]),
         "seed": config.seed,
         "steps": len(history),
         "resumed at steps": resumed,

@@ -1,4 +1,4 @@
-"""`python -m recipes.benchmark NAME` finds every benchmark, and says which there are."""
+"""`python -m recipes.bench NAME` finds every benchmark, and says which there are."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import types
 
 import pytest
 
-from recipes import benchmark
+from recipes.bench import __main__ as benchmark
 
 
 def test_the_first_word_names_the_benchmark(monkeypatch):
     seen = []
     fake = types.SimpleNamespace(main=lambda: seen.append(sys.argv))
-    monkeypatch.setitem(sys.modules, "recipes.benchmark_step", fake)
+    monkeypatch.setitem(sys.modules, "recipes.bench.step", fake)
     monkeypatch.setattr(sys, "argv", ["benchmark", "step", "--rounds", "1"])
     benchmark.main()
     assert seen == [["benchmark", "--rounds", "1"]]

@@ -1,6 +1,6 @@
-"""Twins: models that differ in how they pool, trained on the same pairs in the same order, scored on the same search.
+"""Models that differ in how they pool, trained on the same pairs in the same order, scored on the same searches.
 
-A twin is named on the command line: `btok`, `lasttoken` or `mean`, with options behind a colon that reach
+A variant is named on the command line: `btok`, `lasttoken` or `mean`, with options behind a colon that reach
 `build_model` and the loss by their own names: `btok:condensation_weight=0`, `btok:readout=last,num_btoks=1`. Two more
 are for controls: `train_btoks=false` keeps the rows of the BToks as they start, and `row_lr=10` multiplies the
 learning rate of the rows (with LoRA, where they are parameters of their own).
@@ -38,14 +38,15 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer, PrinterCallback, TrainerCallback
 
-from recipes.paired import Run, Search
+from recipes.data.searches import Search
+from recipes.research.significance import Run
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, language_model_linears
 
 POOLINGS = ("btok", "lasttoken", "mean")
 
 
 @dataclass(frozen=True)
-class Twin:
+class Variant:
     """One of the models that are compared.
 
     Args:
@@ -57,7 +58,7 @@ class Twin:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str) -> Twin:
+    def parse(cls, text: str) -> Variant:
         """Read `pooling` or `pooling:name=value,name=value`; values are JSON, or text where they are not."""
         pooling, _, rest = text.partition(":")
         if pooling not in POOLINGS:
@@ -75,8 +76,8 @@ class Twin:
 
 
 @dataclass(frozen=True)
-class TwinSettings:
-    """What all twins share.
+class VariantSettings:
+    """What all variants share.
 
     Args:
         backbone: Hub name or path.
@@ -103,11 +104,13 @@ class TwinSettings:
     bf16: bool = False
 
 
-def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceTransformer, torch.nn.Module]:
+def build_variant(
+    variant: Variant, settings: VariantSettings, seed: int
+) -> tuple[SentenceTransformer, torch.nn.Module]:
     """The untrained model and its loss.
 
     Args:
-        twin: The model.
+        variant: The model.
         settings: What it shares with the others.
         seed: Seed of the BTok rows and the adapters.
 
@@ -116,13 +119,13 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
     """
     torch.manual_seed(seed)
     known = set(inspect.signature(build_model).parameters)
-    own = {name: value for name, value in twin.options.items() if name in known}
-    rest = {name: value for name, value in twin.options.items() if name not in known | {"train_btoks", "row_lr"}}
+    own = {name: value for name, value in variant.options.items() if name in known}
+    rest = {name: value for name, value in variant.options.items() if name not in known | {"train_btoks", "row_lr"}}
     cached: dict[str, Any] = {"mini_batch_size": settings.mini_batch_size} if settings.mini_batch_size else {}
-    if twin.pooling == "btok":
+    if variant.pooling == "btok":
         own = {"seed": seed, "template": template_of(settings.backbone), **settings.build, **own}
         model = build_model(settings.backbone, device=settings.device, **own)
-        trained = twin.options.get("train_btoks", True)
+        trained = variant.options.get("train_btoks", True)
         if settings.tuning == "lora":
             model.add_adapter(btok_lora_config(model, **({} if trained else {"trainable_token_indices": None})))
         loss = (CachedBTokLoss if cached else BTokLoss)(model, **cached, **rest)
@@ -130,9 +133,9 @@ def build_twin(twin: Twin, settings: TwinSettings, seed: int) -> tuple[SentenceT
             _freeze_btoks(loss)
         return model, loss
     if own:
-        raise ValueError(f"{twin.pooling} has no bottleneck tokens, so {sorted(own)} mean nothing to it.")
-    model = plain_model(settings.backbone, twin.pooling, settings.device, **settings.build)
-    if "image" in model[0].modalities:  # a BTok model says how large pictures are, so that all twins agree
+        raise ValueError(f"{variant.pooling} has no bottleneck tokens, so {sorted(own)} mean nothing to it.")
+    model = plain_model(settings.backbone, variant.pooling, settings.device, **settings.build)
+    if "image" in model[0].modalities:  # a BTok model says how large pictures are, so that all variants agree
         template = template_of(settings.backbone)
         other = build_model(settings.backbone, device="cpu", **{"template": template, **settings.build})
         if "image" in other[0].processing_kwargs:
@@ -205,10 +208,10 @@ class _Watch(TrainerCallback):
         self.bar.close()
 
 
-def train_twin(
+def train_variant(
     name: str,
-    twin: Twin,
-    settings: TwinSettings,
+    variant: Variant,
+    settings: VariantSettings,
     seed: int,
     data: DatasetDict,
     searches: Sequence[Search],
@@ -218,10 +221,10 @@ def train_twin(
     """Score, train, score again.
 
     Args:
-        name: What the twin is called in tables.
-        twin: The model.
+        name: What the variant is called in tables.
+        variant: The model.
         settings: What it shares with the others.
-        seed: Of model, order of the pairs, dropout: every twin of a seed sees the same batches.
+        seed: Of model, order of the pairs, dropout: every variant of a seed sees the same batches.
         data: Data sets of pairs by name.
         searches: What it is scored on.
         title: Label of the progress bar.
@@ -239,9 +242,9 @@ def train_twin(
                 f"a batch needs {settings.batch_size} pairs of one data set, but {source} trains on {len(table)}. "
                 "Lower --batch_size."
             )
-    model, loss = build_twin(twin, settings, seed)
+    model, loss = build_variant(variant, settings, seed)
     before = {search.name: search.ranks(model) for search in searches}
-    training = fit_twin(model, loss, twin, settings, seed, data, title or name, callbacks)
+    training = fit_variant(model, loss, variant, settings, seed, data, title or name, callbacks)
     del loss
     after = {search.name: search.ranks(model) for search in searches}
     seconds = float(np.median(np.diff(training.times)))
@@ -264,22 +267,22 @@ class Training:
     log: Sequence[Mapping[str, float]]
 
 
-def fit_twin(
+def fit_variant(
     model: SentenceTransformer,
     loss: torch.nn.Module,
-    twin: Twin,
-    settings: TwinSettings,
+    variant: Variant,
+    settings: VariantSettings,
     seed: int,
     data: DatasetDict,
     title: str = "",
     callbacks: Callable[[SentenceTransformer], list[TrainerCallback]] = lambda model: [],
 ) -> Training:
-    """Train a model that `build_twin` made.
+    """Train a model that `build_variant` made.
 
     Args:
         model: The model.
         loss: Its loss.
-        twin: What it was made from.
+        variant: What it was made from.
         settings: What it shares with the others.
         seed: Of the order of the pairs and of dropout.
         data: Data sets of pairs by name.
@@ -292,8 +295,8 @@ def fit_twin(
     card = model.model_card_data
     card.widget = [{}]  # or the Trainer would decode a thousand rows for examples of a card that nobody reads
     rates = {}
-    if "row_lr" in twin.options:
-        rates = {r"trainable_tokens_delta": twin.options["row_lr"] * settings.learning_rate}
+    if "row_lr" in variant.options:
+        rates = {r"trainable_tokens_delta": variant.options["row_lr"] * settings.learning_rate}
     folder = tempfile.TemporaryDirectory()
     arguments = SentenceTransformerTrainingArguments(
         output_dir=folder.name,

@@ -24,7 +24,8 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from recipes.data.user_data import load_user_data
-from recipes.restarts import (
+from recipes.train import TrainConfig, train
+from recipes.training.resume import (
     LOCK,
     check_identity,
     identity_of,
@@ -33,7 +34,6 @@ from recipes.restarts import (
     what_is_torn,
     write_identity,
 )
-from recipes.train import TrainConfig, train
 from st_btok import build_model
 from tests.backbones import build
 
@@ -194,7 +194,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from recipes.train import train
-from tests.recipes.test_restarts import settings
+from tests.recipes.training.test_resume import settings
 train(settings(Path(sys.argv[1]), "out"))
 """
 

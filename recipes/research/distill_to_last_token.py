@@ -1,6 +1,6 @@
 """A `mean` model's nearest `last` model, by a short distillation on unlabelled rows.
 
-    python -m recipes.to_last MODEL OUT --data rows.jsonl
+    python -m recipes.research.distill_to_last_token MODEL OUT --data rows.jsonl
 
 Engines read `readout="last"` by themselves (docs/serve.md); MODEL averages its BToks. The copy starts from MODEL's
 weights, reads the last BTok, and learns to give MODEL's vectors (1 - cosine) for the rows of a JSONL file with `text`,
@@ -111,7 +111,9 @@ def distil(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m recipes.to_last", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.research.distill_to_last_token", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("model", help="path or hub name of a model with the mean readout")
     parser.add_argument("out", help="folder of the new model")
     parser.add_argument("--data", type=Path, required=True, help="JSONL with text, image (a path) or both a row")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from recipes import pretrain
-from recipes.pretrain import Curriculum, Example, PretrainConfig
+from recipes.research import pretrain
+from recipes.research.pretrain import Curriculum, Example, PretrainConfig
 from recipes.toy import scenes
 
-BACKBONE = Path(pretrain.__file__).parent / "backbone"
+BACKBONE = Path(pretrain.__file__).parent.parent / "backbone"
 
 
 @pytest.fixture(scope="module")

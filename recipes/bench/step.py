@@ -1,6 +1,6 @@
 """Step time and peak memory of the losses, as ratios of paired runs.
 
-    python -m recipes.benchmark step
+    python -m recipes.bench step
 
 Ways to train on the same batch of (image or text, text) pairs with a small backbone that has a large vocabulary:
 
@@ -51,7 +51,7 @@ from transformers import (
 from recipes.toy import pairs
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 
-BACKBONE = Path(__file__).parent / "backbone"
+BACKBONE = Path(__file__).parent.parent / "backbone"
 WAYS = ("mnrl", "explained", "btok", "one width", "in graph", "frozen", "cached", "second pass", "naive")
 
 
@@ -285,7 +285,7 @@ def run_worker(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]
 def run(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
     """`run_worker` in a process of its own."""
     options = [f"--{key}={value}" for key, value in asdict(config).items() if key != "worker"]
-    command = [sys.executable, "-m", "recipes.benchmark_step", *options, f"--worker={family}:{way}"]
+    command = [sys.executable, "-m", "recipes.bench.step", *options, f"--worker={family}:{way}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{family}, {way} failed:\n{done.stderr}")

@@ -1,6 +1,6 @@
 """Time, padding and memory of encoding: stock `encode`, `encode_checked` and `encode_corpus` on the same rows.
 
-    python -m recipes.benchmark encode
+    python -m recipes.bench encode
 
 The mixed corpus has 600 rows: short and long texts, images of many sizes as objects, as paths, and with text. Ways
 take turns within a round; ratios are taken within a round, of CPU time of one thread, which a busy machine hardly
@@ -35,7 +35,7 @@ from recipes.data.corpus import open_corpus
 from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
 from st_btok import build_model, encode_checked
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent.parent
 _SIZES = ((28, 28), (56, 56), (112, 84), (224, 224), (320, 96), (640, 480))
 WAYS = ("encode", "encode_checked", "encode_corpus")
 
@@ -170,7 +170,7 @@ def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows:
         counted.padded = counted.real = 0
         vectors[way] = run_way(way, model, rows, corpus)
         padding[way] = counted.padded / counted.real
-        command = [sys.executable, "-m", "recipes.benchmark_encode", "--worker", way, "--rows", str(config.rows)]
+        command = [sys.executable, "-m", "recipes.bench.encode", "--worker", way, "--rows", str(config.rows)]
         memory[way] = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
     del model.forward
     seconds = rounds_of(config, {way: (lambda way=way: run_way(way, model, rows, corpus)) for way in WAYS})
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         model = load_model()
         settings = {key: value for key, value in asdict(config).items() if key not in ("output", "worker")}
-        lines = [f"`python -m recipes.benchmark encode`, {json.dumps(settings)}, one thread.", ""]
+        lines = [f"`python -m recipes.bench encode`, {json.dumps(settings)}, one thread.", ""]
         lines += mixed_table(config, model, rows, corpus) + short_tables(config, model)
     Path(config.output).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

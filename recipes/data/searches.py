@@ -1,0 +1,80 @@
+"""Searches that a model is scored on: queries, documents, and which documents are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from recipes.data.training_pairs import Source, content_key
+
+
+@dataclass(frozen=True)
+class Search:
+    """Queries with the documents to find.
+
+    Args:
+        name: Its name in tables.
+        queries: The queries, or what `load` makes inputs from.
+        documents: The documents, or what `load` makes inputs from.
+        relevant: Numbers of the right documents of every query.
+        load: Turns a few queries or documents into inputs of sentence-transformers, when their batch comes.
+        batch_size: Inputs per forward pass.
+    """
+
+    name: str
+    queries: Sequence[Any]
+    documents: Sequence[Any]
+    relevant: Sequence[set[int]]
+    load: Callable[[Sequence[Any]], list[Any]] = list
+    batch_size: int = 32
+
+    def ranks(self, model: SentenceTransformer) -> np.ndarray:
+        """(Q,) rank of the best right document of every query, from 1; equal scores count against it."""
+        queries = self._embed(model.encode_query, self.queries)
+        documents = self._embed(model.encode_document, self.documents)
+        ranks = []
+        for query, right in zip(queries, self.relevant, strict=True):
+            scores = documents @ query
+            wrong = np.ones(len(scores), bool)
+            wrong[list(right)] = False
+            ranks.append(1 + int((scores[wrong] >= scores[~wrong].max()).sum()))
+        return np.array(ranks)
+
+    def _embed(self, encode: Callable[..., np.ndarray], inputs: Sequence[Any]) -> np.ndarray:
+        parts = []
+        for start in range(0, len(inputs), 8 * self.batch_size):
+            batch = self.load(inputs[start : start + 8 * self.batch_size])
+            parts.append(encode(batch, batch_size=self.batch_size, show_progress_bar=False))
+        return np.concatenate(parts).astype(np.float64)
+
+
+def searches_of(source: Source, batch_size: int) -> list[Search]:
+    """Search of the positives by the queries and the other way round; equal contents are one document.
+
+    Args:
+        source: Held-out pairs.
+        batch_size: Inputs per forward pass.
+
+    Returns:
+        Two searches.
+    """
+    found = []
+    for asked, sought in (("query", "positive"), ("positive", "query")):
+        queries: dict[str, int] = {}
+        documents: dict[str, int] = {}
+        relevant: dict[str, set[str]] = {}
+        for row, record in enumerate(source.pairs):
+            query, document = content_key(record[asked]), content_key(record[sought])
+            queries.setdefault(query, row)
+            documents.setdefault(document, row)
+            relevant.setdefault(query, set()).add(document)
+        place = {document: number for number, document in enumerate(documents)}
+        right = [{place[document] for document in relevant[query]} for query in queries]
+        name = f"{source.name}: {asked} → {sought}"
+        places = ([(row, asked) for row in queries.values()], [(row, sought) for row in documents.values()])
+        found.append(Search(name, *places, right, lambda part: [source.read(*place) for place in part], batch_size))
+    return found
