@@ -3,7 +3,8 @@
 A variant is named on the command line: `btok`, `lasttoken` or `mean`, with options behind a colon that reach
 `build_model` and the loss by their own names: `btok:condensation_weight=0`, `btok:readout=last,num_btoks=1`. Two more
 are for controls: `train_btoks=false` keeps the rows of the BToks as they start, and `row_lr=10` multiplies the
-learning rate of the rows (with LoRA, where they are parameters of their own).
+learning rate of the rows (with LoRA, where they are parameters of their own). `lasttoken` and `mean` take the prompt
+as plain text and the opened turn: `lasttoken:opened=true,prompt= The topic is the`, see `research/prompted.py`.
 """
 
 from __future__ import annotations
@@ -29,16 +30,15 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.base.modules.transformer import Transformer
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from recipes.data.searches import Search
+from recipes.research.prompted import prompted_model
 from recipes.research.significance import Run
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, language_model_linears
 
@@ -123,7 +123,10 @@ def build_variant(
     rest = {name: value for name, value in variant.options.items() if name not in known | {"train_btoks", "row_lr"}}
     cached: dict[str, Any] = {"mini_batch_size": settings.mini_batch_size} if settings.mini_batch_size else {}
     if variant.pooling == "btok":
-        own = {"seed": seed, "template": template_of(settings.backbone), **settings.build, **own}
+        template = template_of(settings.backbone)
+        if rest.pop("turn", "opened") == "closed" and template == "chat":
+            template = "chat_closed"
+        own = {"seed": seed, "template": template, **settings.build, **own}
         model = build_model(settings.backbone, device=settings.device, **own)
         trained = variant.options.get("train_btoks", True)
         if settings.tuning == "lora":
@@ -134,7 +137,8 @@ def build_variant(
         return model, loss
     if own:
         raise ValueError(f"{variant.pooling} has no bottleneck tokens, so {sorted(own)} mean nothing to it.")
-    model = plain_model(settings.backbone, variant.pooling, settings.device, **settings.build)
+    place = {name: rest.pop(name) for name in ("prompt", "opened") if name in rest}
+    model = prompted_model(settings.backbone, variant.pooling, device=settings.device, **settings.build, **place)
     if "image" in model[0].modalities:  # a BTok model says how large pictures are, so that all variants agree
         template = template_of(settings.backbone)
         other = build_model(settings.backbone, device="cpu", **{"template": template, **settings.build})
@@ -169,15 +173,6 @@ def _freeze_btoks(loss: BTokLoss | CachedBTokLoss) -> None:
     kept = torch.ones(len(matrix), 1, device=matrix.device)
     kept[getattr(loss, "loss", loss).btoks] = 0
     matrix.register_hook(lambda grad: grad * kept)
-
-
-def plain_model(
-    backbone: str, pooling: str, device: str | None = None, max_seq_length: int | None = None, **kwargs: Any
-) -> SentenceTransformer:
-    """The backbone under one of sentence-transformers' own poolings."""
-    transformer = Transformer(backbone, max_seq_length=max_seq_length, **kwargs)
-    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling), Normalize()]
-    return SentenceTransformer(modules=modules, device=device)
 
 
 class _Watch(TrainerCallback):

@@ -49,6 +49,7 @@ class Job:
             tuning=config.tuning,
             build={"max_seq_length": config.max_seq_length},
             device=config.device,
+            bf16=config.bf16,
         )
 
     def corpus(self) -> Corpus:

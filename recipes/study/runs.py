@@ -113,7 +113,8 @@ def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: s
             fit_variant(model, loss, variant, own, wanted.seed, corpus.train, title, lambda _: list(followers))
         )
     log = trainings[-1].log if trainings else []
-    ranks = {search.name: list(map(int, search.ranks(model))) for search in corpus.searches[wanted.split]}
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
+        ranks = {search.name: list(map(int, search.ranks(model))) for search in corpus.searches[wanted.split]}
     line = {
         **asdict(wanted),
         "ranks": ranks,

@@ -43,6 +43,7 @@ class StudyConfig:
     rate_steps: int = _option(50, "Training steps of a run that chooses a rate.")
     batch_size: int = _option(32, "Pairs a step.")
     tuning: str = _option("lora", "lora or full.")
+    bf16: bool = _option(False, "Autocast to bfloat16, in training and in search.")
     max_seq_length: int = _option(64, "Longest text in tokens.")
     equal_time: bool = _option(True, "Also run every arm for the baseline's time.")
     limit: int = _option(4000, "Pairs read of each corpus.")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from recipes.research.variants import plain_model, template_of
+from recipes.research.prompted import prompted_model
+from recipes.research.variants import template_of
 from recipes.study import inputs
 from recipes.study.inputs import backbone_folder
 from st_btok import build_model
@@ -37,7 +38,7 @@ def test_a_cut_decoder_is_the_first_layers(tmp_path):
     assert cut.config.num_hidden_layers == len(cut.layers) == 2
     # Every arm reads the same: the bare text, and behind it what belongs to the arm.
     path = str(tmp_path / "smollm2-2")
-    plain = plain_model(path, "lasttoken", "cpu").preprocess(["entity"])["input_ids"][0].tolist()
+    plain = prompted_model(path, device="cpu").preprocess(["entity"])["input_ids"][0].tolist()
     btok = build_model(path, template=template_of(path), device="cpu").preprocess(["entity"])["input_ids"][0].tolist()
     assert btok[: len(plain)] == plain and len(btok) == len(plain) + 4
 
@@ -50,7 +51,7 @@ def test_a_backbone_with_a_chat_template_keeps_it():
 def test_behind_its_chat_template_every_arm_reads_the_same_turn(tmp_path):
     path = backbone_folder("smollm2:chat", tmp_path)
     assert path == str(tmp_path / "smollm2-chat") and template_of(path) == "chat"
-    plain = plain_model(path, "lasttoken", "cpu").preprocess(["entity"])["input_ids"][0].tolist()
+    plain = prompted_model(path, device="cpu").preprocess(["entity"])["input_ids"][0].tolist()
     model = build_model(path, template=template_of(path), device="cpu")
     assert model.preprocess(["entity"])["input_ids"][0].tolist()[: len(plain)] == plain
     assert model.tokenizer.decode(plain).endswith("<|im_start|>user\nentity<|im_end|>\n")

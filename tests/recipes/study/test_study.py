@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.research.variants import Variant, plain_model
+from recipes.research.prompted import prompted_model
+from recipes.research.variants import Variant
 from recipes.study import jobs
 from recipes.study.__main__ import Study
 from recipes.study.arms import ARMS, BASELINE, HEADLINES
@@ -252,7 +253,7 @@ def test_without_steps_the_untrained_models_are_searched(folder, tmp_path):
     assert {line["arm"] for line in study.log.lines} == {BASELINE, *arms}
     base = study.log.lines[0]
     rows = [json.loads(row) for row in (folder / "study" / "corpora" / "words-40" / "test.jsonl").open()]
-    bare = plain_model(str(folder / "backbone"), "lasttoken", "cpu", max_seq_length=64)
+    bare = prompted_model(str(folder / "backbone"), device="cpu", max_seq_length=64)
     words, meanings = (bare.encode([row[f"{side}_text"] for row in rows]) for side in ("query", "positive"))
     for scores, found in zip((words @ meanings.T, meanings @ words.T), base["ranks"].values(), strict=True):
         assert found == [int((row >= row[right]).sum()) for right, row in enumerate(scores)]
