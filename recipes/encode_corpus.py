@@ -2,8 +2,8 @@
 
     python -m recipes.encode_corpus --model out/model --corpus corpus.parquet --output embeddings
 
-What a corpus can be stands in `recipes/data/corpus.py`: JSONL, CSV, Parquet, a folder of files, a data set. Rows are
-embedded as documents, a shard at a time; a shard is a Parquet file with the columns `id`, `embedding` and `error`,
+What a corpus can be stands in `recipes/data/corpus.py`: JSONL, JSON, CSV, Parquet, a folder of files, a data set. Rows
+are embedded as documents, a shard at a time; a shard is a Parquet file with the columns `id`, `embedding` and `error`,
 written whole or not at all. A row that can't be read gets its reason in `error` and no embedding. Started again, the
 command goes on with the missing shards; the folder knows the corpus and the model by content, so other texts, changed
 pictures or retrained weights are refused, not mixed. Two processes can share a folder. `encode_corpus_ray.py` does the
@@ -34,7 +34,7 @@ from transformers import HfArgumentParser
 from evaluation.atomic_write import atomic_write
 from evaluation.embedding.fingerprint import fingerprint
 from recipes.data.corpus import Corpus, as_input, open_corpus
-from recipes.data.corpus_records import BrokenRecordError
+from recipes.data.tables import BrokenRecordError, as_id
 from st_btok import encode_rows
 
 _TYPES = {"float32": pa.float32(), "int8": pa.int8(), "binary": pa.int8(), "ubinary": pa.uint8()}
@@ -174,7 +174,7 @@ def _embed(
 
     def inputs() -> Iterator[Any]:
         for number, record in enumerate(corpus.records(first, stop), start=first):
-            name = record.get("id") if isinstance(record, dict) else None
+            name = as_id(record.get("id")) if isinstance(record, dict) else None
             ids.append(_storable(number if name is None else name))
             try:
                 yield as_input(record, corpus.folder)

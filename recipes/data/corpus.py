@@ -2,14 +2,12 @@
 
 | corpus | a record |
 |---|---|
-| `.jsonl`, `.json` (one object a line) | the object |
-| `.csv` | a row, by its header |
-| `.parquet` | a row; image columns of `datasets` stay encoded |
+| `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet` | a row; see `tables.py`. Image columns of `datasets` stay encoded |
 | a folder of files | each file, by its type: an image, a video, or the words of a `.txt` or `.md` |
 | a folder that `datasets` saved, or the name of a data set on the hub (`name` or `name:split`), streamed | a row |
 
 The columns `text`, `image` and `video` are the input, in the order of the columns; `id` names the row. How each form
-is read stands in `corpus_records.py`, what makes two corpora equal in `corpus_digest.py`.
+is read stands in `tables.py` and `corpus_records.py`, what makes two corpora equal in `corpus_digest.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Image, Video, load_dataset_builder, load_from_disk
 
 from recipes.data import corpus_records
 from recipes.data.corpus_digest import CorpusDigest
-from recipes.data.corpus_records import CONTENT, BrokenRecordError
+from recipes.data.corpus_records import CONTENT
+from recipes.data.tables import SUFFIXES, BrokenRecordError, as_text, parquet_facts
 
 
 class Corpus:
@@ -100,31 +98,39 @@ def open_corpus(names: Sequence[str]) -> Corpus:
     if len(paths) == 1 and not paths[0].is_file():
         return _open_folder(paths[0]) if paths[0].is_dir() else _open_stream(names[0])
     missing = [str(path) for path in paths if not path.is_file()]
-    kinds = {{".json": ".jsonl"}.get(path.suffix, path.suffix) for path in paths}
-    if missing or len(kinds) != 1 or not kinds <= {".jsonl", ".csv", ".parquet"}:
+    kinds = {{".json": ".jsonl", ".tsv": ".csv"}.get(path.suffix.lower(), path.suffix.lower()) for path in paths}
+    if missing or len(kinds) != 1 or not kinds <= set(SUFFIXES):
         raise ValueError(
-            f"the corpus must be files of one kind (.jsonl, .csv, .parquet), one folder or one data set, got "
+            f"the corpus must be files of one kind ({', '.join(SUFFIXES)}), one folder or one data set, got "
             f"{list(names)[:5]}; missing: {missing[:5] or 'none'}. Check the paths."
         )
     digest = CorpusDigest(paths[0].parent)
     for path in paths:
         digest.add_file(path)
+    start = partial(corpus_records.of_tables, paths)
     if kinds == {".parquet"}:
-        _need_content(pq.ParquetFile(paths[0]).schema_arrow.names, paths[0])
-        num_rows = sum(pq.ParquetFile(path).metadata.num_rows for path in paths)
+        num_rows = 0
         for path in paths:
+            names_of_columns, rows = parquet_facts(path)
+            _need_content(names_of_columns, path)
+            num_rows += rows
             digest.add_media_of_parquet(path)
-        return Corpus(partial(corpus_records.of_parquet, paths), paths[0].parent, num_rows, digest)
-    start = partial(corpus_records.of_json if kinds == {".jsonl"} else corpus_records.of_csv, paths)
+        return Corpus(start, paths[0].parent, num_rows, digest)
     num_rows = 0
     columns: set[str] = set()
+    broken: BrokenRecordError | None = None
     for record in start(0):
         num_rows += 1
         if isinstance(record, dict):
             digest.add_media_of(record)
             columns |= record.keys() if len(columns) < 100 else set()
-    if num_rows:
-        _need_content(sorted(map(str, columns)), paths[0])
+        else:
+            broken = broken or record
+    if not num_rows:
+        raise ValueError(f"the corpus {list(names)[:5]} has no rows. Write some, or leave it out.")
+    if broken and not columns:
+        raise ValueError(f"the corpus {list(names)[:5]} has no row that can be read: {broken}.")
+    _need_content(sorted(map(str, columns)), paths[0])
     return Corpus(start, paths[0].parent, num_rows, digest)
 
 
@@ -155,7 +161,7 @@ def _open_folder(folder: Path) -> Corpus:
 def _open_stream(name: str) -> Corpus:
     """A data set of the hub: nothing is downloaded but what is read."""
     repository, _, split = name.partition(":")
-    if repository.count("/") > 1 or Path(repository).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+    if repository.count("/") > 1 or Path(repository).suffix.lower() in SUFFIXES:
         raise ValueError(f"there is no file or folder {name!r}. Check the path.")
     builder = load_dataset_builder(repository)
     stream = _undecoded(builder.as_streaming_dataset(split=split or "train"), name)
@@ -194,8 +200,10 @@ def as_input(record: Any, folder: Path) -> dict[str, Any]:
         raise BrokenRecordError(record["error"])
     inputs: dict[str, Any] = {}
     for kind in record:
-        value = record[kind]
-        if kind not in CONTENT or value is None or value in ("", []):
+        if kind not in CONTENT:
+            continue
+        value = as_text(record[kind]) if kind == "text" else record[kind]
+        if value is None or value in ("", []):
             continue
         inputs[kind] = value if kind == "text" else _placed(value, folder)
     if not inputs or (inputs.keys() == {"text"} and isinstance(inputs["text"], str) and not inputs["text"].strip()):

@@ -55,21 +55,17 @@ class CorpusDigest:
     def add_media_of(self, record: dict[str, Any]) -> None:
         """Count the media files that a record names."""
         for kind in _MEDIA:
-            value = record.get(kind)
-            for item in value if isinstance(value, list) else [value]:
-                self._add_named(item.get("path") if isinstance(item, dict) else item)
+            for name in _names(record.get(kind)):
+                self._add_named(name)
 
     def add_media_of_parquet(self, path: Path) -> None:
         """Count the media files that a Parquet file names; bytes in the table are not read again."""
         with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            for kind in _MEDIA:
-                if kind not in schema.names:
-                    continue
-                is_struct = pa.types.is_struct(schema.field(kind).type)
-                if is_struct and schema.field(kind).type.get_field_index("path") < 0:
-                    continue
-                column = f"{kind}.path" if is_struct else kind
+            # The leaves of a column of paths, of structs (`bytes`, `path`), of lists of either; without stored bytes.
+            leaves = [file.schema.column(number) for number in range(len(file.schema.names))]
+            texts = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
+            named = [leaf for leaf in texts if leaf.split(".")[0] in _MEDIA]
+            for column in named:
                 for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
                     self._add_column(batch.column(0))
 
@@ -81,19 +77,23 @@ class CorpusDigest:
                     self._add_column(part.column(0).combine_chunks())
 
     def _add_column(self, column: pa.Array) -> None:
-        for name in _names(column):
-            self._add_named(name)
+        if pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
+            column = pc.struct_field(column, "path")  # the stored bytes are not taken out
+        for value in column.to_pylist():
+            for name in _names(value):
+                self._add_named(name)
 
     def _add_named(self, name: Any) -> None:
         if isinstance(name, str) and len(name) < 4096 and not name.startswith(("data:", "http://", "https://")):
             self.add_facts(self._folder / name)
 
 
-def _names(column: pa.Array) -> Iterator[Any]:
-    """Paths in a column of paths, of stored images, or of lists of them."""
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        yield from _names(column.flatten())
-    elif pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
-        yield from pc.struct_field(column, "path").to_pylist()
-    elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        yield from column.to_pylist()
+def _names(value: Any) -> Iterator[Any]:
+    """Paths in a cell: of a path, of a stored image, of a list of them, however the column is stored."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _names(item)
+    elif isinstance(value, dict):
+        yield value.get("path")
+    else:
+        yield value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import mimetypes
 import os
 from collections.abc import Iterator, Sequence
@@ -11,65 +9,29 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
+
+from recipes.data.tables import parquet_facts, read_table
 
 CONTENT = ("text", "image", "video")
 
 
-class BrokenRecordError(ValueError):
-    """A record without an input; the message says why."""
-
-
-def of_json(paths: Sequence[Path], first: int) -> Iterator[Any]:
-    """Objects of JSONL files, blank lines left out."""
-    return islice((record for path in paths for record in _objects(path)), first, None)
-
-
-def _objects(path: Path) -> Iterator[Any]:
-    with path.open("rb") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield BrokenRecordError(f"the line is no JSON: {error}")
-                continue
-            yield record if isinstance(record, dict) else BrokenRecordError("the line is no JSON object")
-
-
-def of_csv(paths: Sequence[Path], first: int) -> Iterator[Any]:
-    """Rows of CSV files, by their headers."""
-    return islice((record for path in paths for record in _rows(path)), first, None)
-
-
-def _rows(path: Path) -> Iterator[Any]:
-    csv.field_size_limit(2**30)
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as lines:
-        for record in csv.DictReader(lines):
-            record.pop(None, None)  # more fields than the header has  # type: ignore[call-overload]
-            yield record
-
-
-def of_parquet(paths: Sequence[Path], first: int) -> Iterator[Any]:
-    """Rows of Parquet files; whole files and row groups before the first row are passed over unread."""
+def of_tables(paths: Sequence[Path], first: int) -> Iterator[Any]:
+    """Rows of files; whole Parquet files and row groups before the first row are passed over unread."""
     for path in paths:
-        with pq.ParquetFile(path) as file:
-            if first >= file.metadata.num_rows:
-                first -= file.metadata.num_rows
+        if path.suffix.lower() == ".parquet":
+            _, num_rows = parquet_facts(path)
+            if first >= num_rows:
+                first -= num_rows
                 continue
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if first >= size:
-                    first -= size
-                    continue
-                for batch in file.iter_batches(batch_size=64, row_groups=[group]):
-                    if first >= len(batch):
-                        first -= len(batch)
-                        continue
-                    yield from batch.slice(first).to_pylist()
-                    first = 0
+            yield from (record for _, record in read_table(path, first))
+            first = 0
+            continue
+        for _, record in read_table(path):
+            if first:
+                first -= 1
+            else:
+                yield record
 
 
 def of_table(table: Dataset, first: int) -> Iterator[Any]:
@@ -112,5 +74,6 @@ def _file_record(path: Path, folder: Path) -> Any:
     if kind in ("image", "video"):
         return {**record, kind: str(path.relative_to(folder))}
     if kind == "text":
-        return {**record, "text": path.read_bytes().decode(errors="surrogateescape")}
+        # A byte-order mark is no text.
+        return {**record, "text": path.read_bytes().decode("utf-8-sig", errors="surrogateescape")}
     return {**record, "error": f"the name {path.name!r} tells no image, video or text"}

@@ -1,8 +1,9 @@
 """Pairs that are read as training needs them: corpora that don't fit on the disk, or whose check would take days.
 
 `--stream` reads each `--data` through `datasets` without a pass over it first: tar shards of WebDataset
-(`shards/*.tar`, also by address), `.jsonl`, `.json`, `.csv`, `.parquet`, or a data set on the hub. Columns are those
-of `user_data.py`. A sample of a tar is made of its members' names, `KEY.SIDE.EXTENSION`:
+(`shards/*.tar`, also by address), `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, or a data set on the hub. Columns are
+those of `user_data.py`, text tables are read by `tables.py`. A sample of a tar is made of its members' names,
+`KEY.SIDE.EXTENSION`:
 
     000.query.txt  000.positive.jpg  000.negative.txt    or all texts in    000.json  {"query": ..., "negative": ...}
 
@@ -29,15 +30,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, IterableDataset, Video, interleave_datasets, load_dataset
+from datasets import Dataset, IterableDataset, Video, interleave_datasets
 
 from evaluation.media import BrokenMediaError
+from recipes.data.tables import TEXT_SUFFIXES
 from recipes.data.training_pairs import BrokenRowError, Source, as_input, check_source, checked_side, content_key
-from recipes.data.user_data import read_pair, sides_of, usual_names
+from recipes.data.user_data import PACKED, is_file_name, load_named, packed_rows, read_pair, sides_of, usual_names
 
 logger = logging.getLogger(__name__)
 
-_LOADERS = {".tar": "webdataset", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_LOADERS = {
+    ".tar": "webdataset",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 _HEAD = 64  # rows that are looked at before anything expensive, if none are held out
 _LOGGED = 20
@@ -100,10 +109,15 @@ def open_streams(
         files[name] = found
         records = [_as_columns(record) for record in islice(table, held_out or _HEAD)]
         if not records:
-            raise ValueError(f"{path} has no rows.")
-        sides = sides_of(list(dict.fromkeys(column for record in records for column in record)), path)
-        read = partial(read_pair, sides=sides, folder=str(folder))
-        head = check_source(name, Dataset.from_list(records), read, sides, **check)
+            raise ValueError(f"{path} has no rows. Write some, or leave it out.")
+        is_packed = records[0].keys() == PACKED.keys()
+        columns = [column for record in records for column in (json.loads(record["columns"]) if is_packed else record)]
+        names = usual_names(list(dict.fromkeys(columns)))
+        if is_packed and not names:
+            raise ValueError(f"{path} has no row that can be read: {records[0]['problem'] or 'all are empty'}.")
+        sides = sides_of(list(names.values()), path)
+        read = partial(read_pair, sides=sides, folder=str(folder), names=names if is_packed else None)
+        head = check_source(name, Dataset.from_list(records, PACKED if is_packed else None), read, sides, **check)
         head = head if negatives else head.without_negatives()
         sides = tuple(head.pairs.column_names)  # negatives that a row of the head lacks are not used
         known = _contents(head) if held_out else frozenset()
@@ -144,13 +158,20 @@ class _NamedColumns(IterableDataset):
 
 def _open(path: str) -> tuple[IterableDataset, list[str], Path]:
     """The undecoded rows, the names of the files, and the folder that paths in the rows start from."""
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix not in _LOADERS:
-        return _undecoded(load_dataset(path, split="train", streaming=True)), [path], Path()
+        if is_file_name(path):
+            raise ValueError(
+                f"a data file must be one of {', '.join(_LOADERS)}, got {path!r}. Save it as one of them."
+            )
+        return _undecoded(load_named(path, path, streaming=True)), [path], Path()
     found = [path] if "://" in path else sorted(glob.glob(path))
     if not found:
-        raise ValueError(f"no file matches {path!r}.")
-    table = load_dataset(_LOADERS[suffix], data_files=found, split="train", streaming=True)
+        raise ValueError(f"no file matches {path!r}. Check the path.")
+    if suffix in TEXT_SUFFIXES and "://" not in path:
+        table = IterableDataset.from_generator(packed_rows, features=PACKED, gen_kwargs={"paths": found})
+    else:
+        table = load_named(path, _LOADERS[suffix], data_files=found, streaming=True)
     named = [
         f"{Path(name).name}, {Path(name).stat().st_size} bytes" if Path(name).is_file() else name for name in found
     ]

@@ -26,14 +26,13 @@ import numpy as np
 from datasets import Dataset, Features, Image, List, Value, Video
 from datasets.fingerprint import Hasher
 
-from evaluation.media import BrokenMediaError
+from evaluation.media import FRAME_SUFFIXES, BrokenMediaError
 from evaluation.pool import BrokenRow
 from st_btok import open_image, read_video, rgb_image
 
 logger = logging.getLogger(__name__)
 
 CheckMedia = Literal["decode", "header"]
-VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".avi", ".webm"})
 _LOGGED = 20  # broken rows of a source that are logged one by one; `Source.broken` has them all
 _SIDE = {
     "text": Value("string"),
@@ -216,8 +215,10 @@ def checked_side(name: str, side: Side, record: Mapping[str, Any], check_media: 
             data = _embedded(side.column, record)
             _check_image(data, check_media)
             digest.update(data)
-        for path in filter(None, (side.image, *side.video)):
-            digest.update(_whole_file(Path(path), check_media))
+        if is_video_file(side.video):
+            digest.update(_whole_video(Path(side.video[0]), check_media))
+        for path in filter(None, (side.image, *(() if is_video_file(side.video) else side.video))):
+            digest.update(_whole_image(Path(path), check_media))
     except BrokenMediaError as error:
         raise BrokenMediaError(f"{name}: {error}") from None
     has_media = bool(side.image or side.video or side.column)
@@ -240,14 +241,22 @@ def _read(path: Path) -> bytes:
         raise BrokenMediaError(f"file {str(path)!r} can't be read: {error.strerror}") from None
 
 
-def _whole_file(path: Path, check_media: CheckMedia) -> bytes:
-    """Content of an image file; path and size of a video file, whose content can be large."""
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        if not path.is_file() or not path.stat().st_size:
-            raise BrokenMediaError(f"video {str(path)!r} does not exist or is empty")
-        if check_media == "decode":
-            _broken_as_media_error(read_video, path)
-        return f"{path.resolve()}:{path.stat().st_size}".encode()
+def is_video_file(paths: tuple[str, ...]) -> bool:
+    """Whether the paths of a side's video are one video file, of any suffix, and not frames."""
+    return len(paths) == 1 and Path(paths[0]).suffix.lower() not in FRAME_SUFFIXES
+
+
+def _whole_video(path: Path, check_media: CheckMedia) -> bytes:
+    """Path and size of a video file, whose content can be large."""
+    if not path.is_file() or not path.stat().st_size:
+        raise BrokenMediaError(f"video {str(path)!r} does not exist or is empty")
+    if check_media == "decode":
+        _broken_as_media_error(read_video, path)
+    return f"{path.resolve()}:{path.stat().st_size}".encode()
+
+
+def _whole_image(path: Path, check_media: CheckMedia) -> bytes:
+    """Content of an image file."""
     data = _read(path)
     _check_image(str(path), check_media)  # out of the file cache by now
     return data
@@ -337,8 +346,7 @@ def content_key(side: Mapping[str, Any]) -> str:
 
 def _video(paths: tuple[str, ...]) -> dict[str, Any]:
     """Frames as encoding shows them; without a clock they get one a second, of which every processor keeps all."""
-    is_file = Path(paths[0]).suffix.lower() in VIDEO_SUFFIXES
-    video = read_video(paths[0] if is_file else list(paths))
+    video = read_video(paths[0] if is_video_file(paths) else list(paths))
     numbers = list(range(len(video.frames)))
     times = {"total_num_frames": len(numbers), "fps": 1.0, "frames_indices": numbers}
     return {"array": video.frames, "video_metadata": video.metadata or times}

@@ -91,6 +91,32 @@ def test_every_form_of_a_corpus_gives_the_same_vectors(tmp_path, qwen):
         np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-5, err_msg=name)
 
 
+def test_tables_as_excel_and_others_write_them(tmp_path, qwen):
+    """A byte-order mark, a JSON list, binary texts and ids: the same ids and vectors."""
+    (tmp_path / "c.csv").write_text("\ufeffid;text\r\n007;one\r\n8;5\r\n")
+    (tmp_path / "c.jsonl").write_text('\ufeff{"id": "007", "text": "one"}\n{"id": 8, "text": 5}\n')
+    (tmp_path / "c.json").write_text('\ufeff[{"id": "007", "text": "one"},\n {"id": "8", "text": "5"}]')
+    pq.write_table(pa.table({"id": [b"007", b"8"], "text": [b"one", b"5"]}), tmp_path / "c.parquet")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "007").with_suffix(".txt").write_text("\ufeffone")
+    expected = qwen.encode_document([{"text": "one"}, {"text": "5"}])
+    for number, name in enumerate(("c.csv", "c.jsonl", "c.json", "c.parquet", "files")):
+        config = EncodeConfig("m", [str(tmp_path / name)], str(tmp_path / f"out{number}"))
+        assert run(config, qwen) == [0]
+        rows = list(read_embeddings(config.output))
+        assert [row["id"] for row in rows] == (["007", "8"] if name != "files" else ["007.txt"])
+        np.testing.assert_allclose([row["embedding"] for row in rows], expected[: len(rows)], atol=1e-5, err_msg=name)
+
+
+def test_binary_that_is_no_text(tmp_path, qwen):
+    columns = {"id": [b"\xff\x00", b"\xc3\xa4"], "text": [b"one", b"\xff"], "vector": [b"\xff", b"\xfe"]}
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    config = config_for(tmp_path, tmp_path / "c.parquet")
+    assert run(config, qwen) == [1]
+    rows = list(read_embeddings(config.output))
+    assert [row["id"] for row in rows] == ["ff00", "ä"] and "text must be UTF-8" in rows[1]["error"]
+
+
 def test_a_folder_of_files(tmp_path, qwen):
     folder = tmp_path / "files"
     (folder / "deep").mkdir(parents=True)
@@ -184,7 +210,17 @@ def test_a_changed_picture_under_the_same_path_is_refused(tmp_path, qwen):
     Dataset.from_dict({"image": [str(tmp_path / "a.png")]}).save_to_disk(str(tmp_path / "saved"))
     struct = pa.table({"image": [{"bytes": None, "path": "a.png"}]})
     pq.write_table(struct, tmp_path / "struct.parquet")
+    strings = pa.array(["a.png"])
+    columns = {
+        "dictionary": strings.dictionary_encode(),
+        "view": strings.cast(pa.string_view()),
+        "fixed": pa.FixedSizeListArray.from_arrays(pa.array(["a.png", "a.png"]), 2),
+        "stored": pa.array([[{"bytes": None, "path": "a.png"}]]),
+    }
+    for name, column in columns.items():
+        pq.write_table(pa.table({"image": column}), tmp_path / f"{name}.parquet")
     names = ["c.jsonl", "c.csv", "c.parquet", "lists.parquet", "struct.parquet", "saved"]
+    names += [f"{name}.parquet" for name in columns]
     config = config_for(tmp_path, tmp_path / "c.jsonl")
     run(config, qwen)
     before = [open_corpus([str(tmp_path / name)]).digest for name in names]
@@ -223,7 +259,7 @@ def test_no_row_ends_the_job(tmp_path, qwen):
     lines = {
         '{"id": "good", "text": "a"}': "",
         '{"image": "bomb.png"}': "too large|more than",
-        '{"text": 5}': "text must be a string, got int",
+        '{"text": true}': "text must be a string, got bool",
         '{"image": ["good.png", "gone.png"]}': "gone.png' does not exist",
         '{"image": ["good.png", "good.png"]}': "",
         '{"id": "\\ud800", "text": "half \\ud800"}': "half a character",
@@ -243,7 +279,7 @@ def test_no_row_ends_the_job(tmp_path, qwen):
     config = config_for(tmp_path, tmp_path / "c.jsonl", shard_size=100)
     run(config, qwen)
     rows = list(read_embeddings(config.output))
-    assert len(rows) == len(lines) + 1 and "no JSON" in rows[-1]["error"] and rows[5]["id"] == "\\ud800"
+    assert len(rows) == len(lines) + 1 and "not UTF-8" in rows[-1]["error"] and rows[5]["id"] == "\\ud800"
     for (line, reason), row in zip(lines.items(), rows, strict=False):
         good = line in ('{"id": "good", "text": "a"}',) or 'good.png", "good' in line or "line.png" in line
         assert (row["embedding"] is not None) == good, (line, row["error"])
@@ -320,6 +356,12 @@ def test_what_is_no_corpus(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"title": "a"}\n')
     with pytest.raises(ValueError, match="must have a column text, image or video"):
         open_corpus([str(tmp_path / "c.jsonl")])
+    (tmp_path / "lines.jsonl").write_text('{"text": "a",}\n{"text": "b",}\n')
+    with pytest.raises(ValueError, match="no row that can be read: line 1 of lines.jsonl is no JSON: a comma"):
+        open_corpus([str(tmp_path / "lines.jsonl")])
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="torn.parquet is no Parquet file"):
+        open_corpus([str(tmp_path / "torn.parquet")])
     with pytest.raises(ValueError, match="missing: .*gone.jsonl"):
         open_corpus([str(tmp_path / "c.jsonl"), "gone.jsonl"])
     with pytest.raises(ValueError, match="there is no file or folder 'gone.jsonl'"):

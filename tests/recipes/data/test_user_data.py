@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections import OrderedDict
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
 from torch import nn
 
 from recipes.data.streaming import open_streams
@@ -127,3 +131,118 @@ def test_two_files_of_one_name_and_wrong_input(tmp_path):
     (tmp_path / "pairs.xml").write_text("<a/>")
     with pytest.raises(ValueError, match="must be one of"):
         load_user_data([str(tmp_path / "pairs.xml")])
+
+
+LOADS = pytest.mark.parametrize(
+    "load", [load_user_data, lambda paths, **check: open_streams(paths, **check).heads], ids=["checked", "streamed"]
+)
+
+
+@LOADS
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "b.csv", "a.tsv", "a.parquet"])
+def test_every_table_gives_texts_as_they_are_written(tmp_path, name, load):
+    """What `datasets` would make of them: None of NA, numbers of digits, time stamps of dates, one type a column."""
+    pairs = [("NA", "null"), ("2024-01-05", "007"), ("None", "Äpfel")]
+    if name == "a.parquet":
+        pairs[:2] = [(b"NA", b"null"), (b"2024-01-05", b"007")]
+        pairs = [tuple(text.encode() if isinstance(text, str) else text for text in pair) for pair in pairs]
+        queries, positives = zip(*pairs, strict=True)
+        pq.write_table(pa.table({"query": queries, "positive": positives}), tmp_path / name)
+    elif name in ("a.jsonl", "a.json"):
+        rows = [{"query": query, "positive": positive} for query, positive in pairs]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_text(json.dumps(rows) if name == "a.json" else lines)
+    else:
+        between = {"a.csv": ",", "b.csv": ";", "a.tsv": "\t"}[name]
+        lines = ["query" + between + "positive", *(query + between + positive for query, positive in pairs)]
+        (tmp_path / name).write_text("\ufeff" + "\r\n".join(lines))  # as Excel writes it
+    (source,) = load([str(tmp_path / name)])
+    found = [(row["query"]["text"], row["positive"]["text"]) for row in source.dataset()]
+    assert found == [("NA", "null"), ("2024-01-05", "007"), ("None", "Äpfel")] and not source.broken
+
+
+@LOADS
+def test_columns_of_digits_and_dates_in_parquet_are_texts(tmp_path, load):
+    days = [datetime.date(2024, 1, day) for day in (1, 2)]
+    pq.write_table(pa.table({"query": [7, 8], "positive_text": days}), tmp_path / "a.parquet")
+    (source,) = load([str(tmp_path / "a.parquet")])
+    assert source.dataset()[1] == {"query": {"text": "8"}, "positive": {"text": "2024-01-02"}}
+
+
+def test_pictures_in_a_column_of_plain_bytes(tmp_path):
+    pq.write_table(pa.table({"query": ["a", "b"], "positive_image": [jpeg(1), jpeg(2)[:-60]]}), tmp_path / "a.parquet")
+    (source,) = load_user_data([str(tmp_path / "a.parquet")])
+    assert source.dataset()[0]["positive"]["image"].size == (56, 28) and [bad.index for bad in source.broken] == [1]
+
+
+@LOADS
+def test_a_broken_line_is_a_broken_row(tmp_path, load):
+    lines = [b'{"query": "a", "positive": "b"}'] * 9
+    lines[6] = b'{"query": "a", "positive": "b",}'
+    lines[7] = b'{"query": "\xe4", "positive": "b"}'
+    (tmp_path / "pairs.jsonl").write_bytes(b"\n".join(lines))
+    (source,) = load([str(tmp_path / "pairs.jsonl")])
+    assert [entry.index for entry in source.broken] == [6, 7] and len(source.dataset()) == 7
+    assert source.broken[0].reason == (
+        "line 7 of pairs.jsonl is no JSON: a comma stands before the closing bracket. Remove it"
+    )
+    assert "line 8 of pairs.jsonl is not UTF-8" in source.broken[1].reason
+    with pytest.raises(ValueError, match="row 6: line 7 of pairs.jsonl"):
+        load([str(tmp_path / "pairs.jsonl")], on_error="raise")
+
+
+def test_a_row_may_have_other_types_than_the_row_before(tmp_path):
+    put(tmp_path / "0.jpg", jpeg(0))
+    rows = [
+        {"query": "a", "positive": "b"},
+        {"query": {"text": 5, "image": "0.jpg"}, "positive": 7},
+        {"question": "x", "query": "c", "positive": None},
+        {"query": True, "positive": "d"},
+    ]
+    (source,) = load_user_data([write_jsonl(tmp_path / "mixed.jsonl", rows)])
+    assert [entry.index for entry in source.broken] == [2, 3] and "got bool" in source.broken[1].reason
+    assert list(source.dataset()[1]["query"]) == ["image", "text"] and source.dataset()[1]["query"]["text"] == "5"
+    assert source.dataset()[1]["positive"] == {"text": "7"}
+
+
+@LOADS
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("gone.jsonl", None, "there is no file|no file matches"),
+        ("gone", None, "no file or folder 'gone'|no file or folder"),
+        ("empty.csv", b"", "is empty. Write its rows"),
+        ("head.csv", b"query,positive\n", "has no rows. Write some"),
+        ("bad.jsonl", b"query;positive\na;b\n", "no row that can be read: line 1 of bad.jsonl is no JSON"),
+        ("bad.parquet", b"query;positive\na;b\n", "no Parquet file|can't be loaded"),
+    ],
+)
+def test_what_is_no_table_is_one_line(tmp_path, monkeypatch, name, content, reason, load):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as raised:
+        load([name])
+    assert "\n" not in str(raised.value) and name.partition(".")[0] in str(raised.value)
+
+
+def test_a_changed_table_is_read_again(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("query,positive\na,b\n")
+    assert load_user_data([str(path)])[0].dataset()[0]["query"] == {"text": "a"}
+    path.write_text("query,positive\nc,b\n")
+    assert load_user_data([str(path)])[0].dataset()[0]["query"] == {"text": "c"}
+
+
+def test_a_video_file_has_any_suffix(tmp_path):
+    """As in encoding, whose reader looks into the file."""
+    write_movie(tmp_path / "film.mp4")
+    (tmp_path / "film.mp4").rename(tmp_path / "film.m4v")
+    frames = [PILImage.new("RGB", (28, 28), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    put(tmp_path / "one.jpg", jpeg(0))
+    rows = [{"query": "q", "positive_video": value} for value in ("film.m4v", "a.gif", ["one.jpg"])]
+    (source,) = load_user_data([write_jsonl(tmp_path / "clips.jsonl", rows)])
+    shown = [row["positive"]["video"]["array"] for row in source.dataset()]
+    assert np.array_equal(shown[0], read_video(tmp_path / "film.m4v").frames) and not source.broken
+    assert len(shown[1]) == 3 and len(shown[2]) == 2, "one frame is doubled"
