@@ -9,6 +9,7 @@ With `readout="last"` it is `Transformer`, `Pooling("lasttoken")`, `Normalize`. 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,19 +23,16 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util.distributed import get_world_size
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import SizeDict
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING,
-)
 from transformers.utils import quantization_config
 
 from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import append_btoks, plain_template
 from st_btok.limits import set_max_seq_length
-from st_btok.model_parts import tokenizer_of
+from st_btok.model_parts import GENERATING, checkpoint_head, tokenizer_of
 from st_btok.pooling import ENGINE_PLUGIN, BTokPooling
 from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
+
+logger = logging.getLogger(__name__)
 
 # The authors' training and evaluation limits (release: data/processors/qwen2_vl.py).
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
@@ -111,6 +109,7 @@ def build_model(
             unpad_inputs=False,  # WordWeights reads the attention mask, which flattened batches lack
         )
         _check_weights(transformer.model, path, model_kwargs or {})
+        _settle_tying(transformer.model.config, path, model_kwargs or {})
     tokenizer = tokenizer_of(transformer)
     ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)
     _set_template(transformer, template, num_btoks)
@@ -179,8 +178,7 @@ def _check_config(config: PreTrainedConfig, name: str) -> None:
             f"the backbone must be decoder-only, but {name} ({config.model_type}) is an encoder-decoder model. "
             "Use a causal language model such as Qwen/Qwen2-VL-2B-Instruct."
         )
-    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    if not any(type(config) in mapping for mapping in mappings):
+    if not any(type(config) in mapping for mapping in GENERATING):
         raise ValueError(
             f"the backbone must be a language model that transformers knows as one, but {name} ({config.model_type}) "
             "is in none of its mappings for causal, image-text-to-text and multimodal language models: an encoder? If "
@@ -202,11 +200,13 @@ def _check_weights(model: PreTrainedModel, path: str, model_kwargs: dict[str, An
     """
     if {"gguf_file", "quantization_config"} & model_kwargs.keys():
         return  # these make weights while they load, which needs the weights
-    kept = {
-        name: model_kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in model_kwargs
-    }
     loaded: Any = type(model).from_pretrained(
-        path, config=model.config, device_map="meta", output_loading_info=True, local_files_only=True, **kept
+        path,
+        config=model.config,
+        device_map="meta",
+        output_loading_info=True,
+        local_files_only=True,
+        **_hub_arguments(model_kwargs),
     )
     missing, unknown = (sorted(loaded[1][kind]) for kind in ("missing_keys", "unexpected_keys"))
     if missing:
@@ -216,6 +216,32 @@ def _check_weights(model: PreTrainedModel, path: str, model_kwargs: dict[str, An
             f"({', '.join(unknown[:2])}, ...). Under other names? Load it with its full class, copy its state_dict() "
             "into a new model of that class made from the config, and pass that: build_model(model, processor=...)."
         )
+
+
+def _settle_tying(config: PreTrainedConfig, path: str, model_kwargs: dict[str, Any]) -> None:
+    """Have the config say whether the LM head is the embedding matrix: what is saved holds no head to ask."""
+    if "gguf_file" in model_kwargs:
+        return  # its config is made from the weights it holds
+    try:
+        head, tied = checkpoint_head(path, config, **_hub_arguments(model_kwargs))
+    except Exception as error:
+        logger.warning(
+            "Whether the backbone's LM head is tied to its embeddings can't be found out (%s). Its config says %s; if "
+            "that is wrong, name the head: BTokLoss(..., lm_head=...).",
+            str(error).strip().split("\n")[0],
+            getattr(config, "tie_word_embeddings", False),
+        )
+        return
+    if head is None:
+        return  # a checkpoint of the embedder's class
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = tied
+
+
+def _hub_arguments(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where a checkpoint lies."""
+    names = ("revision", "token", "cache_dir", "subfolder")
+    return {name: model_kwargs[name] for name in names if name in model_kwargs}
 
 
 def _set_template(transformer: Transformer, template: str, num_btoks: int) -> None:

@@ -1,4 +1,4 @@
-"""Questions asked of a model: its transformer and BToks, tokenizer, embedding matrix, media tokens.
+"""Questions asked of a model: its transformer and BToks, tokenizer, embedding matrix, LM head, media tokens.
 
 They are asked from every room, so they stand below all of them, next to the tokens' names. Nothing here changes a
 model.
@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+from transformers.utils import logging
 
 from st_btok.tokens import btok_ids
+
+# Where transformers looks for the class that generates. Text comes last: some configs with a vision tower stand there
+# too, for a class that reads the language model alone (Qwen3.5).
+GENERATING = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
 def find_btoks(model: SentenceTransformer) -> tuple[Transformer, list[int]]:
@@ -85,6 +96,95 @@ def embedding_matrix(model: PreTrainedModel) -> Tensor:
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return module.weight
+
+
+def generation_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that transformers builds from a config in order to generate, LM head included.
+
+    Args:
+        config: Of a backbone, with or without its LM head.
+
+    Returns:
+        The class that the config itself names if it has a head, else the one of transformers' mappings for
+        image-text-to-text, multimodal and causal language models; None where there is none.
+    """
+    for name in config.architectures or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and named.can_generate():
+            if named.config_class is type(config):
+                return named
+    found: Any = next((mapping[type(config)] for mapping in GENERATING if type(config) in mapping), None)
+    return found
+
+
+def checkpoint_head(source: str, config: PreTrainedConfig, **hub: Any) -> tuple[Tensor | None, bool]:
+    """The LM head of a checkpoint, as transformers loads it for generation.
+
+    The generating class is loaded without any part but its two matrices, so that names of keys, their conversions and
+    the question whether both are tied are answered by transformers itself: a head that the checkpoint holds wins over
+    a config that says tied, if it differs from the embeddings.
+
+    Args:
+        source: Name or path of the checkpoint.
+        config: Of the backbone, whose class says which class generates.
+        **hub: Arguments of `from_pretrained` that say where the checkpoint lies, such as `revision` or `token`.
+
+    Returns:
+        The matrix (V, D) on the CPU, in the checkpoint's own type, and whether it is the embedding matrix too. The
+        matrix is None where it is neither tied nor in the checkpoint.
+
+    Raises:
+        OSError: If the checkpoint, or its config, is not there.
+        ValueError: If no class generates from such a config.
+    """
+    generating = generation_class(config)
+    if generating is None:
+        raise ValueError(f"transformers has no class with an LM head for {type(config).__name__}.")
+    stored = type(config).from_pretrained(source, **hub)
+    if hasattr(stored, "quantization_config"):
+        del stored.quantization_config  # the two matrices are not among what is packed
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = _head_alone(generating).from_pretrained(source, config=stored, output_loading_info=True, **hub)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    model, found = loaded
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight}
+    tied = head.weight is embeddings.weight
+    return (None if names & found["missing_keys"] else head.weight.detach()), tied
+
+
+def _head_alone(generating: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The same class without what is not needed to load its embeddings and its head. Read in transformers 5.23."""
+
+    def construct(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        generating.__init__(self, config, *args, **kwargs)
+        kept = {self.get_input_embeddings(), self.get_output_embeddings()}
+        if None in kept:
+            raise ValueError(f"{generating.__name__} has no LM head of its own.")
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if module not in kept and not kept & set(child.modules()):
+                    delattr(module, name)
+        left = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        # Before this the constructor has listed what is tied, the removed parts included.
+        self.all_tied_weights_keys = {a: b for a, b in self.all_tied_weights_keys.items() if {a, b} <= left}
+
+    # Key conversions go by the names of class and module.
+    members = {
+        "__init__": construct,
+        "__module__": generating.__module__,
+        "_keys_to_ignore_on_load_unexpected": [".*"],
+    }
+    return type(generating.__name__, (generating,), members)
+
+
+def commit_of(config: PreTrainedConfig) -> str | None:
+    """The commit that a config was loaded from on the hub; None for a local folder. Read in transformers 5.23."""
+    return getattr(config, "_commit_hash", None)
 
 
 def media_tokens(transformer: Transformer) -> dict[str, int]:

@@ -289,6 +289,9 @@ def _load_backbone(tensors: dict[str, Tensor], pipeline: Pipeline) -> PreTrained
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     rows = next((value for key, value in tensors.items() if key.endswith("embed_tokens.weight")), torch.zeros(0))
     config.get_text_config().vocab_size = len(rows)  # the stored number is stale where BToks made the matrix grow
+    head = tensors.get("lm_head.weight")
+    if head is not None and not torch.equal(head, rows):
+        config.tie_word_embeddings = False  # trained apart, whatever the config says
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=rows.dtype, trust_remote_code=False)
     expected = model.state_dict()

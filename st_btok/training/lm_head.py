@@ -6,21 +6,24 @@ Trainer neither saves nor averages what is not in the model, so that is done her
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 from torch import distributed as dist
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from st_btok.model_parts import embedding_matrix
+from st_btok.model_parts import checkpoint_head, commit_of, embedding_matrix, generation_class
 
 FOLDER, KEY = "lm_head", "lm_head.weight"
 
@@ -92,16 +95,17 @@ class TrainedHead(TrainerCallback):
 def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None = None) -> Tensor:
     """The (V, D) matrix that turns last-layer states into logits.
 
-    A BTok model holds the backbone without its LM head. With tied embeddings the input matrix is the head. An untied
-    head (most 7B models) is read from the checkpoint the backbone came from, and stays out of the saved embedder.
+    A BTok model holds the backbone without its LM head. Where the head is tied to the input embeddings, their matrix
+    is the head. Else (most 7B models) it is read from the checkpoint that the backbone came from, by the class that
+    transformers builds for generation, and stays out of the saved embedder.
 
     Args:
         model: The backbone inside the `Transformer` module.
         lm_head: An LM head (module or matrix) to use, or the name or path of a checkpoint to read it from. Default:
-            the tied matrix, else the checkpoint in `model.config.name_or_path`.
+            the head of the checkpoint in `model.config.name_or_path`, or the tied matrix.
 
     Returns:
-        The matrix; the tied one is the live parameter.
+        The matrix; a tied one is the live parameter, unless `lm_head` names a checkpoint.
 
     Raises:
         ValueError: If the head is not tied and can't be found.
@@ -110,16 +114,23 @@ def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str 
         lm_head = lm_head.get_parameter("weight")
     if isinstance(lm_head, Tensor):
         return lm_head
-    config = model.config
-    embeddings = embedding_matrix(model)
-    if lm_head is None and getattr(config, "tie_word_embeddings", False):
-        return embeddings
+    config, embeddings = model.config, embedding_matrix(model)
     source = lm_head or config.name_or_path
-    head = _read_lm_head(source) if source else None
+    tied = lm_head is None and getattr(config, "tie_word_embeddings", False)
+    generating = generation_class(config)
+    if tied and (generating is None or generating.__name__ not in (config.architectures or ())):
+        return embeddings  # saved without a head, as `build_model` found it: nothing to ask there
+    head, reason = None, f"{source!r} holds none"
+    try:
+        head, tied = _read_head(str(source), config) if source else (None, tied)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+    if tied and lm_head is None:
+        return embeddings
     if head is None:
         raise ValueError(
-            f"the backbone's LM head is not tied to its embeddings, and no lm_head.weight was found in {source!r}. "
-            'Pass BTokLoss(..., lm_head="the backbone\'s name or path") or lm_head=full_model.lm_head.'
+            f"the backbone's LM head is not tied to its embeddings, and must be found: {reason}. "
+            'Pass BTokLoss(..., lm_head="the backbone\'s name or path") or lm_head=full_model.get_output_embeddings().'
         )
     return head.to(device=embeddings.device, dtype=embeddings.dtype)
 
@@ -141,32 +152,10 @@ def own_head(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None, t
     return nn.Parameter(head.detach(), requires_grad=train)
 
 
-def _read_lm_head(source: str) -> Tensor | None:
-    """Only the tensor `lm_head.weight` of a (sharded) safetensors checkpoint on disk or on the hub."""
-    for name in ("model.safetensors.index.json", "model.safetensors"):
-        path = _fetch(source, name)
-        if path is None:
-            continue
-        if name.endswith(".json"):
-            shard = _shard_of(path, "lm_head.weight")
-            path = _fetch(source, shard) if shard else None
-        if path is None:
-            continue
-        with safe_open(path, "pt") as tensors:
-            if "lm_head.weight" in tensors.keys():  # noqa: SIM118
-                return tensors.get_tensor("lm_head.weight")
-    return None
-
-
-def _shard_of(index: Path, key: str) -> str | None:
-    return json.loads(index.read_text())["weight_map"].get(key)
-
-
-def _fetch(source: str, name: str) -> Path | None:
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.exists() else None
-    try:
-        return Path(hf_hub_download(source, name))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
-        return None
+def _read_head(source: str, config: PreTrainedConfig) -> tuple[Tensor | None, bool]:
+    """The head of a checkpoint, or of a folder of `save_lm_head`, and whether it is tied."""
+    alone = Path(source, "model.safetensors")
+    if alone.exists() and not Path(source, "config.json").exists():
+        return load_file(alone).get(KEY), False
+    commit = commit_of(config) if source == config.name_or_path else None
+    return checkpoint_head(source, config, **({"revision": commit} if commit else {}))
