@@ -30,10 +30,8 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.tools.explain_figure import draw_attention
     from st_btok.training.cached_loss import CachedBTokLoss
     from st_btok.training.callback import BTokCallback
-    from st_btok.training.lm_head import TrainedHead, save_lm_head
     from st_btok.training.loss import BTokLoss
     from st_btok.training.mask import condensation_attention, condensation_mask, register_condensation_attention
-    from st_btok.training.vocabulary_loss import condensation_nll
 
 __all__ = [
     "__version__",
@@ -45,7 +43,6 @@ __all__ = [
     "CheckedInputs",
     "EncodedRow",
     "SkippedInput",
-    "TrainedHead",
     "add_btoks",
     "append_btoks",
     "btok_attention",
@@ -56,7 +53,6 @@ __all__ = [
     "checked_inputs",
     "condensation_attention",
     "condensation_mask",
-    "condensation_nll",
     "decode_btoks",
     "draw_attention",
     "encode_checked",
@@ -70,7 +66,6 @@ __all__ = [
     "read_video",
     "register_condensation_attention",
     "rgb_image",
-    "save_lm_head",
     "save_trained",
 ]
 
@@ -98,8 +93,6 @@ _MODULES = {
     "st_btok.training.mask": ("condensation_attention", "condensation_mask", "register_condensation_attention"),
     "st_btok.training.cached_loss": ("CachedBTokLoss",),
     "st_btok.training.callback": ("BTokCallback",),
-    "st_btok.training.vocabulary_loss": ("condensation_nll",),
-    "st_btok.training.lm_head": ("TrainedHead", "save_lm_head"),
     "st_btok.training.loss": ("BTokLoss",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 from st_btok.model_parts import find_btoks, tokenizer_of
 from st_btok.pooling import check_btoks
-from st_btok.training.leak import find_leak
 from st_btok.training.lm_head import output_embeddings
 from st_btok.training.mask import condensation_attention
+from st_btok.training.routes import find_leak
 from st_btok.training.targets import ContentReader, join_targets
 
 

@@ -28,6 +28,7 @@ from st_btok.model_parts import embedding_matrix, find_btoks
 from st_btok.training.cached_loss import CachedBTokLoss
 from st_btok.training.loss import BTokLoss
 from st_btok.training.routes import ROUTES
+from st_btok.training.splitting import Part
 from st_btok.training.targets import ContentReader
 
 # Two inputs of a kind whose embeddings are closer than this are taken for one: the medium did not get through.
@@ -239,14 +240,13 @@ def _route(subject: Subject, route: Any) -> Measured:
     except ValueError as error:
         raise NotApplicable(first_line(error)) from None
     columns = subject.columns()
-    _, targets = loss.targets(columns)
     with torch.no_grad():
         expected = subject.model(dict(columns[0]))["sentence_embedding"]
-        found, nll = loss.embed(dict(columns[0]), targets[0])
-    if not (torch.isfinite(nll).all() and (nll > 0).all()):
-        raise ValueError(f"every target must have a finite likelihood, got {nll.tolist()}")
+        found = loss.embed(Part(dict(columns[0]), loss.targets(columns)[0]))
+    if not (torch.isfinite(found.nll) and found.nll > 0):
+        raise ValueError(f"targets must have a finite likelihood, got {found.nll.item()} nats")
     note = "embeddings with and without a target" + ("; leak probe 0" if loss.leak == 0.0 else "")
-    return _difference(found.numpy(), expected.numpy()), 1e-5, note
+    return _difference(found.embedding.numpy(), expected.numpy()), 1e-5, note
 
 
 def _kv_equals_attention(subject: Subject) -> Measured:
@@ -258,8 +258,8 @@ def _kv_equals_attention(subject: Subject) -> Measured:
             raise NotApplicable(f"the backbone can't use the {route} route") from None
         columns = subject.columns()
         with torch.no_grad():
-            values.append(loss.embed(dict(columns[0]), loss.targets(columns)[1][0])[1])
-    return ((values[0] - values[1]).abs() / values[0]).max().item(), 1e-4, "likelihoods, relative"
+            values.append(loss.embed(Part(dict(columns[0]), loss.targets(columns)[0])).nll)
+    return ((values[0] - values[1]).abs() / values[0]).item(), 1e-4, "likelihood, relative"
 
 
 def _without_term(subject: Subject) -> Measured:

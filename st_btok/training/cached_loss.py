@@ -1,10 +1,15 @@
 """`CachedBTokLoss`: `BTokLoss` for batches that do not fit into memory, by gradient caching.
 
-The plain loss owns all maths; this one only schedules it in mini-batches, with sentence-transformers' own GradCache.
-A mini-batch's pass returns [embeddings | summed NLL] as one tensor, so that one backward pass per mini-batch carries
-both gradients: for the last column that is weight / tokens, known before any gradient flows. The pass without
-gradients reads the targets too, because the loss is returned, and logged, before the second pass begins, and what it
-returns has to be true; what that pass learns about the vocabulary is kept (`cached_likelihood.py`), not made anew.
+sentence-transformers' `CachedLossMixin` does the three steps of GradCache (arXiv 2101.06983): embed every mini-batch
+without gradients; compute the loss and its gradient with respect to the embeddings; embed every mini-batch again, with
+gradients, and go on from there. Here `embed_minibatch` takes rows and calls `BTokLoss.embed`, and what it returns has
+one column more than the embeddings: the mini-batch's NLL. So one backward pass carries the gradients of both parts.
+
+The NLL is part of the returned loss, so the pass without gradients reads the targets as well. The gradient of the NLL
+with respect to the states that predict the targets is known in that pass already, up to one factor for all tokens. It
+is kept (`_VocabularyOnce`), so the vocabulary, often the largest matrix of a model, is multiplied by no more often
+than in `BTokLoss`.
+
 Mini-batches hold rows of similar length, so that short ones are not read at the width of long ones.
 """
 
@@ -12,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,14 +26,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
 
-from st_btok.model_parts import find_btoks, unwrap
-from st_btok.training.apart import Apart, is_alone
-from st_btok.training.buckets import row_lengths
-from st_btok.training.cached_likelihood import CachedLikelihood
 from st_btok.training.loss import BTokLoss
-from st_btok.training.negatives import RowFacts
-from st_btok.training.slicing import row_offsets, take_rows
-from st_btok.training.unread import NllOf, Readers, Unread
+from st_btok.training.splitting import Part, row_lengths, row_offsets, sorted_by_length, take_rows
+from st_btok.training.vocabulary_loss import Solved, sum_with_gradients
 
 _COLUMN = "btok_column"
 
@@ -39,7 +39,6 @@ class CachedBTokLoss(nn.Module):
     Args:
         model: A BTok model.
         mini_batch_size: Rows per pass, at least 1. Default 32. Only memory and speed depend on it.
-        mini_batch_num_tokens: If given, mini-batches are packed up to this many input tokens instead.
         show_progress_bar: Whether to show progress over the mini-batches. Default False.
         **options: All arguments of :class:`BTokLoss`.
 
@@ -66,7 +65,7 @@ class CachedBTokLoss(nn.Module):
           :class:`AdaptiveLayerLoss` and :class:`Matryoshka2dLoss` do not support cached losses.
 
     Raises:
-        ValueError: As `BTokLoss`; or if `mini_batch_size` or `mini_batch_num_tokens` is smaller than 1.
+        ValueError: As `BTokLoss`; or if `mini_batch_size` is smaller than 1.
 
     References:
         - Bottleneck Tokens for Unified Multimodal Retrieval: https://arxiv.org/abs/2604.11095, section 3.
@@ -83,26 +82,27 @@ class CachedBTokLoss(nn.Module):
     uses_gradient_cache = True  # tells MatryoshkaLoss to wrap `calculate_loss`
     requires_media_counts = True  # sentence-transformers before 6.2 counts the media of rows only when asked
 
+    uses_gradient_cache = True  # tells MatryoshkaLoss to wrap `calculate_loss`
+    requires_media_counts = True  # sentence-transformers before 6.2 counts the media of rows only when asked
+    loss_class = BTokLoss
+
     def __init__(
         self,
         model: SentenceTransformer,
         *,
         mini_batch_size: int = 32,
-        mini_batch_num_tokens: int | None = None,
         show_progress_bar: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
-        for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}.")
         self.model = model
-        self.loss = BTokLoss(model, **options)
+        self.loss = self.loss_class(model, **options)
         self.schedule = self.loss.schedule
         self.mini_batch_size = mini_batch_size
-        self.mini_batch_num_tokens = mini_batch_num_tokens
         self.show_progress_bar = show_progress_bar
-        self._facts: list[RowFacts] = []
+        self._fingerprints: list[Tensor] = []
         self._orders: list[list[int]] = []
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -116,47 +116,37 @@ class CachedBTokLoss(nn.Module):
             The weighted parts, whose values sum to the loss; `ranking` carries the gradient of both.
 
         Raises:
-            ValueError: If a row lacks its bottleneck tokens, or a media tensor can't be split by rows.
+            ValueError: As `BTokLoss`; or if a media tensor can't be split by rows.
         """
         columns = list(sentence_features)
-        self._facts = self.loss.facts(columns)
-        weight, targets = self.loss.targets(columns)
-        longest = max((len(target) for column in targets if column for target in column), default=0)
-        apart = self.loss.apart(targets, self.mini_batch_num_tokens or self.mini_batch_size * longest)
-        self._orders = [
-            self._order(features, None if apart else target) for features, target in zip(columns, targets, strict=True)
-        ]
-        media = self.loss.reader.media_tokens
-        prepared = []
-        for number, (features, order) in enumerate(zip(columns, self._orders, strict=True)):
-            # What the mixin cuts into mini-batches: rows by number, in their order. Pixels are taken when read.
-            ids, mask = features["input_ids"][order], features["attention_mask"][order]
-            last = number == len(columns) - 1
-            column = Column(number, features, targets[number], row_offsets(features, media), order, last)
-            prepared.append({"input_ids": ids, "attention_mask": mask, _COLUMN: column})
-        tokens = sum(len(target) for column in targets if column for target in column)
-        passes = _GradCache(self, weight, tokens, apart)
-        total = passes.forward_cached(prepared)
-        carrier = total - total.detach()
-        if carrier.requires_grad:
-            carrier.register_hook(passes.back_propagate_kept)
-        condensation = (weight * passes.nll).detach()
-        self.loss.report(columns, targets, passes.nll, passes.tokens, weight)
+        self.loss.check(columns)
+        self._fingerprints = self.loss.fingerprints(columns)
+        weight = self.loss.weight()
+        targets = self.loss.targets(columns) if weight else [None] * len(columns)
+        batch = _GradCache(self, weight, sum(len(target) for column in targets if column for target in column))
+        wholes = [Part(features, target) for features, target in zip(columns, targets, strict=True)]
+        self._orders = [self._order(whole) for whole in wholes]
+        carrier = batch.forward_cached(
+            [self._prepared(number, *pair) for number, pair in enumerate(zip(wholes, self._orders, strict=True))]
+        )
+        self.loss.report(columns, targets, batch.ranking, batch.nll, batch.tokens, weight)
         # GradCache has one tensor whose gradient starts its second pass; the value of each part stays its own.
-        return {"ranking": passes.ranking.detach() + carrier, "condensation": condensation}
+        return {"ranking": batch.ranking + (carrier - carrier.detach()), "condensation": weight * batch.nll}
 
-    def _order(self, features: dict[str, Any], targets: list[Tensor] | None) -> list[int]:
-        """Row numbers by length, longest last: the last mini-batch is the one that is not embedded twice."""
-        rows = list(range(len(features["input_ids"])))
-        if len(rows) <= self.mini_batch_size and self.mini_batch_num_tokens is None:
-            return rows
-        lengths = row_lengths(features, targets)
-        return sorted(rows, key=lambda row: lengths[row])
+    def _order(self, column: Part) -> list[int]:
+        """Row numbers in the order of the mini-batches: by length, where there are several."""
+        rows = len(column.features["input_ids"])
+        return list(range(rows)) if rows <= self.mini_batch_size else sorted_by_length(row_lengths(column))
+
+    def _prepared(self, number: int, column: Part, order: list[int]) -> dict[str, Any]:
+        """What the mixin counts the rows of, and cuts into mini-batches by their places in the order."""
+        offsets = row_offsets(column.features, self.loss.reader.media_tokens)
+        return {"input_ids": column.features["input_ids"], _COLUMN: _Column(number, column, offsets, order)}
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The ranking part, from each column's mini-batches of embeddings.
+        """The ranking part, from each column's mini-batches of embeddings; what MatryoshkaLoss wraps.
 
         Args:
             reps: Per column, mini-batches of (b, D) embeddings, in the order of `forward`'s mini-batches.
@@ -168,9 +158,8 @@ class CachedBTokLoss(nn.Module):
         """
         embeddings = []
         for column, order in zip(reps, self._orders, strict=True):
-            place = torch.tensor(order, device=column[0].device).argsort()
-            embeddings.append(torch.cat(column)[place])
-        loss = self.loss.rank(embeddings, self._facts)
+            embeddings.append(torch.cat(column)[torch.tensor(order, device=column[0].device).argsort()])
+        loss = self.loss.rank(embeddings, self._fingerprints)
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -178,11 +167,7 @@ class CachedBTokLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
-        return {
-            **self.loss.get_config_dict(),
-            "mini_batch_size": self.mini_batch_size,
-            "mini_batch_num_tokens": self.mini_batch_num_tokens,
-        }
+        return {**self.loss.get_config_dict(), "mini_batch_size": self.mini_batch_size}
 
     @property
     def citation(self) -> str:
@@ -191,45 +176,27 @@ class CachedBTokLoss(nn.Module):
 
 
 @dataclass(frozen=True)
-class Column:
-    """One column of a batch, with all that its mini-batches are made from.
-
-    Attributes:
-        number: Its place in the batch.
-        features: Its features, B rows.
-        targets: What its rows generate; None for nothing.
-        offsets: From `row_offsets`.
-        order: Row numbers in the order of the mini-batches.
-        last: Whether it is the last of the batch.
-    """
+class _Column:
+    """One column of a batch, with all that its mini-batches are made from."""
 
     number: int
-    features: dict[str, Any]
-    targets: list[Tensor] | None
+    whole: Part
     offsets: dict[str, list[int]]
     order: list[int]
-    last: bool
 
 
 class _GradCache(CachedLossMixin):
-    """One batch's three steps of GradCache over [embeddings | NLL], as a contract of sentence-transformers' mixin.
+    """GradCache over the [embeddings | NLL] of one batch.
 
-    Apart from the loss, so that what a loss modifier wraps, `CachedBTokLoss.calculate_loss`, sees embeddings only.
+    Apart from the loss, so that what a loss modifier wraps, `CachedBTokLoss.calculate_loss`, gets embeddings only.
     """
 
-    def __init__(self, owner: CachedBTokLoss, weight: float, tokens: int, apart: Apart | None) -> None:
-        self.owner, self.weight, self.own_tokens, self.apart = owner, weight, tokens, apart
+    def __init__(self, owner: CachedBTokLoss, weight: float, tokens: int) -> None:
+        self.owner, self.weight, self.own_tokens = owner, weight, tokens
         self.model = owner.loss.model
         self.mini_batch_size = owner.mini_batch_size
-        self.mini_batch_num_tokens = owner.mini_batch_num_tokens
         self.show_progress_bar = owner.show_progress_bar
-        self.likelihood = CachedLikelihood()
-        # The last mini-batch is not embedded twice: its graph stays until the backward pass, which begins with it. No
-        # more than one mini-batch's activations are alive at a time, as without.
-        self.keeps_last = is_alone(find_btoks(unwrap(self.model))[0].model)
-        self.kept: tuple[Tensor, tuple[int, int]] | None = None
-        self.passed: tuple[int, int] | None = None
-        self.last_grad = torch.zeros(())
+        self.vocabulary = _VocabularyOnce()
         self.ranking = self.nll = self.tokens = torch.zeros(())
 
     def embed_minibatch(
@@ -241,80 +208,69 @@ class _GradCache(CachedLossMixin):
         copy_random_state: bool,
         random_state: RandContext | None = None,
     ) -> tuple[Tensor, RandContext | None]:
-        """(b, D + 1), at least float32: embeddings, flattened over budgets, and the NLL of each row behind them."""
-        column: Column = sentence_feature[_COLUMN]
-        rows = column.order[begin:end]
-        features = take_rows(column.features, rows, column.offsets)
-        targets = [column.targets[row] for row in rows] if column.targets else []
+        """(b, D + 1), at least float32: embeddings, flattened over budgets, and an equal share of the NLL."""
+        column: _Column = sentence_feature[_COLUMN]
+        part = take_rows(column.whole, column.order[begin:end], column.offsets)
         key = (column.number, begin)
-        if key == self.passed:  # its backward pass is over, see `back_propagate_kept`
-            self.passed = None
-            return self.last_grad.detach(), None
-        keeps = copy_random_state and self.keeps_last and column.last and end >= len(column.order)
-        if keeps and self.apart is not None:
-            self.apart.read()  # while no activations are alive
-        readers = partial(self._readers, key, with_grad or keeps, copy_random_state)
-        with random_state or nullcontext(), torch.set_grad_enabled(with_grad or keeps):
-            state = RandContext(*features.values()) if copy_random_state else None
-            generated = targets if any(map(len, targets)) else None
-            embedding, nll = self.owner.loss.embed_in_buckets(features, generated, self.apart is not None, readers)
-            if not len(nll):
-                nll = embedding.new_zeros(len(rows), dtype=torch.float32)
-            precise = torch.promote_types(embedding.dtype, torch.float32)
-            reps = torch.cat([embedding.flatten(1).to(precise), nll[:, None].to(precise)], 1)
-        if keeps:
-            self.kept = reps, key
-            return reps.detach(), state
-        return reps, state
-
-    def back_propagate_kept(self, factor: Tensor) -> None:
-        """The backward pass of the mini-batch whose graph is still there, before any other is embedded again."""
-        if self.kept is not None and self.kept[0].requires_grad:
-            reps, self.passed = self.kept
-            with torch.enable_grad():  # off inside of a hook
-                (torch.dot(reps.flatten(), self.last_grad.flatten()) * factor).backward()  # type: ignore[no-untyped-call]
-        self.kept = None  # a second backward pass embeds this mini-batch like the others
-
-    def _readers(self, key: tuple[int, ...], with_grad: bool, again: bool, part: int) -> Readers:
-        """How targets are read: in the first pass (`again`: a second follows); their gradients go where a graph is."""
-        if not (with_grad or again):  # evaluation
-            return None, None
-        key, apart = (*key, part), self.apart
-
-        def likelihood(*arguments: Tensor) -> Tensor:
-            nll = self.likelihood.read(key, *arguments) if again else None
-            return self.likelihood.replay(key, *arguments) if nll is None or with_grad else nll
-
-        if apart is None:
-            return likelihood, None
-
-        def reading(unread: Unread, nll_of: NllOf) -> Tensor:
-            if again:
-                apart.add(key, unread, nll_of)
-            return apart.enter(key, unread.sources) if with_grad else unread.sources[0].new_zeros(len(unread.targets))
-
-        return None, reading
+        likelihood = None  # in evaluation, with one pass only
+        if copy_random_state:  # the first of two passes
+            likelihood = partial(self.vocabulary.first, key)
+        elif with_grad:
+            likelihood = partial(self.vocabulary.second, key)
+        with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
+            state = RandContext(*part.features.values()) if copy_random_state else None
+            embedded = self.owner.loss.embed(part, likelihood)
+            embeddings = embedded.embedding.flatten(1)
+            precise = torch.promote_types(embeddings.dtype, torch.float32)
+            shares = (embedded.nll.to(precise) / len(embeddings)).expand(len(embeddings), 1)
+            return torch.cat([embeddings.to(precise), shares], 1), state
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
         """Both parts; with `with_backward`, their gradients are left in `reps`."""
         loss = self.owner.loss
+        # 1. Apart again: embeddings of the loss' own shape, and the NLL of the whole batch.
         shape = (-1,) if loss.budgets is None else (len(loss.budgets), -1)
         embeddings = [[rep[:, :-1].detach().unflatten(1, shape) for rep in column] for column in reps]
-        sums = [rep[:, -1].detach() for column in reps for rep in column]
-        if with_backward:
-            for rep in [rep for column in embeddings for rep in column]:
-                rep.requires_grad_()
-        value = torch.cat(sums).sum() + (self.apart.read() if self.apart else 0)
-        nll = value.requires_grad_(with_backward)
+        nll = torch.stack([rep[:, -1].detach().sum() for column in reps for rep in column]).sum()
+        for leaf in [nll, *(rep for column in embeddings for rep in column)]:
+            leaf.requires_grad_(with_backward)
+        # 2. Both parts.
         self.ranking = self.owner.calculate_loss(embeddings, labels, with_backward=with_backward)
-        self.nll, self.tokens = loss.condense(nll, self.own_tokens, self.weight)
+        mean, self.tokens = loss.condense(nll, self.own_tokens, self.weight)
+        self.ranking, self.nll = self.ranking.detach(), mean.detach()
+        # 3. The gradient of every embedding, and beside it the one gradient of every share of the NLL.
         if with_backward:
-            slope = torch.autograd.grad(self.weight * self.nll, nll)[0]
+            slope = torch.autograd.grad(self.weight * mean, nll)[0]
             for column, parts in zip(reps, embeddings, strict=True):
                 for rep, part in zip(column, parts, strict=True):
                     grad = torch.zeros_like(part) if part.grad is None else part.grad
-                    self.last_grad = rep.grad = torch.cat([grad.flatten(1), slope.expand(len(rep), 1)], 1)
-        self.nll = self.nll.detach()
+                    rep.grad = torch.cat([grad.flatten(1), slope.expand(len(rep), 1)], 1)
         return self.ranking + self.weight * self.nll
+
+
+@dataclass
+class _VocabularyOnce:
+    """Cross entropies of the first pass over a batch, whose gradients the second pass sends on.
+
+    Attributes:
+        solved: By mini-batch, without the gradient of the head.
+        head_grad: (V, D), summed over the batch; None for a frozen head.
+    """
+
+    solved: dict[tuple[int, int], Solved] = field(default_factory=dict)
+    head_grad: Tensor | None = None
+
+    def first(self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        """The likelihood in the pass without gradients."""
+        found = sum_with_gradients(states, head, labels, True, head.requires_grad, self.head_grad)
+        self.head_grad = found.weight_grad
+        self.solved[key] = Solved(found.value, found.input_grad, None)
+        return found.value
+
+    def second(self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        """The same value in the pass with gradients. The first mini-batch brings the head's, for all of them."""
+        kept = self.solved[key]
+        head_grad = self.head_grad if key == next(iter(self.solved)) else None
+        return Solved(kept.value, kept.input_grad, head_grad).entered(states, head)

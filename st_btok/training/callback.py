@@ -1,25 +1,115 @@
-"""What only the Trainer knows, for the losses, and what only the losses know, for the Trainer's log.
+"""What only the Trainer knows, for the losses, and what only the losses know, for the Trainer's log and card.
 
-A schedule needs the number of optimizer steps taken, which a loss can't see: it is not the number of its calls (under
+A schedule needs the number of optimizer steps taken. A loss can't see it: it is not the number of its calls (under
 gradient accumulation) and it does not start at 0 (after resuming). sentence-transformers hands a loss nothing but
-features and labels, so the step has to come through a callback, and a callback belongs to a Trainer, not to all of
-them: the user passes it. It finds the losses through the model that both sides hold, so it does not matter who makes
-the loss, or when.
+features and labels, so the step comes through a callback. A callback belongs to one Trainer, so the user passes it.
+It finds the losses through the model that both sides hold. So it does not matter who makes the loss, or when.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from PIL.Image import Image
+from sentence_transformers.base.model_card import BaseModelCardData
+from sentence_transformers.sentence_transformer.losses import adaptive_layer, matryoshka
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from st_btok.model_parts import unwrap
-from st_btok.training.card import mend_card
+
+logger = logging.getLogger(__name__)
+
+# BibTeX of the method.
+CITATION = """
+@misc{bottlenecktokens2026,
+    title={Bottleneck Tokens for Unified Multimodal Retrieval},
+    year={2026},
+    eprint={2604.11095},
+    archivePrefix={arXiv},
+    primaryClass={cs.CV},
+    url={https://arxiv.org/abs/2604.11095},
+}
+"""
+
+
+# --- the weight over the steps -----------------------------------------
+
+
+class Schedule:
+    """Weight of the condensation loss at each optimizer step.
+
+    Args:
+        weight: A constant (at least 0), or a function of the step (0 for the first update) that returns one.
+        steps: The condensation loss is on for the first `steps` updates and off after; None for always. The authors'
+            presets use weight 5.0 for 2,000 of 5,000 steps.
+
+    Attributes:
+        step: Updates taken so far. `BTokCallback` sets it from the Trainer; in a loop of your own set it yourself.
+
+    Raises:
+        ValueError: If the weight is negative, infinite or NaN, or `steps` is negative.
+    """
+
+    def __init__(self, weight: float | Callable[[int], float], steps: int | None = None) -> None:
+        if not callable(weight):
+            check_weight(weight)
+        if steps is not None and steps < 0:
+            raise ValueError(f"condensation_steps must be at least 0 (or None for always), got {steps}.")
+        self.weight, self.steps = weight, steps
+        self.step: int | None = None
+
+    def __call__(self) -> float:
+        """The weight at the current step.
+
+        Returns:
+            At least 0.
+
+        Raises:
+            ValueError: If the weight depends on the step and no step has arrived: going on with the first weight would
+                be another training than the one asked for.
+        """
+        if not callable(self.weight) and self.steps is None:
+            return float(self.weight)
+        if self.step is None:
+            raise ValueError(
+                "the weight of a part of the loss depends on the optimizer step, and the loss was told none. Give "
+                "the Trainer callbacks=[BTokCallback()], or set loss.schedule.step in a training loop of your own."
+            )
+        if self.steps is not None and self.step >= self.steps:
+            return 0.0
+        if callable(self.weight):
+            return check_weight(self.weight(self.step), f" at step {self.step}")
+        return float(self.weight)
+
+
+def check_weight(weight: float, place: str = "") -> float:
+    """Refuse a weight that would turn the condensation loss around (negative) or into NaN.
+
+    Args:
+        weight: The weight.
+        place: Where it comes from, for the message.
+
+    Returns:
+        The weight as a float.
+
+    Raises:
+        ValueError: If it is negative, infinite or NaN.
+    """
+    value = float(weight)
+    if not (value >= 0 and math.isfinite(value)):  # NaN compares false with everything
+        raise ValueError(f"condensation_weight must be at least 0 and finite, got {value}{place}.")
+    return value
+
+
+# --- what the losses measure, and the callback -----------------------------------------
 
 
 @dataclass
@@ -27,13 +117,15 @@ class Measured:
     """What one call of a loss found out beside the loss.
 
     Attributes:
-        nll: The condensation term without its weight: nats per target token.
+        ranking: The ranking part.
+        nll: The condensation loss without its weight: nats per target token.
         tokens: The number of target tokens that it is the mean over.
         weight: Its weight.
         read: Tokens that the call read, inputs and targets, of this process.
         leak: What the leak probe measured; None where no probe was needed.
     """
 
+    ranking: Tensor
     nll: Tensor
     tokens: Tensor
     weight: float
@@ -46,12 +138,37 @@ class _Sums:
     """Sums over the calls since the last log; tensors, so that nothing waits for a GPU before it is logged."""
 
     calls: int = 0
+    ranking: Any = 0.0
+    condensation: Any = 0.0
     nll: Any = 0.0
     tokens: Any = 0.0
     weight: float = 0.0
     read: Any = 0
     leak: float | None = None
     since: float = field(default_factory=time.perf_counter)
+
+    def add(self, measured: Measured) -> None:
+        """One more call."""
+        self.calls += 1
+        self.ranking = self.ranking + measured.ranking
+        self.condensation = self.condensation + measured.weight * measured.nll
+        self.nll = self.nll + measured.nll * measured.tokens
+        self.tokens = self.tokens + measured.tokens
+        self.weight += measured.weight
+        self.read = self.read + measured.read
+        self.leak = measured.leak if self.leak is None else self.leak
+
+    def means(self) -> dict[str, float]:
+        """What is logged in training and evaluation alike."""
+        found = {
+            "condensation_weight": self.weight / self.calls,
+            "condensation_tokens": float(self.tokens) / self.calls,
+        }
+        if self.tokens:
+            found["condensation_nll"] = float(self.nll) / float(self.tokens)
+        if self.leak is not None:
+            found["condensation_leak"] = self.leak
+        return found
 
 
 # The callback that follows each model's training now; read by the losses of that model.
@@ -64,14 +181,16 @@ class BTokCallback(TrainerCallback):
     For `SentenceTransformerTrainer(..., callbacks=[BTokCallback()])`. Without it training is the same, but a
     `condensation_weight` that depends on the step is an error, and only the loss and its weighted parts are logged.
     With it every log entry also has, as means over the calls since the last one, on this process (`eval_` before the
-    name in evaluation):
+    name in evaluation, `eval_NAME_` for one of several evaluation sets):
 
-    - `condensation_nll`: the term without its weight, in nats per target token;
+    - `condensation_nll`: the condensation loss without its weight, in nats per target token;
     - `condensation_weight`, `condensation_tokens`: its weight, and the target tokens of a batch;
     - `condensation_leak`: what the leak probe measured, where one was needed: 0;
-    - `tokens_per_second`: inputs and targets read from log to log, whatever else that time was spent on.
+    - `tokens_per_second`: inputs and targets read from log to log, whatever else that time was spent on; in training.
+    - `ranking`, `condensation`: the weighted parts, for every evaluation set by itself. (sentence-transformers logs
+      them in training, and for a single evaluation set.)
 
-    It also keeps the model card whole for columns of dicts (`card.py`).
+    It also keeps the model card whole for columns of dicts; see `sanitize_model_card`.
 
     The values reach `trainer.state.log_history`, the progress bar, and the callbacks behind this one. A Trainer puts
     its reports (Weights & Biases, TensorBoard) before the callbacks that it is given; to have these values in them:
@@ -81,18 +200,22 @@ class BTokCallback(TrainerCallback):
     def __init__(self) -> None:
         self.step: int | None = None
         self._sums = {"train": _Sums(), "eval": _Sums()}
+        self._finished = False
 
     @staticmethod
     def of(model: Any) -> BTokCallback | None:
-        """The callback that follows the training of a model.
+        """The callback that follows a model.
 
         Args:
             model: The model of a loss, also wrapped.
 
         Returns:
-            The callback, or None where there is none.
+            The callback. None where there is none, and for a model that trains on after its callback's training has
+            ended: another training must not be given that one's last step.
         """
-        return _FOLLOWING.get(unwrap(model))
+        inner = unwrap(model)
+        callback = _FOLLOWING.get(inner)
+        return None if callback is not None and callback._finished and inner.training else callback
 
     def record(self, measured: Measured, training: bool) -> None:
         """Take one call of a loss into the next log entry.
@@ -101,16 +224,10 @@ class BTokCallback(TrainerCallback):
             measured: What the loss measured.
             training: Whether the model was in training mode.
         """
-        sums = self._sums["train" if training else "eval"]
-        sums.calls += 1
-        sums.nll = sums.nll + (measured.nll * measured.tokens).detach()
-        sums.tokens = sums.tokens + measured.tokens
-        sums.weight += measured.weight
-        sums.read = sums.read + measured.read
-        sums.leak = measured.leak if sums.leak is None else sums.leak
+        self._sums["train" if training else "eval"].add(measured)
 
-    def _follow(self, state: TrainerState, model: nn.Module | None) -> None:
-        self.step = state.global_step
+    def _follow(self, state: TrainerState, model: nn.Module | None, finished: bool = False) -> None:
+        self.step, self._finished = state.global_step, finished
         if model is not None:
             _FOLLOWING[unwrap(model)] = self
 
@@ -128,7 +245,7 @@ class BTokCallback(TrainerCallback):
         self._follow(state, model)
         self._sums["train"] = _Sums()
         if model is not None:
-            mend_card(unwrap(model).model_card_data)
+            sanitize_model_card(unwrap(model).model_card_data)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -139,9 +256,8 @@ class BTokCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A later training of the same model must not be given this one's last step."""
-        if kwargs.get("model") is not None:
-            _FOLLOWING.pop(unwrap(kwargs["model"]), None)
+        """Evaluation may come after training."""
+        self._follow(state, kwargs.get("model"), finished=True)
 
     def on_log(
         self,
@@ -152,36 +268,128 @@ class BTokCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the means to the entry that is being logged."""
-        kind = next((kind for kind, key in (("train", "loss"), ("eval", "eval_loss")) if key in (logs or {})), None)
-        if logs is None or kind is None or not self._sums[kind].calls:
+        # The Trainer logs `loss` in training, and `eval_loss`, `eval_NAME_loss` or the like at the end of each
+        # evaluation. Its last entry of a training has `train_loss`.
+        losses = [key for key in logs or {} if key == "loss" or (key.endswith("_loss") and key != "train_loss")]
+        if logs is None or not losses:
             return
+        kind, prefix = ("train", "") if "loss" in losses else ("eval", losses[0].removesuffix("loss"))
         sums, self._sums[kind] = self._sums[kind], _Sums()
-        seconds = time.perf_counter() - sums.since
-        found = {
-            "condensation_weight": sums.weight / sums.calls,
-            "condensation_tokens": float(sums.tokens) / sums.calls,
-            "tokens_per_second": float(sums.read) / seconds,
-        }
-        if sums.tokens:
-            found["condensation_nll"] = float(sums.nll) / float(sums.tokens)
-        if sums.leak is not None:
-            found["condensation_leak"] = sums.leak
-        if kind == "eval":
-            del found["tokens_per_second"]  # the time since the last evaluation is that of the training between
-        rounded = {("" if kind == "train" else "eval_") + name: round(value, 4) for name, value in found.items()}
+        if not sums.calls:
+            return
+        found = sums.means()
+        if kind == "train":
+            found["tokens_per_second"] = float(sums.read) / (time.perf_counter() - sums.since)
+        else:
+            # sentence-transformers logs them under `eval_loss` only, as means that hold other sets' batches as well.
+            found["ranking"] = float(sums.ranking) / sums.calls
+            found["condensation"] = float(sums.condensation) / sums.calls
+        rounded = {prefix + name: round(value, 4) for name, value in found.items()}
         logs.update(rounded)
         state.log_history[-1].update(rounded)  # the Trainer has put a copy there already
 
 
-def read_tokens(columns: list[dict[str, Any]], targets: list[list[Tensor] | None]) -> Tensor:
-    """How many tokens a call reads.
+# --- whether a loss modifier is at work -----------------------------------------
+
+# What they put in place of the model's forward while they run.
+_DECORATORS = (matryoshka.ForwardDecorator, adaptive_layer.ForwardDecorator)
+
+
+def in_modifier(model: Any) -> bool:
+    """Whether one of sentence-transformers' loss modifiers is calling a loss of this model.
+
+    `MatryoshkaLoss`, `AdaptiveLayerLoss` and `Matryoshka2dLoss` call a loss once per dimension or layer, multiply what
+    it returns and add it up. They want a number, and fail with a dict of parts, which the Trainer likes. The cached
+    losses need none of this: there a modifier wraps `calculate_loss` and hands on what the loss returns.
 
     Args:
-        columns: The features of every column.
-        targets: Each column's targets, None for columns that generate nothing.
+        model: The model of the loss; wrapped (DDP, compile) or not.
 
     Returns:
-        A scalar, on the device of the features: real input tokens and target tokens.
+        True between the modifier's first and last call of its loss.
     """
-    generated = sum(len(target) for column in targets if column for target in column)
-    return torch.stack([features["attention_mask"].sum() for features in columns]).sum() + generated
+    layers = (model, unwrap(model))  # MatryoshkaLoss decorates what it was given, AdaptiveLayerLoss what is inside
+    return any(isinstance(vars(layer).get("forward"), _DECORATORS) for layer in layers)
+
+
+# --- weights that can't hold their own updates -----------------------------------------
+
+_HALF = (torch.float16, torch.bfloat16)
+# What DeepSpeed leaves on parameters whose float32 copy it updates (ZeRO 1 and 2; ZeRO 3).
+_MASTER_COPY = ("_hp_mapping", "ds_id")
+
+
+def half_precision_warning(model: nn.Module) -> str | None:
+    """Why training this model as it is loses updates, with the remedy.
+
+    A bfloat16 weight keeps 8 bits: an update of less than 1/512 of the weight is rounded away, which most are at
+    learning rates below 1e-4. In float16 AdamW's epsilon (1e-8) and its mean of small squared gradients are 0, and its
+    step divides by them.
+
+    Args:
+        model: The model, wrapped or not.
+
+    Returns:
+        The message; None if no weight that trains is half-precision, or the optimizer updates a float32 copy of them.
+    """
+    found: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        half = parameter.requires_grad and parameter.dtype in _HALF
+        if half and not any(hasattr(parameter, mark) for mark in _MASTER_COPY):
+            found[parameter.dtype] = found.get(parameter.dtype, 0) + parameter.numel()
+    if not found:
+        return None
+    kinds = " and ".join(f"{count:,} in {str(dtype).removeprefix('torch.')}" for dtype, count in found.items())
+    return (
+        f"half-precision weights are trained ({kinds}): small updates round to nothing in bfloat16, and AdamW gives "
+        'NaN in float16. Build with model_kwargs={"dtype": "float32"} and train under autocast (bf16=True in the '
+        "training arguments). To keep a frozen base in half precision, make only what trains float32: "
+        "for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data"
+    )
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Log `half_precision_warning`, if there is one.
+
+    Args:
+        model: The model, wrapped or not.
+    """
+    if message := half_precision_warning(model):
+        logger.warning("%s", message)
+
+
+# --- the model card -----------------------------------------
+
+
+def sanitize_model_card(card: BaseModelCardData) -> None:
+    """Leave widget examples of text only, and say in words what dicts and lists among the examples hold.
+
+    sentence-transformers 6.2 shows columns of pictures as files beside the card. Columns of dicts, which hold a
+    picture and its question, it takes for columns of text: their pictures end up as widget examples, which YAML writes
+    and can't read back, so that the whole card is dropped with an error; and as `<PIL.Image ... at 0x...>` among the
+    examples.
+
+    Args:
+        card: The card data of a model whose Trainer is made: that is when the examples are taken.
+    """
+    card.widget = [example for example in card.widget if all(map(_is_text, example.values()))]
+    for info in [*card.train_datasets, *card.eval_datasets]:
+        examples: Any = info.get("examples") or {}
+        for column, values in examples.items():
+            # A picture by itself stays: it becomes a file.
+            examples[column] = [_in_words(value) if isinstance(value, dict | list) else value for value in values]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _in_words(value: Any) -> Any:
+    """The same structure, with words where media stood."""
+    if isinstance(value, dict):
+        return {key: _in_words(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_in_words(item) for item in value]
+    if isinstance(value, Image):
+        return f"picture of {value.width}x{value.height} px"
+    return value if isinstance(value, str | int | float | None) else type(value).__name__

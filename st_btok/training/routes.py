@@ -1,283 +1,241 @@
-"""Routes: three ways to read a target against the bottleneck tokens of its source, all inside the model's own forward.
+"""Routes: three ways to read a target against the bottleneck tokens of its source, and which one a backbone can take.
 
-* `attention`: one joint pass over `[input][BToks][target]` under the condensation mask (the paper's mask, design D3).
+* `attention`: one joint pass over `[input][BToks][target]` under the condensation mask (`mask.py`).
 * `kv`: the target is read against the cached keys and values of the K tokens. The same numbers as `attention`, without
-  a mask, so flash attention can run it; it needs the cache, which gradient checkpointing switches off.
+  a mask, so flash attention can run it. It needs the cache, which gradient checkpointing switches off.
 * `prefix`: the K last-layer states become the first K inputs of a sequence of their own, followed by the target. It
   needs neither mask nor cache, so hybrids and state-space models can use it, and it trains exactly what is pooled.
 
-Hooks on the Transformer module do the work, so whatever wraps the model (DDP, FSDP) sees one ordinary call, and
-pooling sees the original layout.
+A route is a function from a part of a column to what it embeds to. It calls the model once, on the part's features,
+and works through hooks on the `Transformer` module. So what wraps the model sees one ordinary call, and pooling sees
+the column's own layout. The likelihood is computed inside that call, and returned in the model's output: FSDP holds
+the whole LM head only while the model runs, and prepares the backward pass of what the model returns, of nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from st_btok.model_parts import embedding_matrix
+from st_btok.limits import UNLIMITED
+from st_btok.model_parts import embedding_matrix, tokenizer_of
 from st_btok.pooling import check_btoks
-from st_btok.training.mask import condensation_attention
-from st_btok.training.targets import join_targets
-from st_btok.training.unread import Likelihood, Reading, Unread
-from st_btok.training.vocabulary_loss import condensation_nll
+from st_btok.training.mask import BTOK, INPUT, TARGET, condensation_attention
+from st_btok.training.splitting import Part
+from st_btok.training.targets import JointBatch, join_targets
+from st_btok.training.vocabulary_loss import linear_cross_entropy
 
-Route = Literal["attention", "kv", "prefix", "unmasked"]
-ROUTES = ("attention", "kv", "prefix")
-# A control, not a way to train: the target reads its input as well, so nothing has to pass through the BToks. The
-# paper's ablation without the mask, and `generation_kv_mode: full` of the authors' release.
-UNMASKED = "unmasked"
-NLL_KEY = "condensation_nll"
+logger = logging.getLogger(__name__)
+
+Route = Literal["attention", "kv", "prefix"]
+_NLL = "condensation_nll"
 # Where `AdaptiveLayerLoss` looks for the states of every layer.
 ALL_LAYERS = "all_layer_embeddings"
+# (M, D) states, the (V, D) head and (M,) labels -> their summed negative log-likelihood.
+Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
+_sum_of_tokens: Likelihood = partial(linear_cross_entropy, reduction="sum")
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every route is given: one column (or a part of it) and what its rows generate.
+class Embedded:
+    """What a route makes of a part.
 
     Attributes:
-        transformer: The model's first module, unwrapped.
-        features: The features of the column; the call of the model must be on this dict.
-        targets: B id tensors, empty for rows without a target; at least one is not empty.
-        btoks: The token ids that targets read: all K, or the first of them.
-        head: (V, D) output embedding matrix; None for the input embeddings, looked up while the model runs, because a
-            sharded matrix is whole only then.
-        likelihood: Turns (M, D) states, (M,) labels and the head into (M,) negative log-likelihoods.
-        reading: How a call of its own on the targets is made; None for as a part of the graph.
+        embedding: (B, D); with budgets (B, budgets, D).
+        nll: Scalar, at least float32: negative log-likelihood summed over the target tokens, in nats.
+        tokens: The number of target tokens.
     """
 
+    embedding: Tensor
+    nll: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """What every route needs beside the part.
+
+    Attributes:
+        model: What is called; wrapped (DDP, FSDP, compile) or not.
+        transformer: Its first module, unwrapped.
+        btoks: The token ids that targets read.
+        join: Makes joint rows of a part, for the attention route.
+        head: (V, D) output embedding matrix. None for the input embeddings, which are looked up while the model runs:
+            a sharded matrix is whole only then.
+        likelihood: Default `linear_cross_entropy`, summed.
+    """
+
+    model: nn.Module
     transformer: Transformer
-    features: dict[str, Any]
-    targets: list[Tensor]
     btoks: list[int]
-    head: Tensor | None
-    likelihood: Likelihood
-    reading: Reading | None = None
+    join: Callable[[Part], JointBatch]
+    head: Tensor | None = None
+    likelihood: Likelihood = _sum_of_tokens
 
-    def row_nll(self, states: Tensor, labels: Tensor, rows: Tensor, number: int | None = None) -> Tensor:
-        """(M, D) predicting states and their (M,) labels and rows -> summed NLL of the B, or `number`, rows."""
+    def nll(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Summed NLL of (M,) labels, predicted by (M, D) states."""
         head = embedding_matrix(self.transformer.model) if self.head is None else self.head
-        nll = self.likelihood(states, labels, head)
-        return nll.new_zeros(len(self.targets) if number is None else number).index_add(0, rows, nll)
-
-    def btok_positions(self) -> Tensor:
-        """(B, K) where the bottleneck tokens that targets read stand in the column's own layout."""
-        return check_btoks(self.features["input_ids"], self.features["attention_mask"], self.btoks, "the batch")
+        return self.likelihood(states, head, labels)
 
 
-class AttentionRoute:
-    """One joint pass over `[input][BToks][target]` under the condensation mask.
+def plain(call: Call, part: Part) -> Embedded:
+    """The part without its targets."""
+    return _run(call, part)
 
-    Args:
-        task: The column and its targets.
-    """
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.joint = join_targets(task.features, task.targets, task.btoks)
-        self.segments: Tensor | None = self.joint.segments  # switches the condensation mask on
+def attention(call: Call, part: Part) -> Embedded:
+    """One joint pass over `[input][BToks][target]` under the condensation mask."""
+    joint = call.join(part)
 
-    def before(self, features: dict[str, Any]) -> dict[str, Any]:
-        """The joint rows in place of the column's own. A copy: the model writes its output into what it is given."""
-        return dict(self.joint.features)
-
-    def after(self, output: dict[str, Any]) -> dict[str, Any]:
-        """The likelihood, and everything else in the column's own layout, which is what pooling knows."""
-        states = output["token_embeddings"]  # (B, T + N, D)
-        rows, positions = self.joint.predictors.T
-        nll = self.task.row_nll(states[rows, positions], self.joint.labels, rows)
-        if ALL_LAYERS in output:  # kept in the column's own dict, where AdaptiveLayerLoss reads it
-            self.task.features[ALL_LAYERS] = tuple(self._restored(layer) for layer in output[ALL_LAYERS])
-        return {**self.task.features, "token_embeddings": self._restored(states), NLL_KEY: nll}
-
-    def _restored(self, states: Tensor) -> Tensor:
+    def restored(states: Tensor) -> Tensor:
         """(B, T + N, D) -> (B, T, D): padding goes back to where the column has it."""
-        return states.gather(1, self.joint.positions[..., None].expand(-1, -1, states.shape[-1]))
+        return states.gather(1, joint.positions[..., None].expand(-1, -1, states.shape[-1]))
+
+    def after(output: dict[str, Any]) -> dict[str, Any]:
+        states = output["token_embeddings"]  # (B, T + N, D)
+        rows, positions = joint.predictors.T
+        nll = call.nll(states[rows, positions], joint.labels)
+        if ALL_LAYERS in output:  # kept in the column's own dict, where AdaptiveLayerLoss reads it
+            part.features[ALL_LAYERS] = tuple(restored(layer) for layer in output[ALL_LAYERS])
+        return {**part.features, "token_embeddings": restored(states), _NLL: nll}
+
+    with condensation_attention(call.transformer.model, joint.segments):
+        # A copy of the joint rows: the model writes its output into what it is given.
+        return _run(call, part, before=lambda features: dict(joint.features), after=after)
 
 
-class UnmaskedRoute(AttentionRoute):
-    """The joint pass without the condensation mask.
+def prefix(call: Call, part: Part) -> Embedded:
+    """A second, short call of the decoder on `[pooled states][target]`."""
 
-    Args:
-        task: The column and its targets.
-    """
-
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.segments = None
-
-
-class PrefixRoute:
-    """A second, short call of the decoder on `[pooled states][target]`.
-
-    Args:
-        task: The column and its targets.
-    """
-
-    segments: Tensor | None = None
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.rows, self.ids, self.mask = _padded(task.targets, task.features["input_ids"].device)
-
-    def before(self, features: dict[str, Any]) -> dict[str, Any]:
-        """The column as it is."""
-        return features
-
-    def after(self, output: dict[str, Any]) -> dict[str, Any]:
-        """The likelihood of the targets behind the K last-layer states, which stand in for input embeddings."""
-        model, num_btoks = self.task.transformer.model, len(self.task.btoks)
-        states = output["token_embeddings"]
-        prefix = states[self.rows[:, None], self.task.btok_positions()[self.rows]]  # (R, K, D)
-        embedded = model.get_input_embeddings()(self.ids[:, :-1])
+    def after(output: dict[str, Any]) -> dict[str, Any]:
+        model, states = call.transformer.model, output["token_embeddings"]
+        rows, ids, mask = _padded(part.targets or [], states.device)
+        # The K last-layer states of the rows with a target stand in for input embeddings.
+        states = states[rows[:, None], _btok_positions(call, part)[rows]]  # (R, K, D)
+        embedded = model.get_input_embeddings()(ids[:, :-1])
         read = model.get_decoder()(
-            inputs_embeds=torch.cat([prefix.to(embedded.dtype), embedded], 1),
-            attention_mask=_behind_btoks(self.mask, num_btoks),
+            inputs_embeds=torch.cat([states.to(embedded.dtype), embedded], 1),
+            attention_mask=_behind_btoks(mask, len(call.btoks)),
             use_cache=False,
             return_dict=True,
         ).last_hidden_state  # (R, K + N - 1, D)
-        predictors = read[:, num_btoks - 1 :]  # (R, N, D): the last BTok predicts the first target token
-        owner = self.rows[:, None].expand_as(self.ids)[self.mask]
-        output[NLL_KEY] = self.task.row_nll(predictors[self.mask], self.ids[self.mask], owner)
+        # The last BTok predicts the first target token.
+        predictors = read[:, len(call.btoks) - 1 :]  # (R, N, D)
+        output[_NLL] = call.nll(predictors[mask], ids[mask])
         return output
 
+    return _run(call, part, after=after)
 
-class KVRoute:
-    """A second, short call of the decoder on `[target]`, which finds the BToks' keys and values in its cache.
 
-    Args:
-        task: The column and its targets.
-    """
+def kv(call: Call, part: Part) -> Embedded:
+    """A second, short call of the decoder on `[target]`, which finds the BToks' keys and values in its cache."""
+    _check_attention_layers(call.transformer)
+    model = call.transformer.model
+    decoder = model.get_decoder()
+    # The first call fills it. Without a config, so that sliding layers too keep every position.
+    filled = DynamicCache()
+    positions: list[Tensor | None] = []  # of that call, as the backbone numbers them
 
-    segments: Tensor | None = None
+    def before(features: dict[str, Any]) -> dict[str, Any]:
+        """Of a text-only backbone sentence-transformers calls `forward` past its hooks, so the cache is given here."""
+        return features if decoder is not model else {**features, "past_key_values": filled, "use_cache": True}
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
-        self.cache = DynamicCache()  # without a config: sliding layers too keep every position
-        self.positions: Tensor | None = None
-        self.reading = False  # the second call reads what the first has kept
-
-    def before(self, features: dict[str, Any]) -> dict[str, Any]:
-        """With a cache to fill, for a text-only backbone: sentence-transformers calls its `forward` past its hooks."""
-        model = self.task.transformer.model
-        if model.get_decoder() is not model:
-            return features
-        return {**features, "past_key_values": self.cache, "use_cache": True}
-
-    def before_decoder(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """With a cache to fill, for the decoder inside a multimodal backbone, which alone knows the positions."""
-        if self.reading:
+    def before_decoder(arguments: dict[str, Any]) -> dict[str, Any]:
+        """Inside a multimodal backbone only the decoder is told the positions."""
+        if positions:  # the second call
             return arguments
-        self.positions = arguments.get("position_ids")
-        return {**arguments, "past_key_values": self.cache, "use_cache": True}
+        positions.append(arguments.get("position_ids"))
+        return {**arguments, "past_key_values": filled, "use_cache": True}
 
-    def after(self, output: dict[str, Any]) -> dict[str, Any]:
-        """The likelihood of the targets behind the keys and values of the K tokens."""
-        self.reading = True
-        output = {key: value for key, value in output.items() if value is not self.cache and key != "use_cache"}
+    def after(output: dict[str, Any]) -> dict[str, Any]:
+        output = {key: value for key, value in output.items() if value is not filled and key != "use_cache"}
         states = output["token_embeddings"]
-        numbers = [row for row, target in enumerate(self.task.targets) if len(target)]
-        rows = torch.tensor(numbers, device=states.device)  # (R,)
-        btok_positions = self.task.btok_positions()[rows]  # (R, K)
-        # The last BTok predicts the first target token: (R, D). Keys and values: (R, H, K, d).
-        sources = [states[rows, btok_positions[:, -1]]]
-        sources += _btok_cache(self.cache, rows, btok_positions, states.shape[1])
-        self.cache.layers.clear()  # nothing else reads it, and it holds every position
-        mask = self.task.features["attention_mask"][rows]
-        last = _positions_of(self.positions, rows, mask.shape[1] - 1 - mask.flip(1).argmax(1), len(states))
-        unread = Unread(sources, [self.task.targets[row] for row in numbers], last)
-        nll = self._read(unread) if self.task.reading is None else self.task.reading(unread, self._read)
-        output[NLL_KEY] = nll.new_zeros(len(states)).index_add(0, rows, nll)
-        return output
-
-    def _read(self, unread: Unread) -> Tensor:
-        """The likelihoods (R,) of targets, of whichever call, which read their BToks' states, keys and values."""
-        rows, ids, mask = _padded(unread.targets, unread.last.device)
-        predictors = unread.sources[0][:, None]  # (R, 1, D)
+        # 1. Of the rows with a target: the last BTok's state, which predicts the first target token, and the keys and
+        #    values of all BToks.
+        rows, ids, mask = _padded(part.targets or [], states.device)
+        places = _btok_positions(call, part)[rows]  # (R, K)
+        cache = _btok_cache(filled, rows, places, states.shape[1])
+        filled.layers.clear()  # nothing else reads it, and it holds every position
+        predictors = states[rows, places[:, -1]][:, None]  # (R, 1, D)
+        # 2. All target tokens but the last, on positions that continue on every axis, as in the joint sequence.
         if ids.shape[1] > 1:
-            model = self.task.transformer.model
-            cache = DynamicCache()
-            for number, (keys, values) in enumerate(zip(unread.sources[1::2], unread.sources[2::2], strict=True)):
-                cache.update(keys, values, number)
-            read = model.get_decoder()(
+            own = part.features["attention_mask"][rows]
+            last = own.shape[1] - 1 - own.flip(1).argmax(1)  # (R,): index of each row's last token
+            last = _positions_of(positions[0] if positions else None, rows, last, len(states))
+            read = decoder(
                 inputs_embeds=model.get_input_embeddings()(ids[:, :-1]),
-                attention_mask=_behind_btoks(mask, len(self.task.btoks)),
-                # They continue on every axis, as they would in the joint sequence.
-                position_ids=unread.last[..., None] + torch.arange(1, ids.shape[1], device=ids.device),
+                attention_mask=_behind_btoks(mask, len(call.btoks)),
+                position_ids=last[..., None] + torch.arange(1, ids.shape[1], device=ids.device),
                 past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
             ).last_hidden_state  # (R, N - 1, D)
             predictors = torch.cat([predictors, read], 1)
-        owner = rows[:, None].expand_as(ids)[mask]
-        return self.task.row_nll(predictors[mask], ids[mask], owner, len(rows))
+        output[_NLL] = call.nll(predictors[mask], ids[mask])
+        return output
+
+    return _run(call, part, before, after, None if decoder is model else before_decoder)
 
 
-@contextmanager
-def condensed_forward(
-    transformer: Transformer,
-    features: dict[str, Any],
-    targets: list[Tensor],
-    btoks: list[int],
-    route: Route = "attention",
-    head: Tensor | None = None,
-    likelihood: Likelihood | None = None,
-    reading: Reading | None = None,
-) -> Iterator[None]:
-    """Inside this block, one call of the model on `features` also yields the condensation term.
+ROUTES: dict[str, Callable[[Call, Part], Embedded]] = {"attention": attention, "kv": kv, "prefix": prefix}
 
-    The output features get `condensation_nll` (B,): the negative log-likelihood summed over each row's target tokens,
-    in nats; everything else in them is what it would be without.
 
-    Args:
-        transformer: The model's first module, unwrapped.
-        features: The features of one column (or mini-batch); the call inside must be on this dict.
-        targets: B id tensors, empty for rows without a target; at least one is not empty.
-        btoks: The K token ids.
-        route: `"attention"` (default), `"kv"`, `"prefix"`, or the control `"unmasked"`.
-        head: (V, D) output embedding matrix. Default: the input embeddings.
-        likelihood: What turns states, labels and head into likelihoods. Default `condensation_nll`.
-        reading: On the kv route, how the targets are read; see `apart.py`. Default: as a part of the graph.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: `attention` on a backbone without SDPA attention; `kv` on one whose layers are not all attention,
-            or under gradient checkpointing.
-    """
-    task = Task(transformer, features, targets, btoks, head, likelihood or condensation_nll, reading)
-    if route == "kv":
-        _check_attention_layers(transformer)
-    kinds: dict[str, type] = {
-        "attention": AttentionRoute,
-        "kv": KVRoute,
-        "prefix": PrefixRoute,
-        UNMASKED: UnmaskedRoute,
-    }
-    taken = kinds[route](task)
-    decoder: nn.Module = transformer.model.get_decoder()
+def _run(
+    call: Call,
+    part: Part,
+    before: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    after: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    before_decoder: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Embedded:
+    """Call the model on a part, with these functions around its first module and its decoder."""
+    transformer = call.transformer
     with ExitStack() as stack:
-        pre = transformer.register_forward_pre_hook(lambda module, args: (taken.before(args[0]), *args[1:]))
-        stack.callback(pre.remove)
-        stack.callback(transformer.register_forward_hook(lambda module, args, output: taken.after(output)).remove)
-        if route == "kv" and decoder is not transformer.model:
-            inner = decoder.register_forward_pre_hook(
-                lambda module, args, kwargs: (args, taken.before_decoder(kwargs)), with_kwargs=True
+        if before is not None:
+            pre = transformer.register_forward_pre_hook(lambda module, args: (before(args[0]), *args[1:]))
+            stack.callback(pre.remove)
+        if after is not None:
+            stack.callback(transformer.register_forward_hook(lambda module, args, output: after(output)).remove)
+        if before_decoder is not None:
+            inner = transformer.model.get_decoder().register_forward_pre_hook(
+                lambda module, args, kwargs: (args, before_decoder(kwargs)), with_kwargs=True
             )
             stack.callback(inner.remove)
-        if taken.segments is not None:
-            stack.enter_context(condensation_attention(transformer.model, taken.segments))
-        yield
+        output = call.model(part.features)
+    # Taken out: MatryoshkaLoss hands the same output to one call per dimension, and the condensation loss counts once.
+    nll = output.pop(_NLL, None)
+    embedding = output["sentence_embedding"]
+    if nll is None:
+        return Embedded(embedding, embedding.new_zeros((), dtype=torch.float32), 0)
+    return Embedded(embedding, nll, sum(map(len, part.targets or [])))
+
+
+def _padded(targets: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with a target (R,), their ids (R, N) padded on the right, and which of these are real (R, N)."""
+    rows = [row for row, target in enumerate(targets) if len(target)]
+    ids = pad_sequence([targets[row] for row in rows], batch_first=True).to(device)
+    sizes = torch.tensor([len(targets[row]) for row in rows], device=device)
+    return torch.tensor(rows, device=device), ids, torch.arange(ids.shape[1], device=device) < sizes[:, None]
+
+
+def _btok_positions(call: Call, part: Part) -> Tensor:
+    """(B, K) where the bottleneck tokens that targets read stand in the column's own layout."""
+    return check_btoks(part.features["input_ids"], part.features["attention_mask"], call.btoks, "the batch")
+
+
+def _behind_btoks(mask: Tensor, num_btoks: int) -> Tensor:
+    """(R, N) real target tokens -> (R, K + N - 1) what a target's tokens may read: all BToks and earlier targets."""
+    return torch.cat([mask.new_ones(len(mask), num_btoks), mask[:, :-1]], 1).long()
 
 
 def _check_attention_layers(transformer: Transformer) -> None:
@@ -291,29 +249,25 @@ def _check_attention_layers(transformer: Transformer) -> None:
         )
 
 
-def _behind_btoks(mask: Tensor, num_btoks: int) -> Tensor:
-    """(R, N) real target tokens -> (R, K + N - 1) what a target's tokens may read: all BToks and earlier targets."""
-    return torch.cat([mask.new_ones(len(mask), num_btoks), mask[:, :-1]], 1).long()
-
-
-def _btok_cache(cache: DynamicCache, rows: Tensor, btok_positions: Tensor, width: int) -> list[Tensor]:
-    """Keys and values of every layer in turn, at the bottleneck tokens of the rows with a target: (R, H, K, d)."""
-    kept = []
-    for number, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+def _btok_cache(filled: DynamicCache, rows: Tensor, places: Tensor, width: int) -> DynamicCache:
+    """The cache of every layer at the bottleneck tokens (R, K) of some rows (R,) only."""
+    cache = DynamicCache()
+    for number, layer in enumerate(filled.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)  # (B, H, T, d)
         if keys is None or values is None or keys.ndim != 4 or keys.shape[2] != width:
             raise ValueError(
                 f"the kv route needs the keys and values of all {width} positions of every layer, but layer {number} "
                 'has none: it is not an attention layer. Use route="prefix".'
             )
         # (R, K, H, d) -> (R, H, K, d)
-        kept += [states[rows[:, None], :, btok_positions].transpose(1, 2) for states in (keys, values)]
-    if not cache.layers:
+        kept = [states[rows[:, None], :, places].transpose(1, 2) for states in (keys, values)]
+        cache.update(*kept, number)
+    if not filled.layers:
         raise ValueError(
             "the kv route needs the keys and values of the backbone's attention layers, but none were kept: it has no "
             'such layers, or gradient checkpointing switches the cache off. Use route="attention" or "prefix".'
         )
-    return kept
+    return cache
 
 
 def _positions_of(positions: Tensor | None, rows: Tensor, places: Tensor, batch_size: int) -> Tensor:
@@ -333,9 +287,123 @@ def _positions_of(positions: Tensor | None, rows: Tensor, places: Tensor, batch_
     return positions.expand(*positions.shape[:-2], batch_size, -1)[..., rows, places]
 
 
-def _padded(targets: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows with a target (R,), their ids (R, N) padded on the right, and which of these are real (R, N)."""
-    rows = [row for row, target in enumerate(targets) if len(target)]
-    ids = pad_sequence([targets[row] for row in rows], batch_first=True).to(device)
-    sizes = torch.tensor([len(targets[row]) for row in rows], device=device)
-    return torch.tensor(rows, device=device), ids, torch.arange(ids.shape[1], device=device) < sizes[:, None]
+# --- which route a backbone can take ----------------------------------------------------------------
+
+
+def choose_route(call: Call, end: int, route: Route | Literal["auto"]) -> tuple[Route, float | None]:
+    """Settle the route of a loss; the choice is logged.
+
+    Whether a mask can cut a target off from its input is a property of the backbone's code. So it is measured, on one
+    row, when the loss is made.
+
+    Args:
+        call: Of the loss, with its model not wrapped yet.
+        end: Id of the end-of-turn token.
+        route: What the user asked for; `"auto"` for the first that is right: attention, `kv` under flash attention,
+            which takes no mask, else prefix.
+
+    Returns:
+        The route, and the leak; None where nothing was measured.
+
+    Raises:
+        ValueError: If the route that was asked for can't be had on this backbone.
+    """
+    transformer = call.transformer
+    features, target = probe_row(transformer, end)
+    if route in ("kv", "prefix"):  # cut off by construction; whether the backbone can run it shows here
+        with torch.no_grad():
+            ROUTES[route](call, Part(features, [target]))
+        return route, None
+    backbone = type(transformer.model).__name__
+    leak, reason = None, "it has no SDPA attention"
+    if getattr(transformer.model, "_supports_sdpa", True):
+        leak = find_leak(transformer, join_targets(features, [target], call.btoks))
+        reason = f"a gradient of {leak:.2g} passed around the mask, which must be 0"
+    if route == "attention" and leak != 0.0:
+        raise ValueError(
+            f"the condensation mask must cut the target off from its input, but for {backbone} {reason}: "
+            'recurrent or convolutional layers, or an attention that takes no mask? Use route="auto" or "prefix".'
+        )
+    chosen: Route = "attention"
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in transformer.model.modules())
+    flash = "flash" in (transformer.model.config.get_text_config(decoder=True)._attn_implementation or "")
+    if leak != 0.0:
+        chosen = "prefix"
+    elif route == "auto" and flash and not checkpointing:  # checkpointing leaves no cache to read
+        chosen, reason = "kv", "flash attention takes no mask"
+    else:
+        reason = "the leak probe is 0"
+    logger.info("BTokLoss uses route=%r on %s: %s.", chosen, backbone, reason)
+    return chosen, leak
+
+
+def probe_row(transformer: Transformer, end: int) -> tuple[dict[str, Any], Tensor]:
+    """One row to measure a backbone with.
+
+    Args:
+        transformer: The model's first module.
+        end: Id of the end-of-turn token.
+
+    Returns:
+        Features of an image, where the backbone takes images, and text, on its device; and the ids of a short target.
+    """
+    sample: Any = {"text": "1 2 3 4"}
+    if "image" in transformer.modality_config:
+        sample["image"] = Image.new("RGB", (56, 56), "red")
+    features = transformer.preprocess([sample], processing_kwargs=UNLIMITED)
+    device = transformer.model.device
+    features = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in features.items()}
+    text = tokenizer_of(transformer)("5 6 7", add_special_tokens=False)["input_ids"]
+    return features, torch.tensor([*text, end])
+
+
+def find_leak(transformer: Transformer, batch: JointBatch) -> float:
+    """Largest influence of the input on the target's states once the BToks are cut off as well; must be exactly 0.
+
+    The gradient of the target's last-layer states with respect to every input embedding and every pixel is taken with
+    the target barred from input and BToks alike. Softmax gives a masked position the weight 0 exactly, so anything
+    but 0 is a path that the mask does not cut: recurrent or convolutional layers, or an attention that ignores masks.
+
+    Args:
+        transformer: The model's first module, unwrapped.
+        batch: Joint rows with at least one target token.
+
+    Returns:
+        The largest absolute gradient.
+    """
+    segments = torch.where(batch.segments == BTOK, INPUT, batch.segments)
+    features = {
+        key: value.detach().clone().requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for key, value in batch.features.items()
+    }
+    embedded: list[Tensor] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # Detached, so that weights stay out of it; input positions only, the target may depend on itself.
+        leaf = output.detach().requires_grad_()
+        embedded.append(leaf)
+        return leaf
+
+    training = transformer.training
+    transformer.eval()
+    handle = transformer.model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad(), condensation_attention(transformer.model, segments):
+            states = transformer(features)["token_embeddings"]
+            leaves = [*embedded, *(v for v in features.values() if isinstance(v, Tensor) and v.requires_grad)]
+            leaves = [leaf for leaf in leaves if leaf is not states and leaf.is_leaf]
+            grads = torch.autograd.grad(states[segments == TARGET].float().square().sum(), leaves, allow_unused=True)
+    finally:
+        handle.remove()
+        transformer.train(training)
+    leak = 0.0
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if grad is None:
+            continue
+        if leaf.shape[:2] == segments.shape:  # token embeddings: look at input positions only
+            grad = grad[segments == INPUT]
+        if grad.numel():
+            leak = max(leak, grad.abs().max().item())
+    return leak

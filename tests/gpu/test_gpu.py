@@ -151,19 +151,6 @@ def test_flash_attention_takes_the_kv_route(rows, tmp_path, attention, family):
     rows.append((f"{attention}, K/V route, {family}: loss under a mask / with it", found))
 
 
-def test_targets_apart_on_the_device(built, rows, monkeypatch):
-    """Read in calls of their own, or in one row with their sources: the same loss, and less memory."""
-    found = {}
-    for way, kept in (("apart", 10**9), ("in one row", 0)):
-        monkeypatch.setattr("st_btok.training.apart.KEPT_BY_A_LAYER", kept)
-        model = copy.deepcopy(built)
-        torch.cuda.reset_peak_memory_stats()
-        value = step(BTokLoss(model), columns(model, 64))
-        found[way] = value, torch.cuda.max_memory_allocated() / 2**20
-        rows.append((f"targets {way}, batch 64", f"{value:.4f}, {found[way][1]:.0f} MiB"))
-    assert found["apart"][0] == pytest.approx(found["in one row"][0], rel=1e-4)
-
-
 def test_fsdp2_on_one_device(built, rows):
     """A sharded model takes the same step, with the term in the graph."""
     model = copy.deepcopy(built)

@@ -31,7 +31,6 @@ from st_btok import BTokLoss, build_model
 from st_btok.adapters import btok_lora_config
 from st_btok.training.cached_loss import CachedBTokLoss
 from st_btok.training.distributed import gather_rows
-from st_btok.training.lm_head import TrainedHead
 from tests.backbones import build, picture, total
 
 TEXTS = [("a", "one"), ("what?", "two kittens"), ("bb", "three"), ("c d", "four"), ("e", "five six"), ("f", "seven")]
@@ -123,20 +122,6 @@ def different_columns() -> dict[str, float]:
     return {"raised": 0.0}
 
 
-def trained_head() -> dict[str, float]:
-    """The head is no part of the wrapped model: its gradient is averaged by its own callback."""
-    model, head = MODELS["llama"], torch.randn(288, 32, generator=torch.Generator().manual_seed(2))
-    rows = [TEXTS[:2], [("a", ""), ("b", "")]]  # nothing to generate on rank 1
-    options = {"lm_head": head, "train_lm_head": True}
-    whole = BTokLoss(copy.deepcopy(model), **options)
-    total(whole(columns(model, rows[0] + rows[1]))).backward()
-    part = BTokLoss(copy.deepcopy(model), gather_across_devices=True, **options)
-    total(part(columns(model, rows[dist.get_rank()]))).backward()
-    TrainedHead(part.lm_head).on_pre_optimizer_step(None, None, None)
-    error = (part.lm_head.grad - whole.lm_head.grad).abs().max() / whole.lm_head.grad.abs().max()
-    return {"value": 0.0, "gradient": error.item(), "unused": 0.0, "compared": whole.lm_head.grad.numel()}
-
-
 def gathering() -> dict[str, float]:
     """Rows of different number, of none, and of every type that is sent."""
     rank = dist.get_rank()
@@ -204,7 +189,6 @@ def cases(world: int, folder: Path) -> dict[str, Callable[[], dict[str, float]]]
         "images on one, unused searched": lambda: compare(qwen, mixed, lambda model: wrapped_ddp(model, True)),
         "fsdp": lambda: compare(qwen, two_steps, wrapped_fsdp),
         "fsdp, dora": lambda: compare(adapted, mixed, wrapped_fsdp),
-        "trained head": trained_head,
         "different columns": different_columns,
         "trainer": lambda: with_the_trainer(folder),
     }

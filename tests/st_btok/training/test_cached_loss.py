@@ -5,43 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import Matryoshka2dLoss, MatryoshkaLoss
 
-from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, build_model, condensation_nll
-from tests.backbones import build, inputs, picture, takes, total
-
-
-def columns(model, family):
-    """Every kind of input as queries, texts as positives, one column of negatives; several targets per side."""
-    queries = inputs(family)[:-1]
-    positives = [f"target {i} " + "x" * i for i in range(len(queries))]
-    if takes(family, "image"):
-        positives[1] = picture(28, 28, 9)
-    return [model.preprocess(rows) for rows in (queries, positives, [f"no {i}" for i in range(len(queries))])]
-
-
-def run(loss, features):
-    """Value, logged parts, and gradients scaled to at most 1."""
-    loss.model.zero_grad()
-    torch.manual_seed(3)
-    parts = loss([dict(column) for column in features])
-    parts = {**parts, "total": total(parts), "tokens": getattr(loss, "loss", loss).measured.tokens}
-    parts["total"].backward()
-    grads = {name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None}
-    return parts, grads
-
-
-def assert_same(found, expected, atol=1e-5):
-    (parts, grads), (wanted_parts, wanted) = found, expected
-    for name in ("total", "ranking", "condensation", "tokens"):
-        torch.testing.assert_close(parts[name].detach(), wanted_parts[name].detach(), atol=atol, rtol=1e-5)
-    assert grads.keys() == wanted.keys() and len(wanted) > 10
-    assert sum(grad.abs().sum() for grad in wanted.values()) > 1e-3, "vacuous"
-    for name in wanted:
-        scale = max(1.0, wanted[name].abs().max().item())
-        torch.testing.assert_close(grads[name] / scale, wanted[name] / scale, atol=atol, rtol=0, msg=name)
+from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, build_model
+from st_btok.training.vocabulary_loss import sum_with_gradients
+from tests.backbones import build, picture, total
+from tests.losses import assert_same, assert_same_gradients, columns, gradients, run
 
 
 @pytest.mark.parametrize("mini_batch_size", [1, 3, 100])
@@ -55,12 +26,10 @@ def test_equals_the_plain_loss(model, family, mini_batch_size):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_side_and_token_budget(qwen, side):
+def test_padding_side(qwen, side):
     qwen.tokenizer.padding_side = side
     features = columns(qwen, "qwen2_vl")
-    expected = run(BTokLoss(qwen), features)
-    for options in ({"mini_batch_num_tokens": 60}, {"mini_batch_num_tokens": 1}, {"mini_batch_size": 2}):
-        assert_same(run(CachedBTokLoss(qwen, **options), features), expected)
+    assert_same(run(CachedBTokLoss(qwen, mini_batch_size=2), features), run(BTokLoss(qwen), features))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +38,7 @@ def test_padding_side_and_token_budget(qwen, side):
         {"route": "kv"},
         {"route": "prefix"},
         {"btok_budgets": (1, 2, 4)},
-        {"false_negative_margin": 0.01, "same_modality_negatives": True},
+        {"false_negative_margin": 0.01},
         {"target": "both", "condensation_weight": 0.3, "max_target_tokens": 4},
         {"target": "none"},
         {"condensation_weight": 0.0},
@@ -93,27 +62,20 @@ def with_dropout():
 def test_dropout_is_replayed():
     """The second pass must draw the masks of the first: one mini-batch of all rows then equals the plain loss."""
     model = with_dropout()
-    features = columns(model, "llama")[
-        :2
-    ]  # the plain loss merges a third column with the second, the cached one can't
+    features = columns(model, "llama")[:2]  # the plain loss merges a third column with the second
 
-    def seeded(loss):
-        return run(loss, features)
-
-    expected = seeded(BTokLoss(model))
-    again = seeded(BTokLoss(model))
-    assert_same(again, expected)
-    cached = seeded(CachedBTokLoss(model, mini_batch_size=3))
-    assert_same(cached, expected)
-    split = seeded(CachedBTokLoss(model, mini_batch_size=1))
-    assert abs(split[0]["total"] - expected[0]["total"]) > 1e-4, "other masks: dropout is really on"
+    expected = run(BTokLoss(model), features)
+    assert_same(run(BTokLoss(model), features), expected)
+    assert_same(run(CachedBTokLoss(model, mini_batch_size=3), features), expected)
+    split = run(CachedBTokLoss(model, mini_batch_size=1), features)
+    assert abs(split.total - expected.total) > 1e-4, "other masks: dropout is really on"
 
 
 def test_gradients_belong_to_the_logged_loss():
     """Dropout on: a finite difference of the loss, at fixed masks, is the gradient that the second pass gives."""
     model = with_dropout().double()
     features = columns(model, "llama")
-    _, grads = run(CachedBTokLoss(model, mini_batch_size=2), features)
+    grads = run(CachedBTokLoss(model, mini_batch_size=2), features).grads
     name = next(n for n in grads if n.endswith("layers.1.mlp.down_proj.weight"))
     parameter = dict(model.named_parameters())[name]
     step = 1e-3 * torch.randn_like(parameter)
@@ -173,17 +135,14 @@ def test_matryoshka_trains_the_term_once(qwen, cached):
     qwen.zero_grad()
     value = total(loss([dict(c) for c in features], None))
     value.backward()
-    grads = {name: p.grad.clone() for name, p in qwen.named_parameters() if p.grad is not None}
+    grads = gradients(qwen)
     qwen.zero_grad()
     ranking, condensation = matryoshka_reference(qwen, features, dims, weights)
     (ranking + condensation).backward()
     torch.testing.assert_close(value.detach(), (ranking + condensation).detach(), atol=1e-4, rtol=1e-5)
     measured = getattr(inner, "loss", inner).measured
     torch.testing.assert_close(measured.nll, condensation.detach(), atol=1e-5, rtol=1e-5)
-    for name, p in qwen.named_parameters():
-        if p.grad is not None:
-            scale = max(1.0, p.grad.abs().max().item())
-            torch.testing.assert_close(grads[name] / scale, p.grad / scale, atol=2e-5, rtol=0, msg=name)
+    assert_same_gradients(grads, gradients(qwen), atol=2e-5)
 
 
 def test_matryoshka_with_budgets(qwen):
@@ -221,11 +180,11 @@ def test_only_one_mini_batch_is_alive(qwen, monkeypatch):
     rows, logits = [], []
     qwen[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0]["input_ids"])))
 
-    def watched(states, labels, head):
+    def watched(states, *rest):
         logits.append(len(states))
-        return condensation_nll(states, labels, head)
+        return sum_with_gradients(states, *rest)
 
-    monkeypatch.setattr("st_btok.training.cached_likelihood.condensation_nll", watched)
+    monkeypatch.setattr("st_btok.training.cached_loss.sum_with_gradients", watched)
     largest = []
     for size in (4, 16):
         rows.clear()
@@ -256,7 +215,28 @@ def test_training_logs_both_parts(qwen, tmp_path):
     assert "2604.11095" in loss.citation
 
 
-@pytest.mark.parametrize("options", [{"mini_batch_size": 0}, {"mini_batch_num_tokens": 0}])
-def test_bad_sizes_are_refused(qwen, options):
+def test_bad_sizes_are_refused(qwen):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        CachedBTokLoss(qwen, **options)
+        CachedBTokLoss(qwen, mini_batch_size=0)
+
+
+def test_columns_whose_names_begin_alike(qwen):
+    """The Trainer gives `negative` the features of `negative_1` as well; they belong to no row and are left alone."""
+    features = columns(qwen, "qwen2_vl")
+    others = qwen.preprocess([picture(28, 28, 1), picture(28, 84, 2)])
+    mixed = [{**column, **{f"1_{key}": value for key, value in others.items()}} for column in features]
+    for loss in (BTokLoss(qwen), CachedBTokLoss(qwen, mini_batch_size=2)):
+        assert_same(run(loss, mixed), run(loss, features))
+
+
+def test_the_trainer_with_such_columns(qwen, tmp_path):
+    pictures = [picture(28 + 28 * (i % 2), 28, i) for i in range(8)]
+    data = Dataset.from_dict(
+        {"query": ["a", "b"] * 4, "positive": ["red", "blue"] * 4, "negative": pictures, "negative_1": pictures[::-1]}
+    ).cast_column("negative", Image()).cast_column("negative_1", Image())  # fmt: skip
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=1, save_strategy="no", report_to=[],
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    loss = CachedBTokLoss(qwen, mini_batch_size=2)
+    SentenceTransformerTrainer(model=qwen, args=args, train_dataset=data, loss=loss).train()

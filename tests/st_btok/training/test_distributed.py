@@ -54,7 +54,6 @@ def ran(tmp_path_factory):
         (2, "images on one, unused searched"),
         (2, "fsdp"),
         (2, "fsdp, dora"),
-        (2, "trained head"),
         (3, "uneven"),
         (3, "no target on some"),
     ],

@@ -2,7 +2,7 @@
 
 Each test is named after the report. Others live where their module is tested: adapters that lose weights on reload
 (colpali 0.3.14, sentence-transformers #3052) in `test_adapters`, gathered negatives that are misaligned
-(sentence-transformers #3453) in `test_processes`, batch size and padding side of `encode` in `test_model`.
+(sentence-transformers #3453) in `test_distributed`, batch size and padding side of `encode` in `test_model`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from st_btok import BTokLoss, CachedBTokLoss
 from tests.backbones import picture, total
+from tests.losses import assert_same_gradients, gradients
 
 LOSSES = {"plain": BTokLoss, "cached": lambda model, **options: CachedBTokLoss(model, mini_batch_size=2, **options)}
 
@@ -21,17 +22,6 @@ LOSSES = {"plain": BTokLoss, "cached": lambda model, **options: CachedBTokLoss(m
 def columns(model):
     queries = [picture(28, 56, 1), {"image": [picture(28, 28, 2), picture(56, 28, 3)], "text": "what?"}, "a text"]
     return [model.preprocess(queries), model.preprocess(["red", "a longer target", picture(28, 28, 4)])]
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_equal(found, wanted, factor=1.0):
-    assert found.keys() == wanted.keys() and sum(g.abs().sum() for g in wanted.values()) > 1
-    for name in wanted:
-        scale = max(1.0, wanted[name].abs().max().item())
-        torch.testing.assert_close(found[name] / scale, factor * wanted[name] / scale, atol=2e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -45,7 +35,7 @@ def test_vlm2vec_18_padding_side_changes_the_result(qwen, kind):
         total(parts).backward()
         found.append((total(parts).item(), gradients(qwen)))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
-    assert_equal(found[0][1], found[1][1])
+    assert_same_gradients(found[0][1], found[1][1], atol=2e-5)
 
 
 def test_sentence_transformers_3862_cached_gradients_silently_wrong(qwen):
@@ -58,7 +48,7 @@ def test_sentence_transformers_3862_cached_gradients_silently_wrong(qwen):
     value = total(loss(columns(qwen)))
     loss(other)
     (0.25 * value).backward()
-    assert_equal(gradients(qwen), wanted, factor=0.25)
+    assert_same_gradients(gradients(qwen), wanted, atol=2e-5, factor=0.25)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

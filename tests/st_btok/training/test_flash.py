@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.st_btok.training.test_cached_losses import assert_same, columns, run
 
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 from tests import flash
 from tests.backbones import BUILDERS, build, picture
+from tests.losses import assert_same, columns, plain_of, run
 
 # Without those whose layers are not all attention.
 FAMILIES = [name for name in BUILDERS if name not in ("mamba", "qwen3_5")]
@@ -30,7 +30,7 @@ def test_the_same_loss_as_under_a_mask(btok_model, family, called):
     for make in (BTokLoss, lambda own: CachedBTokLoss(own, mini_batch_size=2)):
         called.clear()
         loss = make(model)
-        assert getattr(loss, "loss", loss).route == unmasked
+        assert plain_of(loss).route == unmasked
         assert_same(run(loss, features), expected, atol=2e-5)
         assert "flash_attn_varlen_func" in called
 

@@ -1,4 +1,4 @@
-"""The LM head is the one that transformers generates with; untied ones are frozen or trained by choice."""
+"""The LM head is the one that transformers generates with; untied ones are frozen, and no part of the embedder."""
 
 from __future__ import annotations
 
@@ -6,23 +6,15 @@ import json
 
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel
 
 from st_btok import BTokLoss, build_model
 from st_btok.model_parts import checkpoint_head, embedding_matrix
-from st_btok.training.lm_head import TrainedHead, output_embeddings, save_lm_head
-from tests.backbones import build
-
-DATA = Dataset.from_dict({"query": list("abcdef"), "positive": ["one", "two", "three", "four", "five", "six"]})
-
+from st_btok.training.lm_head import output_embeddings
+from tests.backbones import build, total
 
 # What the configs say (of the whole, of its text part), and whether the checkpoint holds a head of its own.
 CASES = {
@@ -97,68 +89,48 @@ def test_a_loaded_model_says_it_too():
     assert torch.equal(BTokLoss(model, lm_head=backbone.lm_head).lm_head, backbone.lm_head.weight)
 
 
-def untied(train):
-    backbone, tokenizer = build("llama", tied=False)
-    model = build_model(backbone, processor=tokenizer, device="cpu")
-    return BTokLoss(model, lm_head=backbone.lm_head.weight.detach().clone(), train_lm_head=train)
+@pytest.mark.parametrize("form", ["module", "tensor", "path", "name_in_config"])
+def test_untied_heads(form, tmp_path):
+    torch.manual_seed(0)
+    full, processor = build("qwen2_vl", tied=False)
+    full.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model = build_model(tmp_path, device="cpu")
+    backbone = model[0].model
+    given = {"module": full.lm_head, "tensor": full.lm_head.weight, "path": str(tmp_path), "name_in_config": None}[
+        form
+    ]
+    torch.testing.assert_close(output_embeddings(backbone, given), full.lm_head.weight)
+    assert not torch.equal(output_embeddings(backbone, given), backbone.get_input_embeddings().weight[:288])
+    loss = BTokLoss(model, lm_head=given)
+    features = [model.preprocess(["a", "b"]), model.preprocess(["c", "d"])]
+    total(loss(features)).backward()
+    assert loss.lm_head is not None and loss.lm_head.grad is None, "frozen"
+    assert "lm_head" not in "".join(model.state_dict()), "not part of the embedder"
 
 
-def fit(loss, folder, resume=None):
-    args = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=3,
-        max_steps=4,
-        save_steps=2,
-        learning_rate=1e-2,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    callbacks = [TrainedHead(loss.lm_head)] if loss.lm_head.requires_grad else []
-    trainer = SentenceTransformerTrainer(
-        model=loss.model, args=args, train_dataset=DATA, loss=loss, callbacks=callbacks
-    )
-    trainer.train(resume_from_checkpoint=resume)
+def test_sharded_heads_are_read_without_the_rest(tmp_path):
+    full, _ = build("llama", tied=False)
+    full.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    torch.testing.assert_close(output_embeddings(full.model, str(tmp_path)), full.lm_head.weight)
 
 
-def test_a_frozen_head_stays_and_a_trained_one_moves(tmp_path):
-    for train in (False, True):
-        loss = untied(train)
-        before = loss.lm_head.detach().clone()
-        fit(loss, tmp_path / str(train))
-        assert torch.equal(loss.lm_head, before) is not train
-        assert all(
-            "lm_head" not in name for name in load_file(tmp_path / str(train) / "checkpoint-4/model.safetensors")
-        )
-        assert (tmp_path / str(train) / "checkpoint-4/lm_head").exists() is train
-    checkpoint = tmp_path / "True/checkpoint-4"
-    loaded = SentenceTransformer(str(checkpoint))
-    again = BTokLoss(loaded, lm_head=str(checkpoint / "lm_head"))
-    assert torch.equal(again.lm_head, loss.lm_head) and not again.lm_head.requires_grad
+def test_a_missing_head_is_an_error_with_the_way_out(tmp_path):
+    full, processor = build("llama", tied=False)
+    model = build_model(full, processor=processor, device="cpu")
+    with pytest.raises(ValueError, match="not tied.*BTokLoss"):
+        BTokLoss(model, lm_head=str(tmp_path))
+    model[0].model.config.name_or_path = ""
+    with pytest.raises(ValueError, match="lm_head=full_model.get_output_embeddings"):
+        BTokLoss(model)
+    BTokLoss(model, target="none")
 
 
-def test_resuming_restores_the_head_bit_by_bit(tmp_path):
-    whole, resumed = untied(True), untied(True)
-    fit(whole, tmp_path)
-    fit(resumed, tmp_path, resume=str(tmp_path / "checkpoint-2"))
-    assert torch.equal(resumed.lm_head, whole.lm_head)
-    expected = whole.model.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
-    with pytest.raises(FileNotFoundError, match="lm_head folder"):
-        fit(untied(True), tmp_path / "elsewhere", resume=str(tmp_path / "checkpoint-2"))
-
-
-def test_a_head_is_written_on_request_only(tmp_path):
-    loss = untied(True)
-    save_lm_head(loss.lm_head, tmp_path / "head")
-    assert torch.equal(BTokLoss(loss.model, lm_head=str(tmp_path / "head")).lm_head, loss.lm_head)
-
-
-def test_there_must_be_a_head_that_trains():
-    with pytest.raises(ValueError, match="a frozen head"):
-        TrainedHead(untied(False).lm_head)
-    with pytest.raises(ValueError, match=r"no head \(tied\)"):
-        TrainedHead(None)
+def test_tied_head_is_the_live_matrix(qwen):
+    backbone = qwen[0].model
+    assert output_embeddings(backbone) is backbone.get_input_embeddings().weight
+    assert BTokLoss(qwen).lm_head is None
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,4 +1,4 @@
-"""Dropped negatives: against a loss written out by hand, for every direction, with duplicates and modalities."""
+"""Dropped negatives: against a loss written out by hand, for every direction, with duplicates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from st_btok import BTokLoss
-from st_btok.training.negatives import FilteredSimilarity, row_facts
+from st_btok.training.negatives import FilteredSimilarity, content_fingerprints
 from tests.backbones import clip, picture
 
 ORDER = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -49,19 +49,15 @@ def mixed(model):
 
 
 CONTENT = (("a", "image1", "a", "d"), ("same", "other", "same", "image2"), ("no", "image3", "same", "both"))
-MODALITY = (("t", "i", "t", "t"), ("t", "t", "t", "i"), ("t", "i", "t", "ti"))
 
 
 @pytest.mark.parametrize(
     "directions", [ORDER[:1], ("query_to_doc", "doc_to_query"), ORDER, ("query_to_doc", "doc_to_doc")], ids=str
 )
-@pytest.mark.parametrize("options", [(0.05, False), (None, True), (0.0, True)], ids=str)
-def test_loss_is_the_one_written_out(qwen, directions, options):
-    margin, same_modality = options
+@pytest.mark.parametrize("margin", [0.05, 0.0])
+def test_loss_is_the_one_written_out(qwen, directions, margin):
     features = mixed(qwen)
-    loss = BTokLoss(
-        qwen, target="none", directions=directions, false_negative_margin=margin, same_modality_negatives=same_modality
-    )
+    loss = BTokLoss(qwen, target="none", directions=directions, false_negative_margin=margin)
     embeddings = [qwen(dict(column))["sentence_embedding"] for column in features]
     similarity = {
         (a, b): torch.nn.functional.cosine_similarity(embeddings[a][:, None], embeddings[b][None], dim=-1)
@@ -75,11 +71,7 @@ def test_loss_is_the_one_written_out(qwen, directions, options):
         if (column, j) == (own, i):
             return True
         score = similarity[0 if anchor == "query" else 1, column][i, j]
-        if margin is not None and CONTENT[column][j] == CONTENT[own][i]:
-            return False
-        if margin is not None and score > similarity[0, 1][i, i] + margin:
-            return False
-        return not (same_modality and MODALITY[column][j] != MODALITY[own][i])
+        return CONTENT[column][j] != CONTENT[own][i] and score <= similarity[0, 1][i, i] + margin
 
     expected = by_hand(embeddings[0], embeddings[1:], keep, directions)
     plain = by_hand(embeddings[0], embeddings[1:], lambda *args: True, directions)
@@ -141,14 +133,12 @@ def test_contents_are_equal_exactly_for_equal_rows(qwen, side):
         {"image": [picture(28, 28, 1), picture(28, 28, 2)]}, {"image": [picture(28, 28, 2), picture(28, 28, 1)]},
         {"video": clip(4, 1)}, {"video": clip(4, 2)}, "",
     ]  # fmt: skip
-    reader = BTokLoss(qwen, target="none").reader
-    once = row_facts(qwen.preprocess([*rows, *rows]), reader)
-    assert len(set(once.content.tolist())) == len(rows)
-    assert torch.equal(once.content[: len(rows)], once.content[len(rows) :])
-    alone = torch.cat([row_facts(qwen.preprocess([row]), reader).content for row in rows])
-    assert torch.equal(alone, once.content[: len(rows)]), "not a matter of the batch"
-    kinds = once.modality[: len(rows)].tolist()
-    assert kinds == [1, 1, 1, 2, 2, 2, 3, 2, 2, 4, 4, 0]
+    media = BTokLoss(qwen, target="none").reader.media_tokens
+    once = content_fingerprints(qwen.preprocess([*rows, *rows]), media)
+    assert len(set(once.tolist())) == len(rows)
+    assert torch.equal(once[: len(rows)], once[len(rows) :])
+    alone = torch.cat([content_fingerprints(qwen.preprocess([row]), media) for row in rows])
+    assert torch.equal(alone, once[: len(rows)]), "not a matter of the batch"
 
 
 def test_a_negative_margin_is_refused(qwen):
@@ -159,4 +149,4 @@ def test_a_negative_margin_is_refused(qwen):
 def test_model_card_names_the_similarity(qwen):
     config = BTokLoss(qwen, false_negative_margin=0.1).get_config_dict()
     assert config["similarity_fct"] == "cos_sim" and config["false_negative_margin"] == 0.1
-    assert FilteredSimilarity(torch.matmul, None, True).__name__ == "matmul"
+    assert FilteredSimilarity(torch.matmul, 0.1).__name__ == "matmul"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from st_btok import BTokLoss, CachedBTokLoss, btok_lora_config, build_model
-from st_btok.training.precision import half_precision_warning
+from st_btok.training.callback import half_precision_warning
 from tests.backbones import total
 
 BACKBONE = Path(__file__).parents[3] / "recipes" / "backbone"

@@ -26,7 +26,7 @@ def test_the_loss_is_the_straight_step(model, family, options):
     positives = [f"target {i} " + "x" * i for i in range(len(queries))]
     positives[1] = queries[-1]  # its text, or no target where it is a picture alone
     columns = [model.preprocess(rows) for rows in (queries, positives, [f"no {i}" for i in range(len(queries))])]
-    targets = filled(loss.targets(columns)[1], len(queries))
+    targets = filled(loss.targets(columns), len(queries))
     assert sum(map(len, targets[0])) > 10
     weights = {key: value for key, value in options.items() if key != "target"}
 

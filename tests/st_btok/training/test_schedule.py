@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from st_btok.training.schedule import Schedule
+from st_btok.training.callback import Schedule
 
 
 def test_constant_and_first_steps():
@@ -47,16 +47,3 @@ def test_a_schedule_without_a_step_is_an_error(schedule):
     """Not the first weight for ever."""
     with pytest.raises(ValueError, match=r"callbacks=\[BTokCallback\(\)\], or set loss.schedule.step"):
         schedule()
-
-
-def test_warmup_holds_the_ranking_part_back():
-    schedule = Schedule(0.3, warmup=2)
-    values = []
-    for schedule.step in range(4):
-        values.append((schedule.ranking(), schedule()))
-    assert values == [(0.0, 0.3), (0.0, 0.3), (1.0, 0.3), (1.0, 0.3)]
-    assert Schedule(0.3).ranking() == 1.0, "without a warm-up no step is asked for"
-    with pytest.raises(ValueError, match="was told none"):
-        Schedule(0.3, warmup=2).ranking()
-    with pytest.raises(ValueError, match="condensation_warmup must be at least 0"):
-        Schedule(0.3, warmup=-1)
