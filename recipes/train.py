@@ -106,8 +106,6 @@ def losses(config: TrainConfig, model: SentenceTransformer, sources: Sequence[So
         "scale": config.scale,
         "condensation_weight": config.condensation_weight,
         "condensation_steps": config.condensation_steps,
-        "condensation_warmup": config.condensation_warmup,
-        "condensation_btoks": config.condensation_btoks,
         "max_target_tokens": config.max_target_tokens,
         "route": config.route,
         "false_negative_margin": config.false_negative_margin,

@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, AutoTokenizer, PrinterCallback, TrainerCallback
 
 from recipes.data.searches import Search
+from recipes.research.controls import btok_loss
 from recipes.research.prompted import prompted_model
 from recipes.research.significance import Run
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, language_model_linears
@@ -131,7 +132,7 @@ def build_variant(
         trained = variant.options.get("train_btoks", True)
         if settings.tuning == "lora":
             model.add_adapter(btok_lora_config(model, **({} if trained else {"trainable_token_indices": None})))
-        loss = (CachedBTokLoss if cached else BTokLoss)(model, **cached, **rest)
+        loss = btok_loss(model, **cached, **rest)
         if settings.tuning != "lora" and not trained:
             _freeze_btoks(loss)
         return model, loss

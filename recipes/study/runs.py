@@ -15,11 +15,11 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
 from recipes.data.searches import Search
+from recipes.research.controls import ControlLoss
 from recipes.research.variants import Training, VariantSettings, build_variant, fit_variant
 from recipes.study.arms import ARMS
 from recipes.study.inputs import Corpus
 from recipes.study.probes import Conflict, information
-from st_btok import BTokLoss
 
 PROBE_ROWS = 16
 
@@ -131,9 +131,9 @@ def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: s
     return line
 
 
-def unlabelled_loss(model: SentenceTransformer, steps: int) -> BTokLoss:
+def unlabelled_loss(model: SentenceTransformer, steps: int) -> ControlLoss:
     """The term alone, each document generated from its own BToks, for so many steps."""
-    return BTokLoss(model, condensation_weight=1.0, target="self", condensation_warmup=steps)
+    return ControlLoss(model, condensation_weight=1.0, target="self", condensation_warmup=steps)
 
 
 def _seconds(trainings: Sequence[Training]) -> float:

@@ -96,8 +96,6 @@ class LossSettings:
     scale: float = _option(50.0, "Inverse temperature.")
     condensation_weight: float = _option(0.2, "Weight of the condensation part.")
     condensation_steps: int | None = _option(None, "Steps that it is on for; always by default.")
-    condensation_warmup: int = _option(0, "Steps that it is trained alone for, before the ranking begins.")
-    condensation_btoks: int | None = _option(None, "Targets read the first so many BToks only; all by default.")
     target: str = _option("", "Generated side: auto, query, positive, both, self, none; empty: each source's own.")
     max_target_tokens: int = _option(64, "Longest target.")
     route: str = _option("auto", "How the target reaches the BToks: auto, or a route of BTokLoss.")

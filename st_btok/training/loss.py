@@ -104,9 +104,9 @@ class BTokLoss(nn.Module):
     Recommendations:
         - Use ``BatchSamplers.NO_DUPLICATES``, so that no in-batch negative equals the positive.
 
-    To change what is generated, or what reads what, override `targets` or `join`.
-
     Attributes:
+        read_btoks: Ids of the bottleneck tokens that targets read: all K. An experiment may set fewer, or override
+            `targets` (what is generated), `join` (who reads what, on the attention route) or `rank`.
         measured: What the last call found out beside the loss, such as the condensation loss in nats; see
             `callback.Measured`.
         schedule: The weight over the steps; a loop of one's own sets `schedule.step`, if the weight depends on it.
@@ -176,6 +176,7 @@ class BTokLoss(nn.Module):
         # Gathering is done here (see `distributed.py`), so the ranking loss always sees one whole batch.
         self.ranking = MultipleNegativesRankingLoss(model, scale=scale, **ranking)
         transformer, self.btoks = find_btoks(model)
+        self.read_btoks = self.btoks
         check_appends_all(model)
         self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
         # A loaded checkpoint has trainable WordWeights; trained ones would let other tokens leak into the mean.
@@ -270,7 +271,7 @@ class BTokLoss(nn.Module):
         Returns:
             Joint rows; a target reads every position whose segment is not `INPUT`.
         """
-        return join_targets(part.features, part.targets or [], self.btoks)
+        return join_targets(part.features, part.targets or [], self.read_btoks)
 
     def _embed_columns(
         self, columns: list[dict[str, Any]], targets: list[list[Tensor] | None], weight: float
@@ -320,7 +321,7 @@ class BTokLoss(nn.Module):
 
     def _call(self, likelihood: Likelihood | None = None) -> Call:
         options = {} if likelihood is None else {"likelihood": likelihood}
-        return Call(self.model, self._transformer, self.btoks, self.join, self.lm_head, **options)
+        return Call(self.model, self._transformer, self.read_btoks, self.join, self.lm_head, **options)
 
     @property
     def _transformer(self) -> Transformer:
