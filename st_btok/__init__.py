@@ -18,10 +18,18 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.adapters import btok_lora_config, language_model_linears, merge_adapters, save_trained
     from st_btok.budgets import read_budget
     from st_btok.chat_template import append_btoks, plain_template
-    from st_btok.inputs.encode import CheckedEmbeddings, CheckedInputs, SkippedInput, checked_inputs, encode_checked
+    from st_btok.inputs.encode import (
+        CheckedEmbeddings,
+        CheckedInputs,
+        EncodedRow,
+        SkippedInput,
+        checked_inputs,
+        encode_checked,
+        encode_rows,
+    )
+    from st_btok.inputs.fetch import MediaOptions
     from st_btok.inputs.images import open_image, rgb_image
     from st_btok.inputs.pdf import pdf_pages
-    from st_btok.inputs.vectors import EncodedRow, encode_rows
     from st_btok.inputs.videos import read_video
     from st_btok.model import build_model
     from st_btok.pooling import BTokPooling
@@ -42,6 +50,7 @@ __all__ = [
     "CheckedEmbeddings",
     "CheckedInputs",
     "EncodedRow",
+    "MediaOptions",
     "SkippedInput",
     "add_btoks",
     "append_btoks",
@@ -77,13 +86,15 @@ _MODULES = {
     "st_btok.inputs.encode": (
         "CheckedEmbeddings",
         "CheckedInputs",
+        "EncodedRow",
         "SkippedInput",
         "checked_inputs",
         "encode_checked",
+        "encode_rows",
     ),
+    "st_btok.inputs.fetch": ("MediaOptions",),
     "st_btok.inputs.images": ("open_image", "rgb_image"),
     "st_btok.inputs.pdf": ("pdf_pages",),
-    "st_btok.inputs.vectors": ("EncodedRow", "encode_rows"),
     "st_btok.inputs.videos": ("read_video",),
     "st_btok.model": ("build_model",),
     "st_btok.pooling": ("BTokPooling",),

@@ -16,8 +16,11 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from st_btok import build_model, encode_checked
+from st_btok import build_model, encode_checked, pdf_pages
 from tests.backbones import build, clip, picture
+from tests.st_btok.inputs.test_images import drawn_text, psd, with_chunk
+from tests.st_btok.inputs.test_pdf import form
+from tests.st_btok.inputs.test_videos import RISING, copy_movie, write_movie
 
 HEAD = """# Inputs
 
@@ -56,10 +59,26 @@ def kinds(folder: Path) -> dict[str, Any]:
     data = (folder / "rgb.png").read_bytes()
     (folder / "cut.png").write_bytes(data[: len(data) // 2])
     (folder / "words.png").write_bytes(b"no picture")
+    keyed = drawn_text()
+    keyed.save(folder / "keyed.png", transparency=1)
+    keyed.save(folder / "keyed.gif", transparency=1)
+    (folder / "layers.psd").write_bytes(psd(rgb))
+    (folder / "broken_metadata.png").write_bytes(with_chunk(data, b"tEXt", b"a\0b", True, b"IDAT"))
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(64))
     (folder / "print.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     (folder / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nother.ts\n")
     named = {f"image file {name}": {"image": str(folder / name)} for name in sorted(p.name for p in folder.iterdir())}
     del named["image file list.m3u8"]
+    options = {"g": "20", "bf": "3"}
+    whole = write_movie(folder / "whole.mp4", RISING, codec="libx264", rate=30, options=options)
+    copy_movie(whole, folder / "cut_without_encoding.mp4", shift=0.5)
+    write_movie(folder / "mirrored.mp4", prepare=lambda stream: stream.set_display_rotation(0, hflip=True))
+    uneven = [33 * number for number in range(30)] + [1000 * number for number in range(1, 31)]
+    write_movie(folder / "uneven_times.mp4", RISING, rate=30, times=uneven)
+    (folder / "torn.mp4").write_bytes(whole.read_bytes()[:2000])
+    (folder / "form.pdf").write_bytes(form(b"/FT/Tx/V(4711 EUR)"))
+    films = ("whole.mp4", "cut_without_encoding.mp4", "mirrored.mp4", "uneven_times.mp4", "torn.mp4")
+    named |= {f"video file {name}": {"video": str(folder / name)} for name in films}
     buffer = io.BytesIO()
     rgb.save(buffer, "PNG")
     return {
@@ -85,6 +104,8 @@ def kinds(folder: Path) -> dict[str, Any]:
         "empty list of images": {"image": [], "text": "words"},
         "video as an array": clip(4),
         "video without frames": {"video": []},
+        "path of a PDF": str(folder / "form.pdf"),
+        "page of a PDF, a filled form": next(pdf_pages(folder / "form.pdf")),
         "playlist as a video": {"video": str(folder / "list.m3u8")},
         "URL of an image": {"image": "http://127.0.0.1:9/a.png"},
         "unknown key": {"img": rgb},

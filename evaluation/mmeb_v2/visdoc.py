@@ -5,27 +5,21 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
+from typing import Literal
 
 from datasets import Dataset, Image
 
-from evaluation.dataset import PAGE_SPLITS, MMEBDataset, PageSplit
-from evaluation.media import PROMPT_COLUMN, BrokenMediaError, check_image
+from evaluation.dataset import MMEBDataset
+from evaluation.media import BrokenMediaError, check_image
 from evaluation.mmeb_v2.protocols import finished
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.mmeb_v2.visdoc_rows import BROKEN_PAGE_HUB_IDS
-from evaluation.pool import (
-    BrokenRow,
-    Item,
-    LoadedDataset,
-    content_key,
-    data_digest,
-    sampled_rows,
-    shown,
-    to_dataset,
-)
+from evaluation.pool import BrokenRow, LoadedDataset, sampled_rows
 
 logger = logging.getLogger(__name__)
+
+PageSplit = Literal["page-fixed", "page"]
+PAGE_SPLITS: tuple[PageSplit, ...] = ("page-fixed", "page")
 
 
 def with_page_split(row: MMEBDataset, page_split: PageSplit) -> MMEBDataset:
@@ -66,12 +60,11 @@ def load_visdoc(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: i
         ValueError: No usable query is left.
     """
     broken: list[BrokenRow] = []
-    corpus, contents = _pages(row, root, broken)
+    corpus = _pages(row, root, broken)
     known = set(corpus["id"])
     relevant = _relevance(row, root, known)
     table = read_table(row, root, "queries")
-    asked: list[tuple[str, Item]] = []
-    skipped, start = 0, row.query_text.split("{")[0]
+    ids, texts, skipped = [], [], 0
     for index in sampled_rows(len(table), fraction, seed):
         query_id, text = f"q{table[index]['query-id']}", table[index]["query"]
         reason = "empty query" if not (text or "").strip() else "" if query_id in relevant else "no usable right page"
@@ -79,39 +72,36 @@ def load_visdoc(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: i
             skipped += 1
             broken.append(BrokenRow(row.name, index, f"query {query_id} skipped: {reason}"))
             continue
-        whole = finished(row, row.query_text.format(query=text))
-        asked.append((query_id, Item("query", whole, instruction=start.strip(), body=finished(row, text))))
+        ids.append(query_id)
+        texts.append(finished(row, row.query_text.format(query=text)))
     for entry in broken:
         logger.warning("%s, row %d: %s", entry.dataset, entry.index, entry.reason)
-    if not asked:
+    if not ids:
         raise ValueError(f"{row.name} has no usable query: {len(broken)} broken rows, {len(corpus)} pages")
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # when a task is built: it takes seconds
 
-    chosen = {query_id: relevant[query_id] for query_id, _ in asked}
     data = RetrievalSplitData(
         corpus=corpus,
-        queries=to_dataset([(query_id, shown(item, row.inputs)) for query_id, item in asked]),
-        relevant_docs=chosen,
+        queries=Dataset.from_dict({"id": ids, "text": texts}),
+        relevant_docs={query_id: relevant[query_id] for query_id in ids},
         top_ranked=None,
     )
-    digest = data_digest({query_id: item.content() for query_id, item in asked}, contents, chosen, None)
-    told = {"query": start.strip(), "document": row.candidate_text.strip()}
-    return LoadedDataset(data, tuple(broken), skipped, digest, instructions=told)
+    return LoadedDataset(data, tuple(broken), skipped)
 
 
-def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> tuple[Dataset, dict[str, bytes]]:
-    """The corpus with columns id, image, text, and each page's hash; pages that can't be decoded are left out."""
+def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> Dataset:
+    """The corpus with columns id, image, text; pages that can't be decoded are reported and left out."""
     table = read_table(row, root, "corpus")
     if not isinstance(table, Dataset):
         raise TypeError(f"{row.name}: the corpus must be a parquet table with an image column, got JSON")
     raw = table.cast_column("image", Image(decode=False))
-    contents: dict[str, bytes] = {}
-    kept = []
+    seen: set[str] = set()
+    kept, ids = [], []
     for index, record in enumerate(raw):
         page_id, image = f"p{record['corpus-id']}", record["image"] or {}
         source = image.get("bytes") or image.get("path")
         try:
-            if page_id in contents:
+            if page_id in seen:
                 continue  # the pool keeps the first candidate of each identity
             if not source:
                 raise BrokenMediaError("column image is empty")
@@ -119,14 +109,11 @@ def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> tuple[D
         except BrokenMediaError as error:
             broken.append(BrokenRow(row.name, index, f"page {page_id} left out: {error}"))
             continue
-        contents[page_id] = content_key(source if isinstance(source, bytes) else Path(source).read_bytes())
+        seen.add(page_id)
         kept.append(index)
-    page = shown(Item("", row.candidate_text, instruction=row.candidate_text.strip()), row.inputs, candidate=True)
+        ids.append(page_id)
     pages = table.cast_column("image", Image()).select(kept).select_columns(["image"])
-    pages = pages.add_column("id", list(contents)).add_column("text", [page.text] * len(contents))
-    if page.instruction:
-        pages = pages.add_column(PROMPT_COLUMN, [page.instruction] * len(contents))
-    return pages, contents
+    return pages.add_column("id", ids).add_column("text", [row.candidate_text] * len(ids))
 
 
 def _relevance(row: MMEBDataset, root: DataRoot, known: set[str]) -> dict[str, dict[str, int]]:

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WordWeights
 from tqdm.auto import trange
+
+from st_btok import rgb_image
 
 NEIGHBOURS = 10
 
@@ -46,7 +47,7 @@ def read_rows(path: Path) -> list[Any]:
             raise ValueError(f"a row must have text, image or both; row {number} of {path} has {sorted(record)}.")
         row = {"text": record["text"]} if "text" in record else {}
         if "image" in record:
-            row["image"] = Image.open(path.parent / record["image"]).convert("RGB")
+            row["image"] = rgb_image(path.parent / record["image"])
         rows.append(row if "image" in row else row["text"])
     return rows
 

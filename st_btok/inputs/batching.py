@@ -1,34 +1,54 @@
-"""Batches for long runs: every row preprocessed alone, sorted by its true length, bounded by padded tokens.
+"""From rows as read to batches: features of each row, its length, a cut where it is too long, batches by length.
 
-    rows -> read by threads, a few ahead -> features of one row -> a window, sorted by length -> batches -> vectors
+    rows -> read by threads, a few ahead -> features of one row -> a window, sorted by length -> batches
 
 sentence-transformers sorts by characters against pixels, so a text of 1,000 characters shares a batch with images of
 20 tokens; and short pieces of a corpus repeat that. Here a window (a thousand rows, or 64 MiB of features, whatever
-comes first) is sorted by tokens. While one window is embedded, a thread prepares the next. Identical inputs of a
-window are embedded once.
+comes first) is sorted by tokens. Inputs of a window that look the same are embedded once. All of this runs in one
+thread, so no two calls of the tokenizer, whose truncation is a setting, meet each other.
+
+A row is preprocessed alone, so that its true length is known before it gets a batch. Its token tensors are then padded
+to the batch's length and stacked; its media tensors are put one after the other. That is certain only for the layouts
+named here (one entry per image, tile or patch, as Qwen, Gemma and InternVL lay them out). Processors that pad images
+within a batch (SmolVLM, Idefics3, LLaVA-OneVision) or sounds (Qwen2.5-Omni) use more keys; such rows keep their input,
+and the processor makes their batch, once their length has given them one.
 """
 
 from __future__ import annotations
 
+import hashlib
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-
-from st_btok.inputs.collate import can_collate, collate, cut_rows, last_token, num_bytes, num_tokens, signatures
-from st_btok.inputs.fitting import TooLongError, fit, without_limits
-from st_btok.inputs.identity import content_of, identity
+from sentence_transformers.base.modality import infer_modality
+from torch import Tensor
+from torch.nn import functional as F
 
 BATCH_TOKENS = 4096  # padded tokens of a batch
 WINDOW_ROWS, WINDOW_BYTES = 1024, 2**26
 READERS = 4  # threads that decode media
 _TEXTS = 64  # texts that are tokenized together: one call of the processor costs as much as ten short texts
 _WASTE = 0.05  # of a batch's padded tokens, beyond which a shorter row starts the next batch
-_END: Any = object()
+# No text has that many characters a token on average; what lies beyond is dropped before the tokenizer reads it.
+_CHARS_PER_TOKEN = 16
+_SLACK = 4  # tokens below the limit that are not worth another try
+_TRIES = 16
+NO_LIMIT = 2**31 - 1
+# One entry per token. Everything but the ids is 0 on padding.
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+# Read by sentence-transformers where it cuts a batch into mini-batches of a loss; no model reads them.
+_TRAINING = ("num_images_per_sample", "num_videos_per_sample")
+_FIXED = ("modality", "prompt_length")
 
 
 @dataclass
@@ -36,274 +56,251 @@ class Row:
     """An input on its way, and every place in the list that it stands at.
 
     Attributes:
-        numbers: Row numbers; several for identical inputs.
-        key: `identity` of the input.
+        numbers: Row numbers; several for inputs that look the same.
         value: The input, as read; dropped once the features hold all of it.
-        content: `content_of` the input, where it holds media: equal pictures in two objects or files are one.
+        key: `content_hash` of the input.
         features: What the model reads; None until preprocessed, or where only the processor can make a batch.
         length: Tokens.
         reason: Why it can't be embedded; empty for good rows.
     """
 
     numbers: list[int]
-    key: Any = None
     value: Any = None
-    content: Any = None
+    key: Any = None
     features: dict[str, Any] | None = None
     length: int = 0
     reason: str = ""
 
+    def refuse(self, reason: str) -> None:
+        """Make it a bad row."""
+        self.reason, self.value = reason, None
+
 
 @dataclass(frozen=True)
-class Preparation:
-    """How rows become features.
+class Batch:
+    """Rows that run together, and what the model reads of them where only the processor can put that together."""
+
+    rows: list[Row]
+    features: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Batcher:
+    """Makes batches for a model.
 
     Attributes:
         model: The model that will embed them.
         read: Checks and decodes one input; a ValueError says why it is bad.
         options: Arguments of `model.preprocess`, such as the prompt.
-        batch_key: Equal for inputs that the processor can take in one call.
         last_token: What every input must end in, the last BTok; None for models without BToks.
-        limit: Tokens that an input with media is fitted into; None leaves it to the model, as for texts.
+        limit: Tokens that an input with media is cut to; None leaves it to the model, as for texts.
+        whole: `processing_kwargs` under which an input is preprocessed as long as it is.
+        batch_tokens: Padded tokens of a batch, at most; a longer row runs alone.
+        batch_rows: Rows of a batch, at most. Default: no limit.
     """
 
     model: SentenceTransformer
     read: Callable[[Any], Any]
     options: dict[str, Any] = field(default_factory=dict)
-    batch_key: Callable[[Any], Any] = type
     last_token: int | None = None
     limit: int | None = None
+    whole: dict[str, Any] | None = None
+    batch_tokens: int = BATCH_TOKENS
+    batch_rows: int | None = None
 
-    def read_row(self, value: Any) -> Row:
+    # --- rows to windows ---------------------------------------------------------------------------------------------
+
+    def batches(self, items: Iterable[tuple[int, Any]]) -> Iterator[tuple[list[Row], list[Batch]]]:
+        """Read, preprocess and sort inputs, window by window.
+
+        Args:
+            items: Row numbers and inputs.
+
+        Yields:
+            The bad rows of a window, and its batches.
+        """
+        for window in self._windows(items):
+            bad = [row for row in window if row.reason]
+            yield bad, list(self._batches([row for row in window if not row.reason]))
+
+    def features(self, batch: Batch) -> dict[str, Any]:
+        """What the model reads of a batch.
+
+        Args:
+            batch: From `batches`.
+
+        Returns:
+            Features, on the CPU.
+        """
+        if batch.features is not None:
+            return batch.features
+        tokenizer = self.model.tokenizer
+        pad, side = getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "padding_side", "right")
+        return _collate([row.features for row in batch.rows if row.features is not None], pad or 0, side)
+
+    def _windows(self, items: Iterable[tuple[int, Any]]) -> Iterator[list[Row]]:
+        window: list[Row] = []
+        texts: list[Row] = []
+        known: dict[Any, Row] = {}
+        size = 0
+        for row in self._read_ahead(items):
+            if not row.reason and (same := known.setdefault(row.key, row)) is not row:
+                same.numbers += row.numbers
+                continue
+            window.append(row)
+            if not row.reason and not media_of(row.value):
+                texts.append(row)
+            elif not row.reason:
+                self._preprocess([row])
+                size += num_bytes(row)
+            full = len(window) >= WINDOW_ROWS or size >= WINDOW_BYTES
+            if full or len(texts) >= _TEXTS:
+                self._preprocess_texts(texts)
+                texts = []
+            if full:
+                yield window
+                known.clear()  # an equal row that comes later would wait for a vector that was handed out already
+                window, size = [], 0
+        self._preprocess_texts(texts)
+        if window:
+            yield window
+
+    def _read_ahead(self, items: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+        """Rows in order; what may be a medium is read by threads."""
+        under_way: deque[Row | Future[Row]] = deque()
+        waiting = 0
+        with ThreadPoolExecutor(READERS) as pool:
+            for number, value in items:
+                is_quick = _is_quick(value)
+                under_way.append(self._row(number, value) if is_quick else pool.submit(self._row, number, value))
+                waiting += not is_quick
+                while waiting > READERS or len(under_way) > _TEXTS:
+                    first = under_way.popleft()
+                    waiting -= isinstance(first, Future)
+                    yield first.result() if isinstance(first, Future) else first
+            for row in under_way:
+                yield row.result() if isinstance(row, Future) else row
+
+    def _row(self, number: int, value: Any) -> Row:
         """One input, read; memory that can't be had is the row's fault too, as its medium is too large."""
         try:
             found = self.read(value)
-            return Row([], value=found, content=None if is_text(found) else content_of(found))
+            return Row([number], found, content_hash(found))
         except (ValueError, MemoryError) as error:
-            return Row([], reason=str(error) or type(error).__name__)
+            return Row([number], reason=str(error) or type(error).__name__)
 
-    def preprocess(self, rows: Sequence[Row]) -> None:
+    # --- rows to features --------------------------------------------------------------------------------------------
+
+    def _preprocess_texts(self, rows: Sequence[Row]) -> None:
+        """In as few calls as possible; conversations apart, as sentence-transformers reads them differently."""
+        for is_talk in (False, True):
+            if chosen := [row for row in rows if isinstance(row.value, list) == is_talk]:
+                self._preprocess(chosen)
+
+    def _preprocess(self, rows: Sequence[Row]) -> None:
         """Give rows their features and lengths; texts come together, everything else alone."""
+        reason = ""
+        features: dict[str, Any] = {}
         try:
             features = self._features(rows)
         except TooLongError as error:
-            rows[0].reason, rows[0].value = str(error), None
-            return
+            reason = str(error)
         except Exception as error:  # what processors raise differs by family
-            if len(rows) > 1:
-                for row in rows:
-                    self.preprocess([row])
-            else:
-                rows[0].reason = f"the model's processor refuses it: {str(error) or type(error).__name__}"
-                rows[0].value = None
-            return
-        # Without its BToks a `mean` model would answer with the zero vector.
-        if len(rows) == 1 and self.last_token is not None and last_token(features) != self.last_token:
-            rows[0].reason = (
+            reason = f"the model's processor refuses it: {str(error) or type(error).__name__}"
+        can_collate = not reason and _can_collate(features)
+        if len(rows) > 1 and not can_collate:
+            for row in rows:  # to find the bad one, or the lengths that one tensor without padding hides
+                self._preprocess([row])
+        elif reason:
+            rows[0].refuse(reason)
+        elif len(rows) == 1 and self.last_token is not None and last_token(features) != self.last_token:
+            # Without its BToks a `mean` model would answer with the zero vector.
+            rows[0].refuse(
                 f"an input must end in its bottleneck tokens, but they are cut off and {num_tokens(features)} tokens "
                 "are left of this one. Raise model.max_seq_length"
             )
-            rows[0].value = None
-            return
-        if not can_collate(features):
-            if len(rows) > 1:  # without padding one tensor holds them all, which hides the lengths
-                for row in rows:
-                    self.preprocess([row])
-            else:
-                rows[0].length = num_tokens(features)
-            return
-        cut = cut_rows(features) if len(rows) > 1 else [features]
-        for row, own in zip(rows, cut, strict=True):
-            row.features, row.length, row.value = own, num_tokens(own), None
+        elif not can_collate:
+            rows[0].length = num_tokens(features)
+        else:
+            for row, own in zip(rows, _cut_rows(features) if len(rows) > 1 else [features], strict=True):
+                row.features, row.length, row.value = own, num_tokens(own), None
 
     def _features(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Features of texts together, or of one row with media, whose value is then as long as it may be."""
         values = [row.value for row in rows]
-        if self.limit is None or len(rows) > 1 or is_text(values[0]):
+        if self.limit is None or not media_of(values[0]):
             return dict(self.model.preprocess(values, **self.options))
-        fitted = fit(values[0], lambda value: self.batch([value]), self.limit, self.model.tokenizer)
-        rows[0].value = fitted.value
-        return fitted.features
+        rows[0].value, features = truncate_to_limit(
+            values[0], lambda value: self._of_known_length([value]), self.limit, self.model.tokenizer
+        )
+        return features
 
-    def batch(self, values: Sequence[Any]) -> dict[str, Any]:
-        """What the processor makes of inputs whose length was seen to before."""
-        options = dict(self.options)
-        if self.limit is not None and not any(map(is_text, values)):
-            options["processing_kwargs"] = without_limits(options.get("processing_kwargs"))
+    def _of_known_length(self, values: Sequence[Any]) -> dict[str, Any]:
+        """What the processor makes of inputs whose length is seen to elsewhere."""
+        whole = self.limit is not None and any(map(media_of, values))
+        options = {**self.options, **({"processing_kwargs": self.whole} if whole else {})}
         return dict(self.model.preprocess(values, **options))
 
+    # --- features to batches -----------------------------------------------------------------------------------------
 
-def windows(items: Iterable[tuple[int, Any]], prepare: Preparation) -> Iterator[list[Row]]:
-    """Read and preprocess inputs, window by window.
+    def _batches(self, window: Sequence[Row]) -> Iterator[Batch]:
+        """Batches of rows that can run together, the longest rows first."""
+        groups: dict[Any, list[Row]] = {}
+        for row, key in zip(window, self._group_keys(window), strict=True):
+            groups.setdefault(key, []).append(row)
+        for group in groups.values():
+            group.sort(key=lambda row: -row.length)
+            batch: list[Row] = []
+            waste = 0
+            for row in group:
+                longest = batch[0].length if batch else row.length
+                padded = longest * (len(batch) + 1)
+                waste += longest - row.length
+                too_many = padded > self.batch_tokens or len(batch) == self.batch_rows
+                # Little batches pay more for their calls than for padding, so some of it is always allowed.
+                too_loose = waste > max(_WASTE * padded, self.batch_tokens / 32)
+                if batch and (too_many or too_loose):
+                    yield self._batch(batch)
+                    batch, waste = [], 0
+                batch.append(row)
+            yield self._batch(batch)
 
-    Args:
-        items: Row numbers and inputs.
-        prepare: How rows become features.
+    def _group_keys(self, rows: Sequence[Row]) -> list[Any]:
+        """Equal for rows that can share a batch."""
+        shapes: dict[str, set[Any]] = {key: set() for key in _MEDIA}
+        for row in rows:
+            for key, value in (row.features or {}).items():
+                if key in shapes and isinstance(value, Tensor):
+                    shapes[key].add(value.shape[1:])
+        # Texts and media share batches wherever they can: only where media of one kind differ in shape they don't.
+        varying = [key for key in _MEDIA if len(shapes[key]) > 1]
+        keys: list[Any] = []
+        for row in rows:
+            if row.features is None:
+                keys.append(self._input_key(row.value))
+            else:
+                own = row.features
+                entries = [(key, own[key].shape[1:]) for key in varying if key in own]
+                keys.append((str(own.get("modality")), own.get("prompt_length"), *entries))
+        return keys
 
-    Yields:
-        Rows of one window, bad ones among them, in the order of their first number.
-    """
-    window: list[Row] = []
-    texts: list[Row] = []
-    known: dict[Any, Row] = {}
-    pictured: dict[Any, Row] = {}
-    copies: list[Any] = []
-    size = 0
-    for row in _distinct_rows(items, prepare, known):
-        if row.content is not None and (same := pictured.setdefault(row.content, row)) is not row:
-            same.numbers += row.numbers
-            known[row.key] = same
-            copies.append(row.key)
-            continue
-        window.append(row)
-        if not row.reason and is_text(row.value):
-            texts.append(row)
-        elif not row.reason:
-            prepare.preprocess([row])
-            size += num_bytes(row.features) if row.features else decoded_bytes(row.value)
-        full = len(window) >= WINDOW_ROWS or size >= WINDOW_BYTES
-        if full or len(texts) >= _TEXTS:
-            _preprocess_texts(texts, prepare)
-            texts = []
-        if full:
-            yield window
-            # A copy that comes later would wait for a vector that was handed out already.
-            for key in [*copies, *(done.key for done in window)]:
-                known.pop(key, None)
-            pictured.clear()
-            copies.clear()
-            window, size = [], 0
-    _preprocess_texts(texts, prepare)
-    if window:
-        yield window
+    def _input_key(self, value: Any) -> Any:
+        """Equal for inputs that one call of a processor can take on every family."""
+        if "message" not in self.model.modalities:
+            return infer_modality(value)
+        media = media_of(value)
+        # Measured: beside a longer video, SmolVLM misreads a shorter one (0.1), LLaVA-OneVision and InternVL raise.
+        frames = {len(item["array"] if isinstance(item, dict) else item) for kind, item in media if kind == "video"}
+        rates = {item["sampling_rate"] for kind, item in media if kind == "audio" and isinstance(item, dict)}
+        return bool(media), isinstance(value, list), tuple(sorted(frames)), tuple(sorted(rates))
 
-
-def _distinct_rows(items: Iterable[tuple[int, Any]], prepare: Preparation, known: dict[Any, Row]) -> Iterator[Row]:
-    """Rows in order, decoded by threads; an input that is known already only adds its number to that row."""
-    under_way: deque[tuple[Row, Future[Row] | None]] = deque()
-    num_futures = 0
-    with ThreadPoolExecutor(READERS) as pool:
-        for number, value in items:
-            key = identity(value)
-            if key in known:
-                known[key].numbers.append(number)
-                continue
-            row = known[key] = Row([number], key=key)
-            future = None if _is_quick(value) else pool.submit(prepare.read_row, value)
-            if future is None:
-                _fill(row, prepare.read_row(value))
-            under_way.append((row, future))
-            num_futures += future is not None
-            while num_futures > READERS or len(under_way) > _TEXTS:
-                first, future = under_way.popleft()
-                num_futures -= future is not None
-                yield _fill(first, future.result() if future is not None else first)
-        while under_way:
-            first, future = under_way.popleft()
-            yield _fill(first, future.result() if future is not None else first)
-
-
-def _fill(row: Row, read: Row) -> Row:
-    row.value, row.content, row.reason = read.value, read.content, read.reason
-    return row
-
-
-def _preprocess_texts(rows: Sequence[Row], prepare: Preparation) -> None:
-    """Texts in as few calls as possible; conversations apart, as sentence-transformers reads them differently."""
-    for chosen in (
-        [row for row in rows if not isinstance(row.value, list)],
-        [r for r in rows if isinstance(r.value, list)],
-    ):
-        if chosen:
-            prepare.preprocess(chosen)
-
-
-def batches(window: Sequence[Row], prepare: Preparation, tokens: int, rows: int | None) -> Iterator[list[Row]]:
-    """Rows of a window that run together, the longest first.
-
-    Args:
-        window: Preprocessed rows; bad ones are left out.
-        prepare: How rows become features.
-        tokens: Padded tokens of a batch, at most; a longer row runs alone.
-        rows: Rows of a batch, at most. Default: no limit.
-
-    Yields:
-        Rows that can share a batch.
-    """
-    groups: dict[Any, list[Row]] = {}
-    ready = [row for row in window if row.features is not None]
-    for row, key in zip(ready, signatures([row.features or {} for row in ready]), strict=True):
-        groups.setdefault(("features", key), []).append(row)
-    for row in window:
-        if row.features is None and not row.reason:
-            groups.setdefault(("inputs", is_text(row.value), prepare.batch_key(row.value)), []).append(row)
-    for group in groups.values():
-        group.sort(key=lambda row: -row.length)
-        batch: list[Row] = []
-        waste = 0
-        for row in group:
-            longest = batch[0].length if batch else row.length
-            padded = longest * (len(batch) + 1)
-            waste += longest - row.length
-            too_many = padded > tokens or (rows is not None and len(batch) >= rows)
-            # Little batches pay more for their calls than for padding, so some of it is always allowed.
-            too_loose = waste > max(_WASTE * padded, tokens / 32)
-            if batch and (too_many or too_loose):
-                yield batch
-                batch, waste = [], 0
-            batch.append(row)
-        if batch:
-            yield batch
-
-
-def batch_features(batch: Sequence[Row], prepare: Preparation) -> dict[str, Any]:
-    """What the model reads.
-
-    Args:
-        batch: Rows from `batches`.
-        prepare: How rows become features.
-
-    Returns:
-        Features of the batch, on the CPU.
-    """
-    if batch[0].features is None:
-        return prepare.batch([row.value for row in batch])
-    tokenizer = prepare.model.tokenizer
-    pad = getattr(tokenizer, "pad_token_id", None)
-    side = getattr(tokenizer, "padding_side", "right")
-    return collate([row.features for row in batch if row.features is not None], pad or 0, side)
-
-
-def ahead(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each made by a thread while the one before it is used.
-
-    Args:
-        items: An iterable; it runs in one thread, never in two at once.
-
-    Yields:
-        Its items.
-    """
-    iterator = iter(items)
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, iterator, _END)
-        while (item := coming.result()) is not _END:
-            coming = pool.submit(next, iterator, _END)
-            yield item
-
-
-def is_text(value: Any) -> bool:
-    """Whether an input, as read, has no media.
-
-    Args:
-        value: A normalised input.
-
-    Returns:
-        True for a text, a dict of texts, or a conversation of texts.
-    """
-    if isinstance(value, list):
-        contents = [turn["content"] for turn in value]
-        return all(isinstance(c, str) or all(part["type"] == "text" for part in c) for c in contents)
-    return isinstance(value, str) or (isinstance(value, dict) and value.keys() == {"text"})
+    def _batch(self, rows: list[Row]) -> Batch:
+        if rows[0].features is not None:
+            return Batch(rows)
+        features = self._of_known_length([row.value for row in rows])
+        for row in rows:
+            row.value = None
+        return Batch(rows, features)
 
 
 def _is_quick(value: Any) -> bool:
@@ -313,19 +310,233 @@ def _is_quick(value: Any) -> bool:
     return isinstance(value, str) and "." not in value[-8:] and not value.startswith(("data:", "http"))
 
 
-def decoded_bytes(value: Any) -> int:
-    """Memory of the media of an input, as read.
+def media_of(value: Any) -> list[tuple[str, Any]]:
+    """Every medium of an input, as read, with its kind.
 
     Args:
         value: A normalised input.
 
     Returns:
-        Bytes, four for each pixel of an image.
+        Kinds and media, in order; empty for a text, a dict of texts, or a conversation of texts.
     """
-    if isinstance(value, dict):
-        return sum(decoded_bytes(item) for item in value.values())
-    if isinstance(value, list):
-        return sum(decoded_bytes(item) for item in value)
+    if isinstance(value, str):
+        return []
+    if isinstance(value, list):  # a conversation
+        parts = chain.from_iterable(turn["content"] for turn in value if isinstance(turn["content"], list))
+        return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
+    if not isinstance(value, dict) or "array" in value:
+        return [(str(infer_modality(value)), value)]
+    named = ((kind, items if isinstance(items, list) else [items]) for kind, items in value.items() if kind != "text")
+    return [(kind, item) for kind, items in named for item in items]
+
+
+def content_hash(value: Any) -> Any:
+    """Equal for inputs that look the same: media count by their values, whatever object or file they came from.
+
+    Args:
+        value: A normalised input.
+
+    Returns:
+        Something hashable.
+    """
     if isinstance(value, Image.Image):
-        return 4 * value.width * value.height
-    return int(getattr(value, "nbytes", 0))
+        return Image.Image, value.mode, value.size, hashlib.sha256(value.tobytes()).digest()
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().numpy()
+    if isinstance(value, np.ndarray):
+        return np.ndarray, value.dtype.str, value.shape, hashlib.sha256(np.ascontiguousarray(value).data).digest()
+    if isinstance(value, dict):  # in the user's order: media before and behind a text are different inputs
+        return dict, tuple((str(key), content_hash(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return list, tuple(map(content_hash, value))
+    return type(value), value
+
+
+# --- one input within the limit, to the token ------------------------------------------------------------------------
+
+
+class TooLongError(ValueError):
+    """An input that exceeds the limit even without text; the message says by how much."""
+
+
+def truncate_to_limit(
+    value: Any, preprocess: Callable[[Any], dict[str, Any]], limit: int, tokenizer: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Shorten the text of an input with media until it keeps the limit, and no more than that.
+
+    sentence-transformers cuts text-only inputs by tokens and writes the template's tail back; inputs with media it
+    leaves alone. Here the input is preprocessed whole, and only if that is too long, its text gives way at the end,
+    media and BToks never. So `model.max_seq_length`, whenever it was set, holds for every input.
+
+    Args:
+        value: A normalised input: dict, medium or conversation.
+        preprocess: Gives the features of one input, without any limit.
+        limit: Tokens of a whole input.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        The input and its features, at most 4 tokens below the limit if text was cut.
+
+    Raises:
+        TooLongError: If it is too long even without text.
+    """
+    texts: list[str] = []
+    shortened(value, lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]
+    text = "".join(texts)[: _CHARS_PER_TOKEN * limit]
+    cut = _first_characters(value, len(text))
+    features = preprocess(cut)
+    length = num_tokens(features)
+    if length <= limit:
+        return cut, features
+    # Where the text's tokens start tells where to cut. A cut can join or part tokens, so the rest is counted again.
+    starts = _token_starts(text, tokenizer)
+    kept, too_many = limit - (length - len(starts)), len(starts)
+    best: tuple[Any, dict[str, Any]] | None = None
+    enough = -1  # so many tokens of text are known to fit
+    for _ in range(_TRIES):
+        kept = max(min(kept, too_many - 1), enough + 1, 0)
+        cut = _first_characters(value, starts[kept] if kept else 0)
+        features = preprocess(cut)
+        length = num_tokens(features)
+        if length <= limit:
+            best, enough = (cut, features), kept
+        elif kept:
+            too_many = bisect_left(starts, starts[kept])  # a byte fallback gives many tokens one start
+        else:
+            raise TooLongError(
+                "an input's media must leave room within the limit, beside its instruction and turns: without its "
+                f"text this one still takes {length} tokens, max_seq_length is {limit}. Give it fewer media, lower "
+                "max_pixels, or raise model.max_seq_length"
+            )
+        if best is not None and (limit - length in range(_SLACK + 1) or enough + 1 >= too_many):
+            return best
+        kept += limit - length
+    return best or truncate_to_limit(_first_characters(value, 0), preprocess, limit, tokenizer)
+
+
+def _first_characters(value: Any, count: int) -> Any:
+    """An input that keeps so many characters of all its text, from the start."""
+    left = count
+
+    def cut(text: str) -> str:
+        nonlocal left
+        part = text[:left]
+        left -= len(part)
+        return part
+
+    return shortened(value, cut)
+
+
+def shortened(value: Any, cut: Callable[[str], str]) -> Any:
+    """An input whose texts were cut; instructions (system turns) stay whole.
+
+    Args:
+        value: A normalised input: dict, medium or conversation.
+        cut: Called with every text, in order.
+
+    Returns:
+        A copy; media are the same objects.
+    """
+    if isinstance(value, list):
+        return [
+            turn if turn["role"] == "system" else {**turn, "content": _cut(turn["content"], cut)} for turn in value
+        ]
+    if not isinstance(value, dict) or "text" not in value:
+        return value
+    return {**value, "text": _cut(value["text"], cut)}
+
+
+def _cut(content: Any, cut: Callable[[str], str]) -> Any:
+    """A text, or a list of texts or of a turn's parts."""
+    if isinstance(content, list):
+        return [_cut(part, cut) for part in content]
+    if isinstance(content, dict):
+        return {**content, "text": cut(content["text"])} if content["type"] == "text" else content
+    return cut(content)
+
+
+def _token_starts(text: str, tokenizer: Any) -> list[int]:
+    """The character at which each token of a text starts."""
+    # Names of control tokens are words in an input, which the chat template sees to.
+    words = {"add_special_tokens": False, "split_special_tokens": True, "truncation": False, "verbose": False}
+    if tokenizer.is_fast:
+        return [start for start, _ in tokenizer(text, return_offsets_mapping=True, **words)["offset_mapping"]]
+    count = len(tokenizer(text, **words)["input_ids"])
+    return [index * len(text) // count for index in range(count)]
+
+
+# --- features of single rows, put together without asking the processor again ----------------------------------------
+
+
+def _can_collate(features: dict[str, Any]) -> bool:
+    """Whether rows can be put together here: every key is known, and token tensors have the shape of the ids."""
+    ids, mask = features.get("input_ids"), features.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
+        return False
+    if features.keys() - {*_TOKENS, *_MEDIA, *_TRAINING, *_FIXED}:
+        return False
+    return all(features[key].shape == ids.shape for key in _TOKENS if key in features)
+
+
+def _cut_rows(features: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a batch of texts, each without its padding."""
+    rows = []
+    for index, mask in enumerate(features["attention_mask"]):
+        used = mask.nonzero()
+        first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+        row = {key: features[key] for key in _FIXED if key in features}
+        row |= {key: features[key][index : index + 1, first:last] for key in _TOKENS if key in features}
+        rows.append(row)
+    return rows
+
+
+def _collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_side: str) -> dict[str, Any]:
+    """A batch from features of one row each, as `preprocess` gives it."""
+    length = max(row["input_ids"].shape[1] for row in rows)
+    batch: dict[str, Any] = {key: rows[0][key] for key in _FIXED if key in rows[0]}
+    for key in _TOKENS:
+        # A row without media can lack the types that rows with media have: all of its tokens are text, type 0.
+        if any(key in row for row in rows):
+            tensors = [row[key] if key in row else torch.zeros_like(row["input_ids"]) for row in rows]
+            value = pad_token_id if key == "input_ids" else 0
+            batch[key] = torch.cat([_padded(tensor, length, value, padding_side) for tensor in tensors])
+    for key in _MEDIA:
+        # Rows without this medium have no entry: media stand in one line, and the token ids tell whose they are.
+        parts = [row[key] for row in rows if key in row]
+        if parts and isinstance(parts[0], Tensor):
+            batch[key] = torch.cat(parts)
+        elif parts:
+            batch[key] = list(chain.from_iterable(parts))
+    return batch
+
+
+def _padded(tensor: Tensor, length: int, value: int, side: str) -> Tensor:
+    missing = length - tensor.shape[1]
+    return F.pad(tensor, (missing, 0) if side == "left" else (0, missing), value=value) if missing else tensor
+
+
+def num_bytes(row: Row) -> int:
+    """Memory of a row's features; of those that its batch will have, three floats for each pixel."""
+    if row.features is not None:
+        return sum(value.nbytes for value in row.features.values() if isinstance(value, Tensor))
+    total = 0
+    for _, item in [] if row.reason else media_of(row.value):
+        array = item["array"] if isinstance(item, dict) else item
+        total += 12 * array.width * array.height if isinstance(array, Image.Image) else 4 * getattr(array, "nbytes", 0)
+    return total
+
+
+def last_token(features: dict[str, Any]) -> int | None:
+    """Id of the last token of one row, padding aside; None where it has no tokens."""
+    ids, mask = features.get("input_ids"), features.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or not mask.any():
+        return None
+    return int(ids[mask.bool()][-1])
+
+
+def num_tokens(features: dict[str, Any]) -> int:
+    """True length of one row; 1 where it has no tokens, such as the image of a dual encoder."""
+    mask, ids = features.get("attention_mask"), features.get("input_ids")
+    if isinstance(mask, Tensor):
+        return max(1, int(mask.sum()))
+    return ids.numel() if isinstance(ids, Tensor) else 1

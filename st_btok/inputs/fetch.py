@@ -1,4 +1,4 @@
-"""Where a medium comes from: a path, bytes, base64 or a URL becomes a path or a stream. Nothing is decoded here.
+"""Where a medium comes from: a path, bytes, base64 or a URL becomes an open stream. Nothing is decoded here.
 
 URLs are fetched only when asked for, and only from public addresses: a name is resolved once, every address of it must
 be public, and the connection goes to the address that was looked at, so neither a redirect nor a name that resolves
@@ -16,75 +16,113 @@ import re
 import socket
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
+from PIL import ImageColor
+
+ADDRESSES = ("http://", "https://")  # how a text starts that would have to be fetched from the network
 _FETCH_SECONDS, _FETCH_BYTES, _PIECE = 30, 2**28, 2**16
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+# Nothing in it can match the same characters in two ways, or a long row of blanks would take quadratic time.
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}(?:=\s*){0,2}")
+# IPv6 addresses that stand for an IPv4 address: `ipaddress` itself knows only ::ffff:0:0/96, 6to4 and Teredo.
+_NAT64, _COMPATIBLE = ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96")
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 
 
-def is_url(source: Any) -> bool:
-    """Whether a source would have to be fetched from the network.
+@dataclass(frozen=True)
+class MediaOptions:
+    """How media are read.
 
-    Args:
-        source: Anything.
+    Attributes:
+        allow_urls: Fetch URLs of media. Default: refuse them. (Plain `encode` fetches.)
+        num_frames: At most this many evenly spaced frames of each video. Default: 8 of a file, all of other videos.
+        max_pixels: Shrink images and frames to this area in pixels. Default: the model's own processor decides.
+        background: Colour to lay transparent images over, such as `"white"`. Default: drop the transparency, as
+            plain `encode` does, so that hidden colours show.
 
-    Returns:
-        True for text that starts with `http://` or `https://`.
+    Raises:
+        ValueError: If a number is smaller than 1, or the colour is unknown.
     """
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+    allow_urls: bool = False
+    num_frames: int | None = None
+    max_pixels: int | None = None
+    background: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}. Leave it out for no limit.")
+        if self.background is not None:
+            ImageColor.getrgb(self.background)  # a ValueError that names an unknown colour
 
 
-def source_name(source: Any) -> str:
-    """How an error calls a source.
+@dataclass(frozen=True)
+class Opened:
+    """A medium that is open, or an object that needs no opening; used in a `with` block, which closes the file.
 
-    Args:
-        source: Anything.
-
-    Returns:
-        The path or URL, or the type.
+    Attributes:
+        name: How an error calls it.
+        file: A binary stream at its start, of an encoded medium.
+        value: The object, where there is no file.
     """
-    if isinstance(source, str | Path):
-        return f"the file {str(source)[:200]!r}"
-    return f"the {type(source).__name__}"
+
+    name: str
+    file: IO[bytes] | None = None
+    value: Any = None
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
-def read_source(source: Any, allow_urls: bool = False) -> Any:
-    """Turn a path, URL, data URI or base64 into what opens as a file; everything else is returned as it is.
+def open_source(source: Any, allow_urls: bool = False) -> Opened:
+    """Open a path, URL, data URI, base64 or bytes; anything else is an object that is decoded already.
 
     Args:
-        source: Path, URL, data URI, base64 or bytes.
+        source: Path, URL, data URI, base64, bytes or an object.
         allow_urls: Fetch URLs (30 s in all, at most 256 MiB, public addresses only).
 
     Returns:
-        A path that exists, a binary stream, or the source itself.
+        The open stream, or the object.
 
     Raises:
         ValueError: If there is no such file, or a URL may not be fetched or can't be.
     """
+    named = isinstance(source, str | Path)
+    name = f"the file {str(source)[:200]!r}" if named else f"the {type(source).__name__}"
     if isinstance(source, bytes | bytearray | memoryview):
-        return io.BytesIO(source)
-    if is_url(source):
+        return Opened(name, io.BytesIO(source))
+    if isinstance(source, str) and source.startswith(ADDRESSES):
         if not allow_urls:
             raise ValueError(f"the URL {source!r} is not fetched. Download it first, or pass allow_urls=True")
-        return io.BytesIO(fetch(source))
+        return Opened(name, io.BytesIO(fetch(source)))
     if isinstance(source, str) and source.startswith("data:"):
         try:
-            return io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
+            return Opened(name, io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True)))
         except (ValueError, binascii.Error) as error:
             raise ValueError(f"the data URI {source[:40]!r}... is not base64. Pass a path or bytes") from error
-    if isinstance(source, str | Path):
-        return _existing(source)
-    return source
+    return Opened(name, _open_path(source)) if named else Opened(name, value=source)
 
 
-def _existing(source: str | Path) -> Any:
-    """A path to a file; or the content, where a string without such a file is base64, as `encode` reads it."""
+def _open_path(source: str | Path) -> IO[bytes]:
+    """A file; or the content, where a string without such a file is base64, as `encode` reads it."""
     path = Path(source)
     try:
         if path.is_file():
-            return path
+            return path.open("rb")
         is_folder = path.is_dir()
+    except PermissionError as error:
+        raise ValueError(f"the file {str(source)[:200]!r} may not be read. Change its permissions") from error
     except (OSError, ValueError):  # longer than a name may be, or with a zero byte
         is_folder = False
     if isinstance(source, str) and not is_folder and _BASE64.fullmatch(source):
@@ -139,8 +177,15 @@ def _connect(connection: http.client.HTTPConnection) -> socket.socket:
 
 def _is_public(address: str) -> bool:
     found = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None) or getattr(found, "sixtofour", None)
-    return (mapped or found).is_global and not found.is_multicast
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.is_site_local or found in _LOCAL_NAT64:
+            return False
+        carried = found.ipv4_mapped or found.sixtofour
+        if carried is None and (found in _NAT64 or found in _COMPATIBLE):
+            carried = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        if carried is not None:
+            return carried.is_global and not carried.is_multicast
+    return found.is_global and not found.is_multicast
 
 
 class _PublicHTTP(http.client.HTTPConnection):

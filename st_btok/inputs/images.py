@@ -5,32 +5,34 @@ measured over Pillow's formats (transformers 5.23, torchvision 0.29): equal wher
 does not, or not soundly, this module differs:
 
 * identify, open: by content, from a list of formats; PostScript is refused, as loading it starts another program.
-  `encode` fails on BMP, TIFF and animations, and ends the process on some corrupt PNGs.
+  `encode` fails on BMP, TIFF and animations, and ends the process on some corrupt PNGs. HEIC needs `pillow-heif`.
 * bound: more than `LARGEST_IMAGE` pixels are refused by the header; `encode` decodes them. Images of more than
   `LARGE_IMAGE` pixels are decoded one at a time and shrunk by a whole factor at once, strip by strip: whole, each
   would be held several times over, and 4 bytes a value in the processor.
-* decode: truncated files are errors that name the file. Of an animation the first frame is taken. Where a GIF is
-  transparent, its own hidden colour shows; `encode` shows another.
-* normalise: EXIF orientation is applied (`encode` forgets it for WebP, and for PIL images); transparency is dropped as
-  in `encode`, unless a `background` is asked for; 16-bit grey is scaled (`encode` clips it to white); NaN is refused.
-  A side shorter than 1/200 of the other is padded to that ratio (`encode` raises for the Qwen family).
+* decode: truncated files are errors that name the file; broken metadata are not, as in `encode`. Of an animation the
+  first frame is taken, of layers the whole. Where a GIF is transparent, its own hidden colour shows; `encode` shows
+  another.
+* normalise: EXIF orientation is applied (`encode` forgets it for WebP, and for PIL images). Transparency is dropped as
+  in `encode`, unless a `background` is asked for, and with it the key that lets processors paint a colour white. Grey
+  of 16 bits is scaled (`encode` clips it to white); NaN is refused. A side shorter than 1/200 of the other is padded
+  to that ratio (`encode` raises for the Qwen family).
 """
 
 from __future__ import annotations
 
+import io
 import math
 import threading
+import zlib
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageColor
 
-from st_btok.inputs.fetch import read_source, source_name
-from st_btok.inputs.pixels import LARGEST_DEEP_IMAGE, LARGEST_IMAGE, eight_bits, image_of_array, is_deep
+from st_btok.inputs.fetch import MediaOptions, Opened, open_source
 
 # What is opened. Not on the list: formats whose plugins start programs (EPS), open what they hold as a file of any
 # other format (IPTC, MIC, FPX), or only announce what other software would have to read (GRIB, HDF5, BUFR, WMF).
@@ -38,11 +40,16 @@ _FORMATS = (
     "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "ICNS", "CUR", "DIB", "PPM", "TGA", "PCX",
     "SGI", "QOI", "DDS", "PSD", "IM", "MSP", "XBM", "XPM", "SUN", "BLP", "FITS", "SPIDER", "PIXAR", "DCX",
 )  # fmt: skip
+# Pixels. Pillow's own limit for refusing a file as a decompression bomb, held also where a program has lifted it.
+LARGEST_IMAGE = 178_956_970
+LARGEST_DEEP_IMAGE = 2**25  # of 16 or 32 bits a value, which take several copies to bring to 8
 LARGE_IMAGE = 2**24  # pixels; more than most cameras make, and 16 times what a model of this package takes by default
 LONGEST_RATIO = 200  # the Qwen processors raise beyond
 _PADDED_PIXELS = 2**22  # of a thin image that has to be padded; a longer one is shrunk first
 _STRIP = 256  # rows that are laid over a background, or shrunk, at a time
 _ONE_LARGE_IMAGE = threading.Lock()  # the threads that read ahead would hold several at once
+# Loading changes an image object, and one of the caller's can stand in many rows, which several threads read.
+_ONE_READER_EACH = [threading.Lock() for _ in range(64)]
 # How each value of EXIF's orientation is turned upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,6 +60,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @cache
@@ -75,53 +84,7 @@ def open_image(source: Any, allow_urls: bool = False) -> Image.Image:
     Raises:
         ValueError: If it is not an image, empty, or too large.
     """
-    image = source
-    if not isinstance(source, Image.Image):
-        image = _open(source, read_source(source, allow_urls))
-    if image.format == "EPS":  # a caller's own; loading one starts Ghostscript, a program of its own
-        raise ValueError(f"{source_name(source)} is PostScript. Convert it to PNG")
-    if not image.width * image.height:
-        raise ValueError(f"{source_name(source)} has no pixels ({image.width} x {image.height}). Leave it out")
-    largest = LARGEST_DEEP_IMAGE if is_deep(image) else LARGEST_IMAGE
-    if image.width * image.height > largest:
-        size = f"{image.width} x {image.height}"
-        raise ValueError(
-            f"{source_name(source)} has {size} pixels of mode {image.mode}, more than {largest}. Shrink it first"
-        )
-    return image
-
-
-def _open(source: Any, opened: Any) -> Image.Image:
-    try:
-        return Image.open(opened, formats=formats())
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{source_name(source)} is too large: {error} Shrink it first") from error
-    except Exception as error:  # what damage raises differs by format: OSError, SyntaxError, RuntimeError, ...
-        if is_postscript(opened):
-            raise ValueError(f"{source_name(source)} is PostScript. Convert it to PNG") from error
-        raise ValueError(
-            f"{source_name(source)} is not an image that can be opened: {error}. Convert it to PNG"
-        ) from error
-
-
-def is_postscript(opened: Any) -> bool:
-    """Whether a file or stream starts as PostScript does, or as the binary form that wraps it.
-
-    Args:
-        opened: A path or a binary stream; its position is moved.
-
-    Returns:
-        True for PostScript.
-    """
-    if isinstance(opened, Path):
-        with opened.open("rb") as stream:
-            start = stream.read(4)
-    elif hasattr(opened, "seek"):
-        opened.seek(0)
-        start = opened.read(4)
-    else:
-        return False
-    return start in (b"%!PS", b"\xc5\xd0\xd3\xc6")
+    return image_header(open_source(source, allow_urls))
 
 
 def rgb_image(
@@ -144,35 +107,163 @@ def rgb_image(
     Raises:
         ValueError: If the image can't be read, is truncated, too large, or holds values that are no brightness.
     """
-    if isinstance(source, np.ndarray | torch.Tensor):
-        image = normalise(image_of_array(source), background)
+    media = MediaOptions(allow_urls, None, max_pixels, background)
+    with open_source(source, allow_urls) as opened:
+        return decode_image(opened, media)
+
+
+def decode_image(opened: Opened, media: MediaOptions) -> Image.Image:
+    """The pixels of an opened image, by the rules of this module.
+
+    Args:
+        opened: An open file, a PIL image, an array or a tensor.
+        media: How it is read.
+
+    Returns:
+        A decoded RGB image.
+
+    Raises:
+        ValueError: See `rgb_image`.
+    """
+    value = opened.value
+    if isinstance(value, np.ndarray | torch.Tensor):
+        image = normalise(_image_of_array(value), media.background)
+    elif opened.file is None:
+        with _ONE_READER_EACH[id(value) // 16 % len(_ONE_READER_EACH)]:
+            image = _decoded(opened, media.background)
     else:
-        image = _decoded(source, open_image(source, allow_urls), background)
-    return shrink(_pad(image), max_pixels)
+        try:
+            image = _decoded(opened, media.background)
+        except ValueError:
+            bare = _without_metadata(opened.file)
+            if bare is None:
+                raise
+            image = _decoded(Opened(opened.name, bare), media.background)
+    return shrink(_pad(image), media.max_pixels)
 
 
-def _decoded(source: Any, opened: Image.Image, background: str | None) -> Image.Image:
+def check_image(opened: Opened) -> None:
+    """What can be said of an image without decoding it.
+
+    Args:
+        opened: See `decode_image`.
+
+    Raises:
+        ValueError: If the header or the array is no image's, or the image is empty or too large.
+    """
+    if isinstance(opened.value, np.ndarray | torch.Tensor):
+        check_brightness(opened.value, _check_array(opened.value))
+    else:
+        image_header(opened)
+
+
+def image_header(opened: Opened) -> Image.Image:
+    """An image whose header is checked.
+
+    Args:
+        opened: An open file or a PIL image.
+
+    Returns:
+        A PIL image, not decoded; it reads from the open file.
+
+    Raises:
+        ValueError: If it is not an image, empty, or too large.
+    """
+    image = opened.value if opened.file is None else _identified(opened, opened.file)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{opened.name} is not an image. Pass a path, bytes, an array or a PIL image")
+    if image.format == "EPS":  # a caller's own; loading one starts Ghostscript, a program of its own
+        raise ValueError(f"{opened.name} is PostScript. Convert it to PNG")
+    if not image.width * image.height:
+        raise ValueError(f"{opened.name} has no pixels ({image.width} x {image.height}). Leave it out")
+    largest = LARGEST_DEEP_IMAGE if _is_deep(image) else LARGEST_IMAGE
+    if image.width * image.height > largest:
+        size = f"{image.width} x {image.height}"
+        raise ValueError(f"{opened.name} has {size} pixels of mode {image.mode}, more than {largest}. Shrink it first")
+    return image
+
+
+def _identified(opened: Opened, file: IO[bytes]) -> Image.Image:
+    start = file.read(12)
+    file.seek(0)
+    if is_postscript(start):
+        raise ValueError(f"{opened.name} is PostScript. Convert it to PNG")
+    try:
+        return Image.open(file, formats=formats())
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{opened.name} is too large: {error} Shrink it first") from error
+    except Exception as error:  # what damage raises differs by format: OSError, SyntaxError, RuntimeError, ...
+        if (bare := _without_metadata(file)) is not None:
+            return _identified(opened, bare)
+        if start[4:8] == b"ftyp" and start[8:] in _HEIF_BRANDS:
+            return _identified_heif(opened, file)
+        raise ValueError(f"{opened.name} is not an image that can be opened: {error}. Convert it to PNG") from error
+
+
+def _identified_heif(opened: Opened, file: IO[bytes]) -> Image.Image:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise ValueError(
+            f"{opened.name} is HEIC, which pillow-heif reads: `pip install pillow-heif`, or convert it to PNG"
+        ) from error
+    pillow_heif.register_heif_opener()
+    file.seek(0)
+    try:
+        return Image.open(file, formats=("HEIF",))
+    except Exception as error:
+        raise ValueError(f"{opened.name} can't be opened as HEIC: {error}. Convert it to PNG") from error
+
+
+def _without_metadata(file: IO[bytes]) -> IO[bytes] | None:
+    """A PNG with nothing but what its pixels need, as broken metadata are errors to Pillow; None if it has no more."""
+    file.seek(0)
+    data = file.read() if file.read(len(_PNG)) == _PNG else b""
+    file.seek(0)
+    kept, place = [_PNG], 0
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4])
+        kind, chunk = data[place + 4 : place + 8], data[place:end]
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (kind in (b"tRNS", b"eXIf") and is_whole):
+            kept.append(chunk)
+        place = end
+    bare = b"".join(kept)
+    return io.BytesIO(bare) if len(_PNG) < len(bare) < len(_PNG) + len(data) else None
+
+
+def is_postscript(start: bytes) -> bool:
+    """Whether a file starts as PostScript does, or as the binary form that wraps it.
+
+    Args:
+        start: The file's first bytes, at least 4.
+
+    Returns:
+        True for PostScript.
+    """
+    return start[:4] in (b"%!PS", b"\xc5\xd0\xd3\xc6")
+
+
+def _decoded(opened: Opened, background: str | None) -> Image.Image:
     """The pixels of an opened image, its first frame."""
-    factor = _factor(opened)
+    image = image_header(opened)
+    factor = _factor(image)
     with _ONE_LARGE_IMAGE if factor > 1 else nullcontext():
-        place = opened.tell()
+        place = 0 if image.format == "PSD" else image.tell()  # the layers of a PSD are counted from 1; 0 is the whole
         try:
             if place:
-                opened.seek(0)
-            if factor > 1 and opened is not source:
-                opened.draft(None, (opened.width // factor, opened.height // factor))  # JPEG: decoded smaller
-            opened.load()
-            image = normalise(opened, background)
+                image.seek(0)
+            if factor > 1 and opened.file is not None:
+                image.draft(None, (image.width // factor, image.height // factor))  # JPEG: decoded smaller
+            image.load()
+            pixels = normalise(image, background)
             if place:
-                opened.seek(place)  # the caller's image is left as it was
+                image.seek(place)  # the caller's image is left as it was
         except (MemoryError, ImportError):
             raise
         except Exception as error:
-            raise ValueError(f"{source_name(source)} can't be decoded: {error}. Make the file again") from error
-        finally:
-            if opened is not source:
-                opened.close()
-        return image
+            raise ValueError(f"{opened.name} can't be decoded: {error}. Make the file again") from error
+        return pixels
 
 
 def normalise(image: Image.Image, background: str | None = None) -> Image.Image:
@@ -183,18 +274,29 @@ def normalise(image: Image.Image, background: str | None = None) -> Image.Image:
         background: See `rgb_image`.
 
     Returns:
-        An RGB image, of at most `LARGE_IMAGE` pixels.
+        An RGB image, of at most `LARGE_IMAGE` pixels, without metadata.
     """
-    if (factor := _factor(image)) > 1:
-        return _shrunk_by_strips(image, factor, background)
-    image = eight_bits(ImageOps.exif_transpose(image))
-    if background is None or not image.has_transparency_data:
-        return image.convert("RGB")
-    ground = Image.new("RGB", image.size)
-    for top in range(0, image.height, _STRIP):  # whole, this would hold the image three times more
-        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
-        ground.paste(_without_transparency(strip, background), (0, top))
-    return ground
+    turn, lies_over = _turn(image), background if image.has_transparency_data else None
+    factor = _factor(image)
+    image = _eight_bits(image)
+    if factor == 1 and lies_over is None:
+        pixels = image.convert("RGB")
+        pixels.info.clear()  # a transparency key left there lets processors paint that colour white
+    else:  # strip by strip: whole, this would hold the image three times more
+        pixels = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+        for top in range(0, image.height, _STRIP * factor):
+            strip = image.crop((0, top, image.width, min(top + _STRIP * factor, image.height)))
+            strip = strip.convert("RGB") if lies_over is None else _without_transparency(strip, lies_over)
+            pixels.paste(strip.reduce(factor), (0, top // factor))
+    return pixels if turn is None else pixels.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken metadata, which differ in what they raise
+        return None
 
 
 def _without_transparency(strip: Image.Image, background: str) -> Image.Image:
@@ -206,20 +308,6 @@ def _without_transparency(strip: Image.Image, background: str) -> Image.Image:
 def _factor(image: Image.Image) -> int:
     """By what the sides of an image are divided to leave `LARGE_IMAGE` pixels, rounded up; 1 for nearly all images."""
     return math.ceil((image.width * image.height / LARGE_IMAGE) ** 0.5)
-
-
-def _shrunk_by_strips(image: Image.Image, factor: int, background: str | None) -> Image.Image:
-    """A large image as a small upright RGB one, with little memory beside its own pixels."""
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-    lies_over = background if image.has_transparency_data else None
-    image = eight_bits(image)
-    small = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
-    for top in range(0, image.height, _STRIP * factor):
-        strip = image.crop((0, top, image.width, min(top + _STRIP * factor, image.height)))
-        strip = strip.convert("RGB") if lies_over is None else _without_transparency(strip, lies_over)
-        small.paste(strip.reduce(factor), (0, top // factor))
-    turn = _UPRIGHT.get(orientation or 1)
-    return small if turn is None else small.transpose(turn)
 
 
 def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
@@ -257,3 +345,130 @@ def _pad(image: Image.Image) -> Image.Image:
     ground = Image.new("RGB", size, "white")
     ground.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return ground
+
+
+def to_bytes(values: Any, what: str) -> np.ndarray:
+    """Brightness values as uint8.
+
+    Args:
+        values: Array or tensor of booleans, integers or floats. Numbers within 0..255 are taken as they are, whatever
+            their type; 16-bit values beyond that lose their lower byte; floats within 0..1 are fractions.
+        what: How an error calls it.
+
+    Returns:
+        An array of the same shape, uint8; the given memory itself where it holds that already.
+
+    Raises:
+        ValueError: If a value is NaN, infinite or outside its range.
+    """
+    values, high = check_brightness(values, what)
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype == np.uint16 and high > 255:
+        return (values >> 8).astype(np.uint8)
+    if values.dtype.kind == "f" and high <= 1:
+        values = values * 255
+    return np.round(values).astype(np.uint8)
+
+
+def check_brightness(values: Any, what: str) -> tuple[np.ndarray, float]:
+    """Check that an array or tensor holds brightness values.
+
+    Args:
+        values: See `to_bytes`.
+        what: How an error calls it.
+
+    Returns:
+        The values as an array of any dtype, and the largest of them.
+
+    Raises:
+        ValueError: See `to_bytes`.
+    """
+    values = _array(values, what)
+    if values.dtype in (np.uint8, bool) or not values.size:
+        return values, 255.0
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"{what} must hold numbers, got dtype {values.dtype}. Pass uint8")
+    if values.dtype.kind == "f":
+        bad = ~np.isfinite(values)
+        if bad.any():
+            where = tuple(int(axis) for axis in np.argwhere(bad)[0])
+            raise ValueError(f"{what} holds {int(bad.sum())} NaN or infinite values, the first at {where}. Repair it")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or (high > 255 and values.dtype != np.uint16):
+        raise ValueError(
+            f"{what} must hold values within 0..255 (or fractions within 0..1), got {low:g}..{high:g}. It may be "
+            "normalised already: pass the pixels before that"
+        )
+    return values, high
+
+
+def _array(values: Any, what: str) -> np.ndarray:
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    if values.layout != torch.strided or values.is_quantized or values.is_meta:
+        kind = "meta" if values.is_meta else "quantised" if values.is_quantized else str(values.layout)
+        raise ValueError(f"{what} must hold its values one by one, got a tensor that is {kind}. Pass a dense one")
+    values = values.detach().cpu()
+    return values.float().numpy() if values.is_floating_point() else values.numpy()
+
+
+def channels_last(values: np.ndarray, first_wins: bool, what: str) -> np.ndarray:
+    """Move the channels of (..., H, W, C) or (..., C, H, W) values to the end.
+
+    Args:
+        values: An array.
+        first_wins: Which reading holds where both fit.
+        what: How an error calls it.
+
+    Returns:
+        (..., H, W, C) with C of 1, 3 or 4.
+
+    Raises:
+        ValueError: If neither place holds 1, 3 or 4 channels.
+    """
+    first, last = values.shape[-3] in (1, 3, 4), values.shape[-1] in (1, 3, 4)
+    if not first and not last:
+        raise ValueError(f"{what} must have 1, 3 or 4 channels, first or last. Drop the others")
+    return np.moveaxis(values, -3, -1) if first and (first_wins or not last) else values
+
+
+def _check_array(source: np.ndarray | torch.Tensor) -> str:
+    """Check an array that stands for an image; its name in errors comes back."""
+    shape = tuple(source.shape)
+    what = f"the {type(source).__name__} of shape {shape}"
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"{what} is no image. Pass (H, W), (H, W, C) or (C, H, W) with sides of at least 1")
+    pixels = math.prod(shape) // (min(shape) if len(shape) == 3 else 1)
+    if pixels > LARGEST_IMAGE:
+        raise ValueError(f"{what} has more than {LARGEST_IMAGE} pixels. Shrink it first")
+    if len(shape) == 3 and not {shape[0], shape[-1]} & {1, 3, 4}:
+        raise ValueError(f"{what} must have 1, 3 or 4 channels, first or last. Drop the others")
+    return what
+
+
+def _image_of_array(source: np.ndarray | torch.Tensor) -> Image.Image:
+    """An array as an image of mode L, RGB or RGBA."""
+    what = _check_array(source)
+    values = to_bytes(source, what)
+    if values.ndim == 3:
+        values = channels_last(values, isinstance(source, torch.Tensor), what)
+        values = values[..., 0] if values.shape[-1] == 1 else values
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an image has one channel of 16 or 32 bits, which `_eight_bits` changes."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of one channel of 16 or 32 bits as grey of 8 bits; any other image as it is."""
+    if not _is_deep(image):
+        return image
+    what, values = f"the image of mode {image.mode}", np.asarray(image)
+    if image.mode != "F" and 0 <= values.min() and values.max() < 2**16:
+        values = values.astype(np.uint16)
+    return Image.fromarray(to_bytes(values, what))

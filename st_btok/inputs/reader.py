@@ -6,7 +6,7 @@ the rules of `images.py` and `videos.py`.
 
 from __future__ import annotations
 
-import mimetypes
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import (
     is_audio_url_or_path,
@@ -25,12 +25,22 @@ from sentence_transformers.base.modality import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from st_btok.inputs.fetch import is_url, read_source
-from st_btok.inputs.images import open_image, rgb_image
-from st_btok.inputs.videos import check_video, read_video
+from st_btok.inputs.fetch import ADDRESSES, MediaOptions, Opened, open_source
+from st_btok.inputs.images import check_image, decode_image
+from st_btok.inputs.videos import check_video, decode_video
 from st_btok.tokens import btok_ids
 
 _MEDIA = ("image", "video", "audio")
+_PAGES = "Pass its pages: pdf_pages(path)"
+# Not `mimetypes`, which says something else on each machine.
+_SUFFIXES = {
+    "image": "apng avif avifs bmp cur dds dib eps fits gif heic heif hif icns ico j2k jfif jp2 jpe jpeg jpg jpx pbm "
+    "pcx pgm png pnm ppm psd qoi sgi svg tga tif tiff webp xbm xpm",
+    "video": "3g2 3gp asf avi flv m2ts m2v m4v mkv mov mp4 mpeg mpg mts mxf ogv vob webm wmv",
+    "audio": "aac aif aiff flac m4a mp3 oga ogg opus wav wma",
+    "pages": "pdf",
+}
+_KINDS = {f".{suffix}": kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 
 
 @dataclass(frozen=True)
@@ -41,33 +51,16 @@ class InputReader:
         modalities: What the model takes, such as `("text", "image", "message")`.
         flat: Whether its chat template wants a turn's content as one string.
         placeholders: Names of media tokens that text must not turn into; empty where the chat template guards them.
-        allow_urls: Fetch URLs.
-        num_frames: See `read_video`.
-        max_pixels: See `read_video` and `rgb_image`.
-        background: See `rgb_image`.
+        media: How media are read.
         decode: Decode media. Otherwise only headers of files are read, URLs are left alone, and None stands for every
             medium in the row that comes back.
-
-    Raises:
-        ValueError: If `num_frames` or `max_pixels` is smaller than 1.
     """
 
     modalities: tuple[Any, ...]
     flat: bool = False
     placeholders: tuple[str, ...] = ()
-    allow_urls: bool = False
-    num_frames: int | None = None
-    max_pixels: int | None = None
-    background: str | None = None
+    media: MediaOptions = MediaOptions()
     decode: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("num_frames", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}. Leave it out for no limit.")
-        if self.background is not None:
-            ImageColor.getrgb(self.background)  # a ValueError that names an unknown colour
 
     def read(self, value: Any) -> Any:
         """Check and normalise one input.
@@ -81,6 +74,8 @@ class InputReader:
         Raises:
             ValueError: If the value is no input of this model.
         """
+        if isinstance(value, ValueError):  # found where the row was made, such as a page that can't be drawn
+            raise value
         if isinstance(value, str):
             return self._bare(value)
         if isinstance(value, Path):
@@ -94,12 +89,11 @@ class InputReader:
                     f"an array of shape {tuple(value.shape)} is no input. 1 or 2 axes are audio, 3 an image, 4 a video"
                 )
             return self._media(kind, value)
-        if is_message_dict(value):
-            return self._conversation([value])
+        turns = value if isinstance(value, list) else [value]
+        if turns and is_message_dict(turns[0]):
+            return self._conversation(turns)
         if isinstance(value, dict):
             return self._dict(value)
-        if isinstance(value, list) and value and is_message_dict(value[0]):
-            return self._conversation(value)
         if isinstance(value, list | tuple):
             raise ValueError(
                 f'a {type(value).__name__} of {len(value)} is no single input. Pass several images as {{"image": '
@@ -109,11 +103,11 @@ class InputReader:
         raise ValueError(f"got {type(value).__name__}; text, an image, an array or a dict is needed. Or {hint}")
 
     def _bare(self, value: str) -> Any:
-        """Text, or the path or URL of a medium, told apart as sentence-transformers does."""
+        """Text, or the path or URL of a medium: what sentence-transformers takes for one, and files of more kinds."""
         tests = (("image", is_image_url_or_path), ("video", is_video_url_or_path), ("audio", is_audio_url_or_path))
         for kind, test in tests:
             if kind in self.modalities and test(value):
-                if is_url(value) and not self.allow_urls:
+                if value.startswith(ADDRESSES) and not self.media.allow_urls:
                     raise ValueError(
                         f"{value[:200]!r} is the URL of an {kind}, and URLs are not fetched. Download it, pass "
                         'allow_urls=True, or pass {"text": ...} to embed the words'
@@ -121,12 +115,18 @@ class InputReader:
                 return self._media(kind, value)
         kind = _kind_of_name(value)
         path_like = len(value) < 4096 and (len(value.split()) == 1 or "/" in value or "\\" in value)
-        if kind in _MEDIA and kind in self.modalities and path_like and not is_url(value):
+        if not path_like or value.startswith(ADDRESSES) or "\0" in value:
+            return self._text(value)
+        if kind == "pages" and "image" in self.modalities and os.path.isfile(value):
+            raise ValueError(f'{value[:200]!r} is a document. {_PAGES}, or pass {{"text": ...}} to embed the words')
+        if kind not in self.modalities:
+            return self._text(value)
+        if not os.path.isfile(value):
             raise ValueError(
                 f'{value[:200]!r} looks like {kind} file, but there is none. Check the path, or pass {{"text": ...}} '
                 "to embed the words"
             )
-        return self._text(value)
+        return self._media(kind, value)
 
     def _text(self, value: Any) -> str:
         if not isinstance(value, str):
@@ -173,29 +173,21 @@ class InputReader:
             raise ValueError(f"this model takes {takes}, not {kind}. Leave the {kind} out, or use another backbone")
         if source is None:
             raise ValueError(f"the {kind} is None. Leave it out")
-        if not self.decode and is_url(source) and self.allow_urls:
+        if not self.decode and self.media.allow_urls and isinstance(source, str) and source.startswith(ADDRESSES):
             return None
-        if not self.decode and kind != "audio" and isinstance(source, str | Path | bytes):
+        with open_source(source, self.media.allow_urls and kind != "audio") as opened:
+            if kind == "audio":
+                return self._audio(opened, source)
+            if not self.decode:
+                return check_image(opened) if kind == "image" else check_video(opened, self.media)
             if kind == "image":
-                open_image(source).close()
-            else:
-                check_video(source)
-            return None
-        medium = self._decoded(kind, source)
-        return medium if self.decode else None
-
-    def _decoded(self, kind: str, source: Any) -> Any:
-        if kind == "audio":
-            return self._audio(source)
-        if kind == "image":
-            return rgb_image(source, self.max_pixels, self.allow_urls, self.background)
-        video = read_video(source, self.num_frames, self.max_pixels, self.allow_urls, self.background)
+                return decode_image(opened, self.media)
+            video = decode_video(opened, self.media)
         return video.frames if video.metadata is None else {"array": video.frames, "video_metadata": video.metadata}
 
-    def _audio(self, source: Any) -> Any:
-        if isinstance(source, str | Path):
-            read_source(source, self.allow_urls)
-            return str(source)
+    def _audio(self, opened: Opened, source: Any) -> Any:
+        if isinstance(opened.file, io.BufferedReader):
+            return str(source)  # the model's own processor decodes files
         values = source.get("array") if isinstance(source, dict) else source
         if isinstance(source, dict) and not (source.get("sampling_rate") or 0) > 0:
             raise ValueError(f"sampling_rate must be above 0, got {source.get('sampling_rate')}. Pass the rate in Hz")
@@ -243,12 +235,13 @@ class InputReader:
         return {**{key: value for key, value in part.items() if key not in keys}, kind: item}
 
 
-def reader_for(model: SentenceTransformer, **options: Any) -> InputReader:
+def reader_for(model: SentenceTransformer, media: MediaOptions | None = None, decode: bool = True) -> InputReader:
     """The reader for a model.
 
     Args:
         model: Any SentenceTransformer.
-        **options: Further fields of `InputReader`.
+        media: How media are read.
+        decode: See `InputReader`.
 
     Returns:
         A reader that knows what the model takes.
@@ -258,7 +251,8 @@ def reader_for(model: SentenceTransformer, **options: Any) -> InputReader:
         modalities=tuple(model.modalities),
         flat=getattr(formatter, "message_format", "structured") == "flat",
         placeholders=_unguarded_placeholders(model),
-        **options,
+        media=media or MediaOptions(),
+        decode=decode,
     )
 
 
@@ -273,15 +267,14 @@ def _unguarded_placeholders(model: SentenceTransformer) -> tuple[str, ...]:
 
 
 def _kind_of_name(name: str | Path) -> str:
-    """`image`, `video`, `audio`, another kind, or nothing, by the suffix alone: the whole may be any text."""
-    suffix = os.path.splitext(name)[1]
-    return (mimetypes.guess_type(f"name{suffix}")[0] or "").partition("/")[0] if len(suffix) < 10 else ""
+    """`image`, `video`, `audio`, `pages` or nothing, by the suffix alone: the whole may be any text."""
+    return _KINDS.get(os.path.splitext(name)[1].lower(), "")
 
 
 def _kind_of_file(path: Path) -> str:
     kind = _kind_of_name(path)
     if kind not in _MEDIA:
-        hint = "Pass its pages: pdf_pages(path)" if path.suffix.lower() == ".pdf" else 'Say it, as in {"image": path}'
+        hint = _PAGES if kind == "pages" else 'Say it, as in {"image": path}'
         raise ValueError(f"the name {path.name!r} does not tell image, video or audio. {hint}")
     return kind
 

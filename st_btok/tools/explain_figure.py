@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from st_btok.inputs.encode import checked_inputs
+from st_btok.inputs.images import rgb_image
 from st_btok.tools.explain import BTokAttention, btok_attention, decode_btoks
 
 try:
@@ -142,9 +144,10 @@ def main(
     """
     if not image and not text:
         raise ValueError("there must be something to look at. Give an --image, a --text or both.")
-    picture = Image.open(image).convert("RGB") if image else None
-    sample: Any = {key: value for key, value in (("image", picture), ("text", text)) if value}
+    picture = rgb_image(image) if image else None
     loaded = SentenceTransformer(model)
+    given = {key: value for key, value in (("image", picture), ("text", text)) if value}
+    sample: Any = checked_inputs([given], loaded).inputs[0]
     decoded = decode_btoks(loaded, [sample], num_beams=beams, prompt=prompt)[0]
     attention = btok_attention(loaded, sample, layers, prompt=prompt)
     pictures = [picture] if picture and len(attention.media) == 1 else []

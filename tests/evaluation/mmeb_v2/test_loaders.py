@@ -12,11 +12,11 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from evaluation.media import BrokenMediaError, StoredFrames, check_image, choose_frames, natural_key, stored_frames
+from evaluation.media import BrokenMediaError, StoredFrames, check_image, natural_key, stored_frames
 from evaluation.mmeb_v2 import MMEB_V2, sources
 from evaluation.mmeb_v2.image import load_image
 from evaluation.mmeb_v2.sources import DataRoot, local_version, read_table
-from evaluation.mmeb_v2.video import load_video
+from evaluation.mmeb_v2.video import choose_frames, load_video
 from evaluation.mmeb_v2.visdoc import load_visdoc, with_page_split
 from evaluation.pool import document_id, sampled_rows
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from threading import get_ident
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +21,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+from st_btok.inputs import reader
 from st_btok.inputs.encode import checked_inputs, encode_checked
+from st_btok.inputs.pdf import pdf_pages
 from st_btok.tokens import btok_ids
 from tests.backbones import BUILDERS, build, clip, inputs, picture, sound, takes, tokenizer
 
@@ -493,3 +498,86 @@ def test_no_string_of_pieces_forges_a_token(qwen, value):
     for row in ("".join(value), user(*map(text, value), text("x"))):
         found = qwen.preprocess([row])["input_ids"]
         assert torch.equal(found[torch.isin(found, ids)], plain[torch.isin(plain, ids)])
+
+
+def test_any_iterable_is_a_batch(tmp_path, qwen):
+    """A generator, a page iterator, an array of texts; a page that can't be drawn is a row like any other."""
+    values = ["a", picture(), {"image": picture(28, 28, 2), "text": "b"}] * 30
+    expected = encode_checked(qwen, values).embeddings
+    for batch in (iter(values), (value for value in values), tuple(values)):
+        found = encode_checked(qwen, batch)
+        assert found.rows == list(range(90)) and difference(found.embeddings, expected) < 1e-5
+    assert (
+        difference(encode_checked(qwen, np.array(["a", "b"], dtype=object)).embeddings, qwen.encode(["a", "b"])) < 1e-5
+    )
+    with pytest.raises(ValueError, match="row 1: got NoneType"):
+        encode_checked(qwen, iter(["a", None]))
+    for single in (picture(), np.zeros((28, 28, 3), np.uint8), tmp_path / "a.png", b"a", 3):
+        with pytest.raises(ValueError, match="put the one input into a list"):
+            encode_checked(qwen, single)
+
+
+def test_pages_of_a_document_are_a_batch(tmp_path, qwen):
+    pytest.importorskip("pypdfium2", reason="pypdfium2 (extra `pdf`) reads PDF files")
+    file = tmp_path / "report.pdf"
+    picture(56, 28).save(file, save_all=True, append_images=[picture(28, 56), picture(56, 56)])
+    file.write_bytes(re.sub(rb"/MediaBox \[ ?0 0 28\S* 56\S*", b"/MediaBox [ 0 0 9999 9999", file.read_bytes()))
+    result = encode_checked(qwen, pdf_pages(file), on_error="skip")
+    assert result.rows == [0, 2] and "page 2 of" in result.skipped[0].reason
+    assert difference(result.embeddings, qwen.encode(list(pdf_pages(file, pages=[0, 2])))) < 1e-5
+    assert checked_inputs(pdf_pages(file), qwen, "skip").rows == [0, 2]
+    with pytest.raises(ValueError, match="row 1: page 2 of .*Change dpi"):
+        encode_checked(qwen, pdf_pages(file))
+
+
+def test_rows_that_share_one_unloaded_image_are_all_good(tmp_path, qwen):
+    picture(280, 280, 1).save(tmp_path / "a.png")
+    for _ in range(5):
+        shared = Image.open(tmp_path / "a.png")
+        rows = [{"image": shared, "text": str(number)} for number in range(8)]
+        result = encode_checked(qwen, rows, "skip")
+        assert result.rows == list(range(8))
+    expected = qwen.encode([{"image": str(tmp_path / "a.png"), "text": str(number)} for number in range(8)])
+    assert difference(result.embeddings, expected) < 1e-5
+
+
+def test_images_in_memory_are_decoded_once(qwen, monkeypatch):
+    decoded = []
+    decode = reader.decode_image
+    monkeypatch.setattr(reader, "decode_image", lambda opened, media: decoded.append(1) or decode(opened, media))
+    encode_checked(qwen, [picture(28, 28, 1), np.asarray(picture(28, 28, 2)) / 255, {"image": picture(56, 28, 3)}])
+    assert len(decoded) == 3
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "smolvlm"])
+def test_one_thread_calls_the_tokenizer(btok_model, monkeypatch, name):
+    """Its truncation is a setting: two threads with different limits got each other's."""
+    model = btok_model(name)
+    threads = []
+    preprocess = model.preprocess
+
+    def noted(values, **options):
+        threads.append(get_ident())
+        return preprocess(values, **options)
+
+    monkeypatch.setattr("st_btok.inputs.batching.WINDOW_ROWS", 3)
+    values = [picture(28, 28, 1), "a", {"image": picture(56, 28, 2), "text": "b"}, "c", picture(56, 56, 3), "d"]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "preprocess", noted)
+        result = encode_checked(model, values)
+    assert threads[0] == get_ident() and len(set(threads[1:])) == 1 and get_ident() not in threads[1:]
+    assert difference(result.embeddings, one_by_one(model, values)) < 1e-5
+
+
+def test_a_transparency_key_changes_nothing(tmp_path, qwen):
+    """Neither the row's own vector nor, where the same pixels stand without it, that of a neighbour."""
+    ink = Image.new("RGB", (56, 56), "white")
+    ink.paste("black", (8, 8, 48, 16))
+    ink.save(tmp_path / "keyed.png", transparency=(0, 0, 0))
+    ink.save(tmp_path / "plain.png")
+    expected = qwen.encode([{"image": str(tmp_path / "plain.png")}])
+    blank = qwen.encode([Image.new("RGB", (56, 56), "white")])
+    assert difference(expected, blank) > 1e-3
+    for rows in (["keyed.png"], ["keyed.png", "plain.png"], ["plain.png", "keyed.png"]):
+        found = encode_checked(qwen, [{"image": Image.open(tmp_path / name)} for name in rows]).embeddings
+        assert difference(found, np.concatenate([expected] * len(rows))) < 1e-5

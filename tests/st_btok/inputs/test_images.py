@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.Image import registered_extensions
 
-from st_btok.inputs.images import open_image, rgb_image, shrink
-from st_btok.inputs.pixels import LARGEST_IMAGE
+from st_btok.inputs.fetch import MediaOptions, open_source
+from st_btok.inputs.images import LARGEST_IMAGE, open_image, rgb_image, shrink
 from st_btok.inputs.videos import check_video, read_video
 from tests.backbones import picture
 
@@ -205,7 +207,12 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch):
     for name in ("print.eps", "print.png", "print.gif"):
         (tmp_path / name).write_bytes(script)
         for source in (tmp_path / name, str(tmp_path / name), script, base64.b64encode(script * 3).decode()):
-            for read in (rgb_image, open_image, read_video, check_video):
+            for read in (
+                rgb_image,
+                open_image,
+                read_video,
+                lambda source: check_video(open_source(source), MediaOptions()),
+            ):
                 with pytest.raises(ValueError, match="PostScript"):
                     read(source)
     for read in (rgb_image, open_image):
@@ -277,3 +284,104 @@ def test_shrinking_keeps_the_shape():
     assert rgb_image(Image.new("RGB", (1000, 20)), max_pixels=10).size == (22, 1)
     with pytest.raises(ValueError, match="max_pixels must be at least 1, got 0"):
         shrink(picture(), 0)
+
+
+def drawn_text() -> Image.Image:
+    """Black strokes on white in a palette, with corners of a third colour."""
+    image = Image.new("P", (56, 56), 0)
+    image.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])
+    for row in range(8, 48, 8):
+        image.paste(1, (8, row, 48, row + 4))
+    image.paste(2, (0, 0, 4, 4))
+    return image
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB", "L"])
+def test_a_transparency_key_takes_no_ink(tmp_path, mode):
+    """Left in `info`, processors paint every pixel of that colour white."""
+    plain = drawn_text().convert(mode)
+    key = {"P": 1, "RGB": (0, 0, 0), "L": 0}[mode]
+    plain.save(tmp_path / "plain.png")
+    plain.save(tmp_path / "keyed.png", transparency=key)
+    for source in (tmp_path / "keyed.png", Image.open(tmp_path / "keyed.png")):
+        found = rgb_image(source)
+        assert same(found, rgb_image(tmp_path / "plain.png")) and not found.has_transparency_data
+    assert "transparency" in Image.open(tmp_path / "keyed.png").info
+    over = np.asarray(rgb_image(tmp_path / "keyed.png", background="red"))
+    assert (over[10, 10] == (255, 0, 0)).all(), "where a background is asked for, the key counts"
+
+
+def psd(image: Image.Image) -> bytes:
+    """A flat Photoshop file."""
+    header = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, image.height, image.width, 8, 3)
+    planes = b"".join(band.tobytes() for band in image.split())
+    return header + struct.pack(">III", 0, 0, 0) + struct.pack(">H", 0) + planes
+
+
+def test_photoshop_files(tmp_path):
+    (tmp_path / "layers.psd").write_bytes(psd(picture(56, 28, 1)))
+    for source in (tmp_path / "layers.psd", Image.open(tmp_path / "layers.psd")):
+        assert same(rgb_image(source), picture(56, 28, 1))
+    assert np.array_equal(read_video(tmp_path / "layers.psd").frames[0], np.asarray(picture(56, 28, 1)))
+
+
+def with_chunk(png: bytes, kind: bytes, data: bytes, broken: bool, before: bytes) -> bytes:
+    """A PNG with one more chunk, its check sum right or wrong."""
+    check = zlib.crc32(kind + data) ^ broken
+    place = png.index(before) - 4
+    return png[:place] + struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check) + png[place:]
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_broken_metadata_of_a_png_are_no_reason(tmp_path, png, before):
+    data = png.read_bytes()
+    exif = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    for kind, content, broken in (
+        (b"tEXt", b"Comment\0hello", True),
+        (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2**27), 9), False),
+        (b"eXIf", b"no exif", False),
+        *([(b"eXIf", exif, True)] if before == b"IDAT" else []),
+    ):
+        path = tmp_path / "broken.png"
+        path.write_bytes(with_chunk(data, kind, content, broken, before))
+        assert same(rgb_image(path), picture(56, 28, 1)) and same(rgb_image(path), stock_pixels(path))
+        assert open_image(path).size == (56, 28)
+    path.write_bytes(with_chunk(with_chunk(data, b"tEXt", b"a\0b", True, before), b"eXIf", exif, False, b"IDAT"))
+    assert same(rgb_image(path), picture(56, 28, 1).rotate(-90, expand=True)), "whole metadata count"
+    path.write_bytes(with_chunk(data, b"tEXt", b"a\0b", True, before)[:-40])
+    with pytest.raises(ValueError, match="broken.png' can't be decoded"):
+        rgb_image(path)
+
+
+def test_broken_exif_of_a_jpeg_is_no_reason(tmp_path):
+    picture(56, 28, 1).save(tmp_path / "a.jpg", exif=b"Exif\0\0no exif at all")
+    assert same(rgb_image(tmp_path / "a.jpg"), stock_pixels(tmp_path / "a.jpg"))
+
+
+def test_heic_is_read_or_names_what_reads_it(tmp_path, monkeypatch):
+    start = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(64)
+    (tmp_path / "phone.heic").write_bytes(start)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        with pytest.raises(
+            ValueError, match="phone.heic' is HEIC, which pillow-heif reads: `pip install pillow-heif`"
+        ):
+            rgb_image(tmp_path / "phone.heic")
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif reads HEIC files")
+    with pytest.raises(ValueError, match="phone.heic' can't be (opened|decoded)"):
+        rgb_image(tmp_path / "phone.heic")
+    heif.from_pillow(Image.new("RGB", (64, 32), "red")).save(tmp_path / "phone.heic")
+    found = np.asarray(rgb_image(tmp_path / "phone.heic"))
+    assert found.shape == (32, 64, 3) and np.abs(found.astype(int) - (255, 0, 0)).max() < 12
+
+
+def test_an_image_object_that_many_threads_read(tmp_path):
+    """One lazily opened object in many rows: each gets its pixels, and the object stays where it was."""
+    frames = [picture(280, 280, seed) for seed in range(3)]
+    frames[0].save(tmp_path / "moving.png", save_all=True, append_images=frames[1:])
+    for _ in range(5):
+        shared = Image.open(tmp_path / "moving.png")
+        shared.seek(2)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(rgb_image, [shared] * 8))
+        assert all(same(image, frames[0]) for image in found) and shared.tell() == 2

@@ -51,7 +51,7 @@ folder = Path(sys.argv[1])
 # First, as memory that was freed can be had again.
 unlimited = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (int((megabytes("VmSize") + 64) * 2**20), unlimited[1]))
-rows = check_rows(["good", folder / "large.png"], range(2), reader, "skip")
+rows = check_rows(enumerate(["good", folder / "large.png"]), reader, "skip")
 resource.setrlimit(resource.RLIMIT_AS, unlimited)
 found = {"limit": (rows.rows, [(bad.row, bad.reason) for bad in rows.skipped])}
 for name in ("line.png", "absurd.pdf", "large.png", "large.gif"):
@@ -129,12 +129,12 @@ def test_large_images_are_shrunk_as_the_whole_would_be(monkeypatch, tmp_path):
 
 
 def test_memory_that_runs_out_costs_the_row_alone(qwen, monkeypatch):
-    def decode(source, *options):
-        if source.size == (28, 28):
+    def decode(opened, *options):
+        if opened.value.size == (28, 28):
             raise MemoryError
-        return source
+        return opened.value
 
-    monkeypatch.setattr(reader, "rgb_image", decode)
+    monkeypatch.setattr(reader, "decode_image", decode)
     values = ["a", picture(28, 28), picture(56, 28), {"image": [picture(56, 28), picture(28, 28)]}]
     for found in (checked_inputs(values, qwen, "skip"), encode_checked(qwen, values, "skip")):
         assert found.rows == [0, 2]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import re
+import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -93,7 +95,7 @@ def test_encrypted_files_need_their_password(tmp_path):
 
 def test_pages_that_would_be_too_large_are_not_drawn(document):
     pages = pdf_pages(document, dpi=1_000_000)
-    with pytest.raises(ValueError, match=r"page 0 of .* would have \d+ x \d+ pixels.*Change dpi"):
+    with pytest.raises(ValueError, match=r"page 1 of .* would have \d+ x \d+ pixels.*Change dpi"):
         next(pages)
 
 
@@ -111,5 +113,105 @@ def test_a_broken_page_tree_is_a_reason_and_no_traceback(tmp_path, broken):
     damaged = re.sub(*broken, file.getvalue(), count=1)
     assert damaged != file.getvalue()
     (tmp_path / "broken.pdf").write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"page 0 of .*broken.pdf' can't be read: .*or repair it"):
+    with pytest.raises(ValueError, match=r"page 1 of .*broken.pdf' can't be read: .*or repair it"):
         list(pdf_pages(tmp_path / "broken.pdf"))
+
+
+def form(field: bytes, page: bytes = b"", in_form: bool = True) -> bytes:
+    """A page of 200 x 100 points with one form field at (20, 30), which is part of the document's form or not."""
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R%s>>"
+        % (b"/AcroForm<</Fields[4 0 R]/DR<</Font<</Helv 6 0 R>>>>/DA(/Helv 18 Tf 0 g)>>" if in_form else b""),
+        b"<</Type/Pages/Count 1/Kids[3 0 R]>>",
+        b"<</Type/Page/MediaBox[0 0 200 100]/Parent 2 0 R/Annots[4 0 R]%s>>" % page,
+        b"<</Type/Annot/Subtype/Widget/T(a)/Rect[20 30 180 70]/F 4/DA(/Helv 18 Tf 0 g)%s>>" % field,
+        b"<</Type/XObject/Subtype/Form/BBox[0 0 160 40]/Length 27>>\nstream\n0 0 0 rg 10 10 60 20 re f \n\nendstream",
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    return (
+        b"%PDF-1.7\n"
+        + b"".join(b"%d 0 obj\n%s\nendobj\n" % numbered for numbered in enumerate(objects, 1))
+        + b"trailer<</Root 1 0 R>>\n%%EOF"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "in_form"),
+    [
+        (b"/FT/Tx/V(4711 EUR)/AP<</N 5 0 R>>", True),
+        (b"/FT/Tx/V(4711 EUR)", True),
+        (b"/FT/Ch/Ff 131072/Opt[(one)(two)]/V(two)", True),
+        (b"/FT/Sig/AP<</N 5 0 R>>", True),
+        (b"/FT/Tx/AP<</N 5 0 R>>", False),
+    ],
+    ids=["appearance", "text without appearance", "choice without appearance", "signature", "outside any form"],
+)
+def test_form_fields_show_their_values(tmp_path, field, in_form):
+    (tmp_path / "filled.pdf").write_bytes(form(field, in_form=in_form))
+    page = np.asarray(next(pdf_pages(tmp_path / "filled.pdf", dpi=72)))
+    assert (page[30:70, 20:180] < 128).any(), "ink"
+    outside = page.copy()
+    outside[30:70, 20:180] = 255
+    assert (outside == 255).all()
+    assert (page.max(-1) - page.min(-1)).max() == 0, "without a viewer's blue"
+
+
+def test_an_empty_field_is_white(tmp_path):
+    (tmp_path / "empty.pdf").write_bytes(form(b"/FT/Tx"))
+    assert (np.asarray(next(pdf_pages(tmp_path / "empty.pdf"))) == 255).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pages_with_a_unit_of_their_own(tmp_path, packed):
+    data = form(b"/FT/Tx", b"/UserUnit 2.5")
+    if packed:  # as writers of today pack objects: nothing of the page can be read in the file's bytes
+        page = b"<</Type/Page/MediaBox[0 0 200 100]/Parent 2 0 R/UserUnit 2.5>>"
+        stream = zlib.compress(b"3 0 " + page)
+        objects = [
+            b"1 0 obj\n<</Type/Catalog/Pages 2 0 R>>\nendobj\n",
+            b"2 0 obj\n<</Type/Pages/Count 1/Kids[3 0 R]>>\nendobj\n",
+            b"5 0 obj\n<</Type/ObjStm/N 1/First 4/Filter/FlateDecode/Length %d>>\nstream\n%s\nendstream\nendobj\n"
+            % (len(stream), stream),
+        ]
+        data, places = b"%PDF-1.7\n", []
+        for one in objects:
+            places.append(len(data))
+            data += one
+        rows = [(0, 0, 65535), (1, places[0], 0), (1, places[1], 0), (2, 5, 0), (0, 0, 65535), (1, places[2], 0)]
+        rows.append((1, len(data), 0))
+        table = b"".join(struct.pack(">BHH", *row) for row in rows)
+        data += b"6 0 obj\n<</Type/XRef/Size 7/W[1 2 2]/Root 1 0 R/Length %d>>\nstream\n%s\nendstream\nendobj\n" % (
+            len(table),
+            table,
+        )
+        data += b"startxref\n%d\n%%%%EOF" % rows[-1][1]
+        assert b"UserUnit" not in data
+    (tmp_path / "poster.pdf").write_bytes(data)
+    assert next(pdf_pages(tmp_path / "poster.pdf", dpi=72)).size == (500, 250)
+
+
+def test_a_page_that_raises_is_not_the_last(tmp_path, document):
+    for pages, size in ((pdf_pages(document, pages=[0, 1, 2]), 3),):
+        assert len(list(pages)) == size and next(pages, None) is None
+    file = io.BytesIO()
+    Image.new("RGB", (56, 28)).save(
+        file, "PDF", save_all=True, append_images=[Image.new("RGB", (28, 56)), Image.new("RGB", (56, 56))]
+    )
+    (tmp_path / "three.pdf").write_bytes(
+        re.sub(rb"/MediaBox \[ 0 0 28.0 56.0", b"/MediaBox [ 0 0 9999 9999", file.getvalue())
+    )
+    pages, found = pdf_pages(tmp_path / "three.pdf", dpi=72), []
+    for _ in range(3):
+        try:
+            found.append(next(pages).size)
+        except ValueError as error:
+            found.append(str(error))
+    assert found[0] == (56, 28) and found[2] == (56, 56) and found[1].startswith("page 2 of ")
+
+
+def test_threads_take_turns(document):
+    """PDFium is not thread-safe: two documents at once gave other pixels, refused good files or ended the process."""
+    expected = [np.asarray(page) for page in pdf_pages(document)]
+    with ThreadPoolExecutor(4) as pool:
+        for pages in pool.map(lambda _: [np.asarray(page) for page in pdf_pages(document)], range(12)):
+            assert all(map(np.array_equal, pages, expected))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from st_btok.inputs.fetch import MediaOptions
 from st_btok.inputs.reader import InputReader, reader_for
 from tests.backbones import clip, picture, sound
 
@@ -168,21 +169,21 @@ def test_for_a_text_model_a_path_is_words(png):
 def test_headers_are_checked_without_decoding(png, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     assert HEADERS.read(png) is None and HEADERS.read({"image": str(png), "text": "a"}) == {"image": None, "text": "a"}
-    urls = InputReader(modalities=ALL, decode=False, allow_urls=True)
+    urls = InputReader(modalities=ALL, decode=False, media=MediaOptions(allow_urls=True))
     assert urls.read({"image": "http://127.0.0.1:9/a.png"}) == {"image": None}, "nothing is fetched for a check"
 
 
 @pytest.mark.parametrize("name", ["num_frames", "max_pixels"])
 def test_limits_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        InputReader(modalities=ALL, **{name: 0})
+        MediaOptions(**{name: 0})
 
 
 def test_the_reader_knows_its_model(qwen, btok_model):
     assert set(reader_for(qwen).modalities) == {"text", "image", "video", "message"}
     assert not reader_for(qwen).placeholders and not reader_for(qwen).flat, "the chat template guards text"
     assert reader_for(btok_model("llama")).flat
-    assert reader_for(qwen, num_frames=3).num_frames == 3
+    assert reader_for(qwen, MediaOptions(num_frames=3)).media.num_frames == 3
 
 
 def test_placeholders_are_parted_for_models_without_the_guard():

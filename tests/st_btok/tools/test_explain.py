@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from st_btok import btok_ids, build_model, condensation_attention, condensation_nll
 from st_btok.model_parts import find_btoks
+from st_btok.tools import explain_figure
 from st_btok.tools.command import main
 from st_btok.tools.explain import BTokAttention, Medium, _search, btok_attention, decode_btoks, find_media
 from st_btok.tools.explain_figure import draw_attention
@@ -287,6 +288,22 @@ def test_command_line(qwen, tmp_path, capsys):
     assert "generated from the bottleneck tokens: " in capsys.readouterr().out
     assert Image.open(tmp_path / "out.png").size[0] > 100
     assert btok_ids(qwen.tokenizer)
+
+
+def test_a_photograph_is_explained_upright(qwen, tmp_path, monkeypatch):
+    """Its EXIF orientation counts, in the picture that is drawn and in what the model reads; errors are one line."""
+    qwen.save_pretrained(str(tmp_path / "model"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(112, 56).save(tmp_path / "phone.png", exif=exif)
+    drawn = []
+    monkeypatch.setattr(
+        explain_figure, "draw_attention", lambda attention, out, pictures, _: drawn.append(pictures[0])
+    )
+    command = ["explain", str(tmp_path / "model"), "--out", str(tmp_path / "out.png"), "--image"]
+    assert main([*command, str(tmp_path / "phone.png")]) == 0
+    upright = picture(112, 56).rotate(-90, expand=True)
+    assert np.array_equal(np.asarray(drawn[0]), np.asarray(upright))
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
