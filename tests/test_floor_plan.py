@@ -33,7 +33,7 @@ ROOMS = {
         "data": set(),
         "toy": {"data"},
         "training": {"data"},
-        "search": {"toy"},
+        "search": {"toy", "data"},
         "research": {"data", "toy", "training"},
         "study": {"data", "training", "research"},
         "bench": {"", "data", "toy"},

@@ -1,42 +1,57 @@
 """Files of a folder, and the items in them: what one row of the index stands for.
 
-A text file becomes passages, a PDF its pages, a corpus (`.jsonl`) its rows, an image or a video one item each. Nothing
-is opened before an item is asked for, so that a folder of a million files can be listed at once. In the place of a
-folder stands a corpus alone, whose media lie in its folder.
+A text file becomes passages, a PDF its pages, a table (`.jsonl`, `.parquet`) its rows, an image or a video one item
+each. Nothing is opened before an item is asked for, so that a folder of a million files can be listed at once. In the
+place of a folder stands a table alone (`.csv` and `.json` too), whose media lie in its folder. What can't be an item
+is said, never passed over: files of other kinds by their suffix, unreadable files, pages and rows by their reason.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import mimetypes
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from recipes.data.corpus import as_input
+from recipes.data.tables import SUFFIXES, BrokenRecordError, read_table
 from st_btok import pdf_pages
 
-KINDS = {
-    "text": (".txt", ".md", ".rst", ".py", ".json", ".csv", ".tex", ".log"),
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
-    "page": (".pdf",),
-    "video": (".mp4", ".webm", ".mkv", ".mov", ".avi"),
+KINDS = ("text", "image", "page", "video")
+TABLES = (".jsonl", ".parquet")
+_HTML = (".html", ".htm", ".xhtml")
+# Beside what `mimetypes` knows, which differs between machines.
+_SUFFIXES = {
+    "text": "txt md rst tex log csv tsv json yaml yml toml ini cfg xml html htm xhtml srt vtt py ipynb js jsx tsx css "
+    "c h cc cpp hpp java kt go rs rb php sh sql r m swift",
+    "image": "png jpg jpeg jpe jfif webp bmp dib gif tif tiff avif avifs heic heif psd tga ico icns jp2 j2k jpx ppm "
+    "pgm pbm pnm pcx dds qoi sgi xbm xpm apng",
+    "page": "pdf",
+    "video": "mp4 m4v mov webm mkv avi mts m2ts mpg mpeg wmv flv ogv 3gp vob mxf",
 }
-CORPUS = ".jsonl"
-KIND_OF_SUFFIX = {CORPUS: "text"} | {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
+KIND_OF_SUFFIX = {f".{suffix}": kind for kind, names in _SUFFIXES.items() for suffix in names.split()}
+KIND_OF_SUFFIX |= dict.fromkeys(TABLES, "text")
 # About what an embedder of 256 to 512 tokens reads whole; a passage ends at a paragraph where there is one.
 PASSAGE_CHARS = 1000
 LARGEST_TEXT = 16 * 2**20
+_ADDRESSES = ("data:", "http://", "https://")
+_SYNC, _PACKET = b"\x47", 188  # MPEG transport streams begin so, TypeScript does not
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file: its path below the folder (with `/`), what it is, and a hash of its bytes."""
+    """One file: its path below the folder (with `/`), what it is, a hash of its bytes, its size and time (ns)."""
 
     path: str
     kind: str
     content: str
+    size: int = 0
+    changed: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,10 +60,11 @@ class Item:
 
     Attributes:
         place: `"page 3"`, `"line 120"`, `"row 7"`; empty where the file is one item.
-        value: The model's input: a text, or a dict with a medium.
+        value: The model's input, a dict: text, medium or both. None for an item that can't be read.
         text: What is shown of a text, at most a passage.
         last: Whether it is the last one of its file.
-        kind: Where it is another than its file's: a corpus holds items of any kind.
+        kind: Where it is another than its file's: a table holds items of any kind.
+        reason: Why it can't be read.
     """
 
     place: str
@@ -56,33 +72,90 @@ class Item:
     text: str = ""
     last: bool = False
     kind: str = ""
+    reason: str = ""
 
 
-def list_sources(folder: str | Path, known: dict[str, tuple[int, int, str]] | None = None) -> Iterator[Source]:
-    """All files of a kind that can be searched, in the order of their paths; hidden ones and links out are left out.
+@dataclass
+class LeftOut:
+    """What is not in the index: numbers of files by suffix whose kind can't be searched, and reasons by path."""
+
+    suffixes: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def list_sources(
+    folder: str | Path, known: dict[str, tuple[int, int, str]] | None = None, left_out: LeftOut | None = None
+) -> Iterator[Source]:
+    """All files of a kind that can be searched, in the order of their paths; hidden files are passed over.
 
     Args:
-        folder: Where to look, subfolders included; or a corpus.
+        folder: Where to look, subfolders included; or a table.
         known: Size, modification time (ns) and hash by path, from an earlier run: an unchanged file is not read again.
+        left_out: Filled with what can't be a source.
 
     Yields:
         One source per file.
     """
     root, only = root_of(folder).resolve(), Path(folder).name if Path(folder).is_file() else None
-    for directory, folders, names in [(str(root), [], [only])] if only else os.walk(root):
+    left_out = LeftOut() if left_out is None else left_out
+
+    def unreadable(error: OSError) -> None:
+        left_out.reasons[shown_path(error.filename, root)] = f"the folder can't be read: {error.strerror}"
+
+    for directory, folders, names in [(str(root), [], [only])] if only else os.walk(root, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             file = Path(directory, name)
-            kind = KIND_OF_SUFFIX.get(file.suffix.lower())
-            # A link may point out of the folder, and what is not in the folder must never be shown.
-            if kind is None or name.startswith(".") or not file.is_file() or not inside(root, file):
+            if name.startswith(".") or not file.is_file():
                 continue
-            path = file.relative_to(root).as_posix()
-            stat = file.stat()
-            size, changed, content = (known or {}).get(path, (None, None, ""))
-            if (size, changed) != (stat.st_size, stat.st_mtime_ns):
-                content = file_hash(file)
-            yield Source(path, kind, content)
+            try:
+                source = _source_of(file, root, known or {})
+            except OSError as error:
+                left_out.reasons[shown_path(file, root)] = f"it can't be read: {error.strerror}"
+            except ValueError as error:
+                left_out.reasons[shown_path(file, root)] = str(error)
+            else:
+                if source is None:
+                    left_out.suffixes[file.suffix.lower()] += 1
+                else:
+                    yield source
+
+
+def _source_of(file: Path, root: Path, known: dict[str, tuple[int, int, str]]) -> Source | None:
+    """A file as a source; None if it is of no kind that can be searched."""
+    kind, path = kind_of(file), file.relative_to(root).as_posix()
+    if kind is None:
+        return None
+    if shown_path(file, root) != path:
+        raise ValueError("the name is not UTF-8. Rename it, e.g. with convmv")
+    # A link may point out of the folder, and what is not in the folder must never be shown.
+    if not inside(root, file):
+        raise ValueError("it links out of the folder. Copy it into the folder")
+    stat = file.stat()
+    size, changed, content = known.get(path, (None, None, ""))
+    if (size, changed) != (stat.st_size, stat.st_mtime_ns):
+        content = file_hash(file)
+    return Source(path, kind, content, stat.st_size, stat.st_mtime_ns)
+
+
+def kind_of(file: Path) -> str | None:
+    """What a file is, by its suffix: a kind of `KINDS`, or None."""
+    suffix = file.suffix.lower()
+    if suffix == ".ts":  # a video's transport stream, or TypeScript
+        with file.open("rb") as stream:
+            start = stream.read(_PACKET + 1)
+        return "video" if start[:1] == start[_PACKET:] == _SYNC else "text"
+    if suffix in KIND_OF_SUFFIX:
+        return KIND_OF_SUFFIX[suffix]
+    kind = (mimetypes.guess_type(f"name{suffix}")[0] or "").partition("/")[0]
+    return kind if kind in ("text", "video") or (kind == "image" and suffix not in (".svg", ".eps")) else None
+
+
+def shown_path(path: str | bytes | Path, root: Path) -> str:
+    """A path below the folder as text that can be printed and stored, whatever its bytes are."""
+    name = os.fsdecode(path) if isinstance(path, bytes) else str(path)
+    below = os.path.relpath(name, root)
+    return below.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def root_of(folder: str | Path) -> Path:
@@ -105,26 +178,27 @@ def items_of(folder: str | Path, source: Source) -> Iterator[Item]:
     """What a file holds, one after the other.
 
     Args:
-        folder: Where the path of the source starts, or the corpus.
+        folder: Where the path of the source starts, or the table.
         source: From `list_sources`.
 
     Yields:
-        Items; texts are cut into passages, PDF pages drawn one at a time.
+        Items; texts are cut into passages, PDF pages drawn one at a time. A page or row that can't be read has a
+        `reason` and takes its place.
 
     Raises:
-        ValueError: If a text is too large or not UTF-8, a PDF can't be read, or a row of a corpus is no object with a
-            text, an image or a video below the folder.
+        ValueError: If the whole file can't be read: a text is too large or not UTF-8, a PDF or a table damaged.
     """
     root = root_of(folder)
-    path = str(root / source.path)
-    if source.path.lower().endswith(CORPUS):
-        found = _records(root, Path(path))
+    path = root / source.path
+    tables = SUFFIXES if Path(folder).is_file() else TABLES
+    if path.suffix.lower() in tables:
+        found = _records(root, path)
     elif source.kind == "text":
-        found = _passages(Path(path))
+        found = _passages(path)
     elif source.kind == "page":
-        found = (Item(f"page {number}", {"image": page}) for number, page in enumerate(pdf_pages(path), 1))
+        found = _pages(path)
     else:
-        found = iter([Item("", {source.kind: path})])
+        found = iter([Item("", {source.kind: str(path)})])
     # Held back by one: only when there is no next item is it known to be the last.
     held = next(found, None)
     for item in found:
@@ -134,27 +208,47 @@ def items_of(folder: str | Path, source: Source) -> Iterator[Item]:
         yield replace(held, last=True)
 
 
-def _records(root: Path, file: Path) -> Iterator[Item]:
-    """Rows of a corpus: what stands under `text`, `image` and `video`, in this order of the row's own keys."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"row {number}"
+def _pages(path: Path) -> Iterator[Item]:
+    """Pages of a PDF. Behind one that can't be drawn, each is asked for by itself."""
+    pages, number = pdf_pages(path), 0
+    has_broken = False
+    while True:
+        place = f"page {number + 1}"
+        if has_broken:
             try:
-                record = dict(json.loads(line))
-                value = {key: record[key] for key in record if key in ("text", "image", "video") and record[key]}
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"every row of {file} must be a JSON object, {where} is not: {error}.") from error
-            media = [key for key in value if key != "text"]
-            for key in media:
-                value[key] = str(file.parent / str(value[key]))
-                if not inside(root, value[key]):
-                    raise ValueError(f"media of {file} must lie in {root}, that of {where} does not: {value[key]}.")
-            if not value:
-                raise ValueError(f"every row of {file} must have a text, image or video, {where} has {list(record)}.")
-            kind = media[0] if media else "text"
-            yield Item(where, value if media else value["text"], str(value.get("text", ""))[:PASSAGE_CHARS], kind=kind)
+                pages = pdf_pages(path, pages=[number])
+            except ValueError:  # there is no such page: the end
+                return
+        try:
+            page = next(pages, None)
+        except ValueError as error:
+            has_broken = True
+            # Counted from 0 where pages are asked for; people count from 1.
+            reason = str(error).replace(f"page {number} of", f"page {number + 1} of")
+            yield Item(place, None, reason=reason)
+        else:
+            if page is None:
+                return
+            yield Item(place, {"image": page})
+        number += 1
+
+
+def _records(root: Path, file: Path) -> Iterator[Item]:
+    """Rows of a table: what stands under `text`, `image` and `video`, in this order of the row's own keys."""
+    for number, record in read_table(file):
+        where = f"row {number}"
+        try:
+            value = as_input(record, file.parent)
+            for key in value:
+                for medium in value[key] if isinstance(value[key], list) else [value[key]]:
+                    is_path = key != "text" and isinstance(medium, str) and not medium.startswith(_ADDRESSES)
+                    if is_path and not inside(root, medium):
+                        raise BrokenRecordError(f"media of {file.name} must lie below its folder, {medium} does not")
+        except BrokenRecordError as error:
+            yield Item(where, None, reason=str(error))
+            continue
+        kind = next((key for key in value if key != "text"), "text")
+        yield Item(where, value, str(value.get("text", ""))[:PASSAGE_CHARS], kind=kind)
 
 
 def _passages(path: Path) -> Iterator[Item]:
@@ -165,6 +259,8 @@ def _passages(path: Path) -> Iterator[Item]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"text files must be UTF-8, {path} is not: {error}. Convert it, or leave it out.") from error
+    if path.suffix.lower() in _HTML:
+        text = _words_of_html(text)
     start = 0
     while start < len(text):
         stop = min(start + PASSAGE_CHARS, len(text))
@@ -178,5 +274,39 @@ def _passages(path: Path) -> Iterator[Item]:
         passage = text[start:stop].strip()
         if passage:
             line = text.count("\n", 0, start + text[start:stop].index(passage[0])) + 1
-            yield Item(f"line {line}", passage, text=passage)
+            yield Item(f"line {line}", {"text": passage}, text=passage)
         start = stop
+
+
+class _Words(HTMLParser):
+    """What a browser shows of HTML, each word on the line that it has in the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = [""]
+        self._silent = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._silent += tag in ("script", "style", "template")
+        self._write(" ")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._silent = max(self._silent - (tag in ("script", "style", "template")), 0)
+        self._write(" ")
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self._write(data)
+
+    def _write(self, data: str) -> None:
+        line = self.getpos()[0]
+        for offset, part in enumerate(data.split("\n")):
+            self.lines += [""] * (line + offset - len(self.lines))
+            self.lines[line + offset - 1] += part
+
+
+def _words_of_html(text: str) -> str:
+    parser = _Words()
+    parser.feed(text)
+    parser.close()
+    return "\n".join(" ".join(line.split()) for line in parser.lines)

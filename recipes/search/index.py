@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 
 from evaluation.atomic_write import atomic_write
 from evaluation.embedding.fingerprint import fingerprint
-from recipes.search.folder import Item, Source, items_of, list_sources, root_of
+from recipes.search.folder import Item, LeftOut, Source, items_of, list_sources
 from recipes.search.store import LanceStore, Store
 from st_btok import checked_inputs, encode_checked
 
@@ -35,13 +36,22 @@ _BATCHES_AT_ONCE = 8  # enough to sort by length in, little enough to lose
 
 @dataclass
 class Report:
-    """What a run did: numbers of files, what was left out and why, the index's recall@10, and the paths written."""
+    """What a run did.
+
+    Attributes:
+        new: Files; so are `changed`, `deleted` and `unchanged`.
+        left_out: Reasons by path and place.
+        suffixes: Numbers of files that can't be searched, by suffix.
+        recall: Of the approximate index, if there is one: the share of the ten nearest rows that it finds.
+        written: Paths of the files that rows were written of.
+    """
 
     new: int = 0
     changed: int = 0
     deleted: int = 0
     unchanged: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
+    suffixes: Counter[str] = field(default_factory=Counter)
     recall: float | None = None
     written: set[str] = field(default_factory=set)
 
@@ -54,7 +64,7 @@ def open_index(
     Args:
         to: Folder of the index.
         model: The model that embeds queries and files.
-        folder: The folder, or corpus (`.jsonl`), that is indexed; needed for a new index.
+        folder: The folder, or table, that is indexed; needed for a new index.
         half: For a new index: store float16.
 
     Returns:
@@ -112,9 +122,13 @@ def update(
     """
     stored = store.files()
     known = {path: (entry["size"], entry["changed"], entry["content"]) for path, entry in stored.items()}
-    sources = list(list_sources(folder, known))
-    report = Report()
-    gone = sorted(stored.keys() - {source.path for source in sources})
+    left_out = LeftOut()
+    sources = list(list_sources(folder, known, left_out))
+    report = Report(left_out=left_out.reasons, suffixes=left_out.suffixes)
+    # What can't be read today, such as a folder of another machine, is not gone.
+    hidden = tuple(left_out.reasons)
+    gone = sorted(stored.keys() - {source.path for source in sources} - set(hidden))
+    gone = [path for path in gone if not path.startswith(tuple(f"{place}/" for place in hidden))]
     stale = [s.path for s in sources if s.path in stored and stored[s.path]["content"] != s.content]
     store.remove([*gone, *stale])
     report.deleted, report.changed = len(gone), len(stale)
@@ -128,17 +142,21 @@ def update(
         have = entry["found"] if entry is not None else set()
         try:
             for part, item in enumerate(items_of(folder, source)):
+                if item.reason:
+                    report.left_out[f"{source.path}, {item.place}"] = item.reason
+                    continue
                 if part in have:
                     continue
                 waiting.append((source, part, item))
                 weight += 4 if source.kind == "page" else 1  # a drawn page is megabytes
                 if weight >= _BATCHES_AT_ONCE * batch_size:
-                    _write(waiting, store, model, Path(folder), batch_size, report)
+                    _write(waiting, store, model, batch_size, report)
                     waiting, weight = [], 0
         except (OSError, ValueError) as error:
             report.left_out[source.path] = str(error)
-    _write(waiting, store, model, Path(folder), batch_size, report)
+    _write(waiting, store, model, batch_size, report)
     report.new = len(report.written - stored.keys())
+    report.left_out = dict(sorted(report.left_out.items()))
     report.recall = store.finish(index_above)
     return report
 
@@ -147,7 +165,6 @@ def _write(
     waiting: list[tuple[Source, int, Item]],
     store: Store,
     model: SentenceTransformer,
-    folder: Path,
     batch_size: int,
     report: Report,
 ) -> None:
@@ -156,14 +173,13 @@ def _write(
     result = encode_checked(model, values, "skip", task="document", batch_size=batch_size, show_progress_bar=False)
     for bad in result.skipped:
         source, _, item = waiting[bad.row]
-        report.left_out[f"{source.path} {item.place}".strip()] = bad.reason
+        report.left_out[f"{source.path}, {item.place}" if item.place else source.path] = bad.reason
     if not result.rows:
         return
     rows = []
     for number in result.rows:
         source, part, item = waiting[number]
         report.written.add(source.path)
-        stat = (root_of(folder) / source.path).stat()
         identity = hashlib.sha256(f"{source.path}\0{source.content}\0{part}".encode()).hexdigest()[:32]
         rows.append(
             {
@@ -175,8 +191,8 @@ def _write(
                 "content": source.content,
                 "part": part,
                 "last": int(item.last),
-                "size": stat.st_size,
-                "changed": stat.st_mtime_ns,
+                "size": source.size,
+                "changed": source.changed,
                 "thumbnail": thumbnail(item.value, model),
             }
         )
@@ -187,20 +203,22 @@ def thumbnail(value: Any, model: SentenceTransformer, longest: int = 256) -> byt
     """A small JPEG of what the model read.
 
     Args:
-        value: An input of the model; a text has no picture.
+        value: An input of the model, as `items_of` gives it; a text has no picture.
         model: The model.
         longest: Largest width and height, in pixels. Default 256.
 
     Returns:
         The file's bytes; empty for a text.
     """
-    if isinstance(value, str):
+    if value.keys() <= {"text"}:
         return b""
     # Through the checked reader, which bounds what a hostile file can cost; the first time was for the model.
-    (read,) = checked_inputs([value], model, max_pixels=4 * longest**2).inputs
-    medium = read
-    if isinstance(read, dict) and "array" not in read:  # not the text that may stand beside it
-        medium = next(read[key] for key in ("image", "video") if key in read)
+    found = checked_inputs([value], model, "skip", max_pixels=4 * longest**2).inputs
+    if not found:  # the file has changed since
+        return b""
+    medium = next(found[0][key] for key in ("image", "video") if key in found[0])  # not the text beside it
+    if isinstance(medium, list) and isinstance(medium[0], Image.Image | dict):  # several: the first
+        medium = medium[0]
     if isinstance(medium, dict):  # a video with its metadata: the frame in the middle
         medium = medium["array"]
     if not isinstance(medium, Image.Image):

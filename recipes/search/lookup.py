@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,80 @@ from sentence_transformers import SentenceTransformer
 from recipes.search.store import Hit, Store
 from st_btok import encode_checked
 
+# Random pairs of other files whose median similarity is above this are hardly told apart.
+HARDLY_APART = 0.9
+_SAMPLE, _FEWEST = 200, 20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How similar random items of an index are, of different files: what a similarity means with this model here.
+
+    Attributes:
+        median: Half of the random pairs are more similar.
+        high: One random pair of 20 is more similar; so is a hit that says something.
+    """
+
+    median: float
+    high: float
+
+    @property
+    def warning(self) -> str:
+        """What a person should know of the model before the first search; usually nothing."""
+        if self.median < HARDLY_APART:
+            return ""
+        return (
+            f"This model hardly tells these files apart: two random ones have a similarity of {self.median:.3f} "
+            f"(1: the same). It was probably made for other files (the quickstart's is made for drawn words "
+            "only). Take a model trained on files like yours."
+        )
+
+
+def spread(store: Store) -> Spread | None:
+    """Similarities of random pairs of rows.
+
+    Args:
+        store: From `open_index`.
+
+    Returns:
+        Their median and 95th percentile, from at most 200 rows; None if there are fewer than 20 pairs of other files.
+    """
+    rows = store.sample(_SAMPLE)
+    if len(rows) < 2:
+        return None
+    vectors = np.stack([vector for _, vector in rows])
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    paths = np.array([path for path, _ in rows])
+    pairs = (vectors @ vectors.T)[np.triu(paths[:, None] != paths, 1)]
+    if len(pairs) < _FEWEST:
+        return None
+    return Spread(float(np.median(pairs)), float(np.quantile(pairs, 0.95)))
+
 
 def query_of(text: str | None, image: str | Path | None) -> Any:
-    """The model's input for a text, a picture's file, or both (picture first, as the recipes train it)."""
-    parts = {"image": str(image) if image else None, "text": (text or "").strip() or None}
-    given = {key: value for key, value in parts.items() if value is not None}
+    """The model's input for a text, a picture's file, or both (picture first, as the recipes train it).
+
+    Args:
+        text: Words; never taken for a path.
+        image: A picture's file. Its bytes are handed on, so that no message names where the server keeps it.
+
+    Returns:
+        A dict.
+
+    Raises:
+        ValueError: If there is neither, or no such file.
+    """
+    given: dict[str, Any] = {}
+    if image:
+        try:
+            given["image"] = Path(image).read_bytes()
+        except OSError as error:
+            raise ValueError(f"the picture {Path(image).name!r} can't be read: {error.strerror}.") from None
+    if (text or "").strip():
+        given["text"] = (text or "").strip()
     if not given:
         raise ValueError("a query must have a text or a picture, got neither.")
-    return given["text"] if list(given) == ["text"] else given
+    return given
 
 
 def find(
@@ -46,7 +113,9 @@ def find(
     Raises:
         ValueError: If the query can't be read.
     """
-    result = encode_checked(model, [value], task="query", show_progress_bar=False)
+    result = encode_checked(model, [value], "skip", task="query", show_progress_bar=False)
+    if result.skipped:
+        raise ValueError(f"the query can't be read: {result.skipped[0].reason}.")
     return store.search(np.asarray(result.embeddings[0], dtype=np.float32), limit, kinds, path)
 
 

@@ -1,31 +1,39 @@
-"""The search page: a text box and a drop zone, hits as a grid, and for a hit what the bottleneck tokens looked at.
+"""The search page: a query, hits as a grid, and for a hit what it holds and what the bottleneck tokens looked at.
 
-What is served: thumbnails out of the index, and previews that are drawn here from files of the indexed folder. No
-path that comes from the browser is ever opened: a hit is named by its number in the grid, and an upload goes through
-the checked reader like any other input.
+What is served: thumbnails out of the index, and previews that are drawn here from files of the indexed folder, both
+inside the page itself; no file is served. No path that comes from the browser is ever opened: a hit is named by its
+row's id, which must be among the hits that the visitor was shown, and an upload goes through the checked reader like
+any other input. How things look stands in `page_html.py`.
 """
 
 from __future__ import annotations
 
-import html
-import io
 import os
-import tempfile
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image
 from sentence_transformers import SentenceTransformer
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from recipes.search import page_html
 from recipes.search.folder import KINDS, Source, file_hash, inside, items_of, root_of
-from recipes.search.lookup import find, query_of
+from recipes.search.lookup import find, query_of, spread
 from recipes.search.store import Hit, Store
-from st_btok import btok_attention, btok_ids, checked_inputs, decode_btoks, draw_attention
+from st_btok import btok_attention, btok_ids, checked_inputs, decode_btoks
 
 PREVIEW_PIXELS = 1_000_000
-LIMIT = 24
-STYLE = ".hits img {object-fit: contain} .details {font-family: ui-monospace, monospace}"
+LIMIT = 30
+LARGEST_UPLOAD = "32mb"
+# Beside what browsers know as images.
+UPLOADS = ["image", ".avif", ".heic", ".heif", ".psd", ".tga", ".jp2", ".dds", ".ico", ".qoi"]
+_GONE = "The file has changed or gone since it was indexed."
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 class Page:
@@ -34,100 +42,137 @@ class Page:
     Args:
         store: From `open_index`.
         model: The model of the index.
-        folder: Where the paths in the index start from.
+        folder: Where the paths in the index start from, or the table that is indexed.
     """
 
     def __init__(self, store: Store, model: SentenceTransformer, folder: Path) -> None:
-        self.store, self.model, self.folder = store, model, root_of(folder)
+        self.store, self.model, self.folder = store, model, folder
         tokenizer = getattr(model[0], "tokenizer", None)
         self.explains = tokenizer is not None and bool(btok_ids(tokenizer))
+        self.random = spread(store)
 
-    def search(self, text: str, upload: str | None, kinds: list[str], path: str) -> tuple[Any, ...]:
-        """Hits of a text, a picture or both: gallery, the hits themselves, a line about them, cleared details."""
-        if not (text or "").strip() and not upload:
-            return [], [], "Type a query or drop a picture.", *self._no_details()
+    @property
+    def welcome(self) -> str:
+        """What stands under the query before the first search."""
+        text = f"{self.store.count():,} items to search. Type words, add a picture, or both."
+        return text if self.random is None else f"{text} {self.random.warning}".strip()
+
+    def search(self, query: dict[str, Any] | None, kinds: list[str], path: str) -> tuple[str, str, list[Hit]]:
+        """Hits of a text, a picture or both.
+
+        Args:
+            query: `text`, and `files` with at most one path of an upload.
+            kinds: Only items of these kinds; none: all.
+            path: Only items whose path starts so.
+
+        Returns:
+            The grid, a line about it, and the hits.
+        """
+        text, files = (query or {}).get("text") or "", (query or {}).get("files") or []
+        kinds, path = kinds or [], (path or "").strip()  # nothing comes from filters that were never unfolded
+        if not text.strip() and not files:
+            return "", self.welcome, []
         try:
-            hits = find(self.store, self.model, query_of(text, upload), LIMIT, kinds or [], (path or "").strip())
+            hits = find(self.store, self.model, query_of(text, files[0] if files else None), LIMIT, kinds, path)
         except ValueError as error:
-            raise gr.Error(str(error)) from error
-        return *self._shown(hits), *self._no_details()
+            raise gr.Error(str(error), title="This query can't be searched with") from error
+        return self._shown(hits, kinds, path)
 
-    def more_like(self, hits: list[Hit], chosen: int | None, kinds: list[str], path: str) -> tuple[Any, ...]:
+    def more_like(
+        self, hits: list[Hit], chosen: str | None, kinds: list[str], path: str
+    ) -> tuple[str, str, list[Hit]]:
         """Hits nearest to a hit's own stored vector."""
-        hit = self._chosen(hits, chosen)
-        found = self.store.search(self.store.vector(hit.row["id"]), LIMIT, kinds or [], (path or "").strip())
-        return *self._shown(found), *self._no_details()
-
-    def details(self, hits: list[Hit], event: gr.SelectData) -> tuple[Any, ...]:
-        """A larger picture or the passage of the hit that was clicked."""
-        hit = self._chosen(hits, event.index)
-        value = self._value(hit)
-        row = hit.row
-        head = f"**{_escaped(row['path'])}** {_escaped(row['place'])} · {row['kind']} · score {hit.score:.3f}"
-        if value is None:
-            head += "\n\nThe file has changed or gone since it was indexed."
-        if row["text"]:
-            head += f"\n\n<pre class='details'>{_escaped(row['text'])}</pre>"
-        return event.index, head, self._picture(value), None, ""
-
-    def explain(self, hits: list[Hit], chosen: int | None) -> tuple[Any, str]:
-        """Heat maps of a hit, and the text that its bottleneck tokens can generate."""
-        hit = self._chosen(hits, chosen)
-        value = self._value(hit)
-        if value is None:
-            raise gr.Error("The file has changed or gone since it was indexed.")
-        (read,) = checked_inputs([value], self.model).inputs
-        picture = self._picture(value)
-        attention = btok_attention(self.model, read)
-        pictures = [picture] if picture is not None and len(attention.media) == 1 else []
-        with tempfile.TemporaryDirectory() as folder:
-            draw_attention(attention, Path(folder) / "map.png", pictures)
-            drawn = Image.open(io.BytesIO((Path(folder) / "map.png").read_bytes()))
+        hit, kinds, path = self._chosen(hits, chosen), kinds or [], (path or "").strip()
         try:
-            text = decode_btoks(self.model, [read])[0].text
-        except ValueError as error:  # a backbone without its LM head at hand
-            return drawn, f"No text: {error}"
-        return drawn, text or "(nothing)"
+            vector = self.store.vector(hit.row["id"])
+        except KeyError as error:
+            raise gr.Error(_GONE) from error
+        return self._shown(self.store.search(vector, LIMIT, kinds, path), kinds, path)
 
-    def _shown(self, hits: list[Hit]) -> tuple[Any, ...]:
-        gallery = []
-        for hit in hits:
-            row = hit.row
-            label = f"{hit.score:.3f}  {row['path']} {row['place']}".strip()
-            picture = Image.open(io.BytesIO(row["thumbnail"])) if row["thumbnail"] else _card(row["text"])
-            gallery.append((picture, label))
-        return gallery, hits, f"{len(hits)} of {self.store.count()} items"
+    def details(self, hits: list[Hit], chosen: str | None) -> str:
+        """A hit in large: its picture, or its passage, and all of its name."""
+        hit = self._chosen(hits, chosen)
+        value = self._value(hit)
+        picture = None if value is None else self._picture(value)
+        return page_html.details(hit, [] if picture is None else [picture], note="" if value is not None else _GONE)
+
+    def explain(self, hits: list[Hit], chosen: str | None) -> str:
+        """A hit in large under what the bottleneck tokens looked at, and the text that they can generate."""
+        hit = self._chosen(hits, chosen)
+        value = self._value(hit)
+        if value is None:
+            raise gr.Error(_GONE)
+        (read,) = checked_inputs([value], self.model).inputs
+        prompt = next((self.model.prompts[name] for name in _DOCUMENT_PROMPTS if name in self.model.prompts), None)
+        attention = btok_attention(self.model, read, prompt=prompt)
+        pictures = []
+        frames = self._frames(value)
+        if len(attention.media) == 1 and frames and attention.media[0].grid is not None:
+            steps = attention.media_weights(0).mean(0).numpy()  # over the bottleneck tokens
+            for number, weights in enumerate(steps):
+                pictures.append(page_html.heat(frames[number * len(frames) // len(steps)], weights, steps.max()))
+        seen = {int(position) for medium in attention.media for position in medium.positions}
+        weights = attention.weights.mean(0).numpy()
+        words = [(text, weights[i]) for i, text in enumerate(attention.tokens) if i not in seen and hit.row["text"]]
+        try:
+            generated = decode_btoks(self.model, [read], prompt=prompt)[0].text or "(nothing)"
+        except ValueError as error:  # a backbone without its LM head at hand
+            generated = f"(no text: {error})"
+        return page_html.details(hit, pictures, words=words, generated=generated)
+
+    def _shown(self, hits: list[Hit], kinds: list[str], path: str) -> tuple[str, str, list[Hit]]:
+        chance = None if self.random is None else self.random.high
+        total = self.store.count()
+        status = f"{len(hits)} items, best first"
+        if len(hits) < total:
+            status = f"The {len(hits)} nearest of {total:,} items, best first"
+        if kinds or path:
+            status = f"{len(hits)} items that pass the filters, best first"
+        if chance is not None and hits and hits[0].score <= chance:
+            status += ". None is closer to the query than random items of the index are to each other"
+        if not hits:
+            status = "Nothing passes the filters." if kinds or path else "The index is empty."
+        return page_html.grid(hits, chance), status, hits
 
     def _value(self, hit: Hit) -> Any:
         """The model's input of a hit, read again from its file; None if that is not the file that was indexed."""
         row = hit.row
-        file = self.folder / row["path"]
-        if not inside(self.folder, file) or not file.is_file():
+        root = root_of(self.folder)
+        file = root / row["path"]
+        if not inside(root, file) or not file.is_file():
             return None
         stat = file.stat()
         touched = (stat.st_size, stat.st_mtime_ns) != (row["size"], row["changed"])
         if touched and file_hash(file) != row["content"]:
             return None
-        for part, item in enumerate(items_of(self.folder, Source(row["path"], row["kind"], row["content"]))):
+        kind = "page" if file.suffix.lower() == ".pdf" else row["kind"]
+        for part, item in enumerate(items_of(self.folder, Source(row["path"], kind, row["content"]))):
             if part == row["part"]:
                 return item.value
         return None
 
-    def _picture(self, value: Any) -> Image.Image | None:
-        if not isinstance(value, dict) or "image" not in value:
-            return None
-        (read,) = checked_inputs([value], self.model, max_pixels=PREVIEW_PIXELS).inputs
-        return read["image"] if isinstance(read, dict) else read
+    def _frames(self, value: dict[str, Any]) -> list[Image.Image]:
+        """The picture of an input, or the frames of its video; none where it has neither or several."""
+        found = checked_inputs([value], self.model, "skip", max_pixels=PREVIEW_PIXELS).inputs
+        medium = next((found[0][kind] for kind in ("image", "video") if kind in found[0]), None) if found else None
+        if isinstance(medium, dict):
+            medium = medium["array"]
+        if isinstance(medium, list):
+            return medium[:1] if isinstance(medium[0], Image.Image) else []
+        if medium is None or isinstance(medium, Image.Image):
+            return [medium] if medium is not None else []
+        return [Image.fromarray(np.asarray(frame)) for frame in medium]
+
+    def _picture(self, value: dict[str, Any]) -> Image.Image | None:
+        frames = self._frames(value)
+        return frames[len(frames) // 2] if frames else None
 
     @staticmethod
-    def _chosen(hits: list[Hit], chosen: int | None) -> Hit:
-        if chosen is None or not 0 <= chosen < len(hits or []):
-            raise gr.Error("Click a hit first.")
-        return hits[chosen]
-
-    @staticmethod
-    def _no_details() -> tuple[Any, ...]:
-        return None, "", None, None, ""
+    def _chosen(hits: list[Hit], chosen: str | None) -> Hit:
+        for hit in hits or []:
+            if hit.row["id"] == chosen:
+                return hit
+        raise gr.Error("Click a hit first.")
 
 
 def build_page(store: Store, model: SentenceTransformer, folder: Path) -> gr.Blocks:
@@ -136,83 +181,117 @@ def build_page(store: Store, model: SentenceTransformer, folder: Path) -> gr.Blo
     Args:
         store: From `open_index`.
         model: The model of the index.
-        folder: Where the paths in the index start from.
+        folder: Where the paths in the index start from, or the table that is indexed.
 
     Returns:
         Gradio's blocks.
     """
     page = Page(store, model, folder)
-    with gr.Blocks(title="Search", analytics_enabled=False) as blocks:
+
+    def choose(hits: list[Hit], event: gr.EventData) -> tuple[Any, ...]:
+        chosen = str(event.hit)
+        return chosen, page.details(hits, chosen), gr.update(visible=True)
+
+    def cleared(found: tuple[Any, ...]) -> tuple[Any, ...]:
+        return *found, None, "", gr.update(visible=False)  # a selection belongs to the results that it was made in
+
+    with gr.Blocks(title=f"Search in {folder.name}", analytics_enabled=False, fill_width=True) as blocks:
         hits, chosen = gr.State([]), gr.State(None)
-        gr.Markdown(f"## Search in {_escaped(folder.name)}")
-        with gr.Row():
-            text = gr.Textbox(label="Query", placeholder="what are you looking for?", scale=3, elem_id="query")
-            # A file and not gr.Image, which would open the upload by itself, before the checked reader does.
-            upload = gr.File(label="or drop a picture", file_types=["image"], scale=1, height=120, elem_id="upload")
-        with gr.Row():
-            kinds = gr.CheckboxGroup(list(KINDS), label="only", scale=2)
-            path = gr.Textbox(label="only below", placeholder="folder/", scale=1)
-            go = gr.Button("Search", variant="primary", elem_id="go")
-        status = gr.Markdown("", elem_id="status")
-        with gr.Row():
-            gallery = gr.Gallery(label="hits", columns=4, height=560, elem_id="hits", elem_classes="hits", scale=3)
-            with gr.Column(scale=2):
-                about = gr.Markdown("", elem_id="about")
-                preview = gr.Image(label="preview", interactive=False)
-                more = gr.Button("More like this", elem_id="more")
-                why = gr.Button("Why? What the bottleneck tokens saw", elem_id="why", visible=page.explains)
-                heat = gr.Image(label="where they looked", interactive=False, elem_id="heat", visible=page.explains)
-                generated = gr.Textbox(label="what they can generate", elem_id="generated", visible=page.explains)
-        details = [chosen, about, preview, heat, generated]
-        results = [gallery, hits, status, *details]
-        for trigger in (go.click, text.submit, upload.upload):
-            trigger(page.search, [text, upload, kinds, path], results, api_visibility="private")
-        more.click(page.more_like, [hits, chosen, kinds, path], results, api_visibility="private")
-        gallery.select(page.details, [hits], details, api_visibility="private")
-        why.click(page.explain, [hits, chosen], [heat, generated], api_visibility="private")
+        gr.HTML(f"<h1>Search in {page_html.escaped(folder.name)}</h1>", elem_id="title")
+        query = gr.MultimodalTextbox(
+            show_label=False,
+            placeholder="Words, a picture dropped here, or both",
+            file_count="single",
+            file_types=UPLOADS,
+            sources=["upload"],
+            submit_btn="Search",
+            max_plain_text_length=10_000,
+            elem_id="query",
+        )
+        with gr.Accordion("Filters", open=False, elem_id="filters"), gr.Row():
+            names = [(kind.capitalize() if kind != "page" else "PDF page", kind) for kind in KINDS]
+            kinds = gr.CheckboxGroup(names, label="Type", info="none chosen: all", elem_id="kinds")
+            path = gr.Textbox(label="Folder", placeholder="reports/2024/", info="the path starts so", elem_id="path")
+        status = gr.HTML(page_html.escaped(page.welcome), elem_id="status")
+        with gr.Row(elem_id="found"):
+            grid = gr.HTML("", js_on_load=page_html.CLICK, elem_id="hits")
+            with gr.Column(visible=False, elem_id="details") as panel:
+                with gr.Row(elem_id="actions"):
+                    more = gr.Button("More like this", size="sm", min_width=80, elem_id="more")
+                    why = gr.Button("Why this hit?", size="sm", min_width=80, elem_id="why", visible=page.explains)
+                    close = gr.Button("Close", size="sm", min_width=80, elem_id="close")
+                about = gr.HTML("", elem_id="about")
+        details = [chosen, about, panel]
+        results = [grid, status, hits, *details]
+        # One at a time: explaining reads the model in another way for a moment.
+        alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+
+        def searched(*given: Any) -> tuple[Any, ...]:
+            return cleared(page.search(*given))
+
+        def searched_more(*given: Any) -> tuple[Any, ...]:
+            return cleared(page.more_like(*given))
+
+        query.submit(searched, [query, kinds, path], results, **alone)
+        kinds.change(searched, [query, kinds, path], results, **alone)
+        path.submit(searched, [query, kinds, path], results, **alone)
+        more.click(searched_more, [hits, chosen, kinds, path], results, **alone)
+        grid.click(choose, [hits], details, **alone)
+        why.click(page.explain, [hits, chosen], about, **alone)
+        close.click(lambda: (None, "", gr.update(visible=False)), None, details, api_visibility="private")
     return blocks
 
 
-def serve(store: Store, model: SentenceTransformer, folder: Path, host: str, port: int) -> None:
+def serve(
+    store: Store, model: SentenceTransformer, folder: Path, host: str, port: int, allowed_hosts: Sequence[str] = ()
+) -> None:
     """Serve the page until it is stopped.
 
     Args:
         store: From `open_index`.
         model: The model of the index.
-        folder: Where the paths in the index start from.
+        folder: Where the paths in the index start from, or the table that is indexed.
         host: Address to listen on.
         port: Port.
+        allowed_hosts: See `launch`.
     """
-    launch(build_page(store, model, folder), host, port)
+    launch(build_page(store, model, folder), host, port, allowed_hosts=allowed_hosts)
 
 
-def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True) -> Any:
-    """Start the server; nothing is shared, and neither the working directory nor the folder is served as files."""
+def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True, allowed_hosts: Sequence[str] = ()) -> Any:
+    """Start the server. Nothing is shared, no file of this machine is served, uploads are at most `LARGEST_UPLOAD`.
+
+    Args:
+        blocks: From `build_page`.
+        host: Address to listen on.
+        port: Port.
+        block: Whether to stay until the server is stopped.
+        allowed_hosts: Names that the page may be asked for by, beside `host`, localhost and this machine's own name
+            and addresses. Any other is refused: a foreign site whose name leads here would read the answers.
+
+    Returns:
+        Gradio's app, its local address and its public one.
+    """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    own = [host, "localhost", "127.0.0.1", *allowed_hosts]
+    if host not in ("127.0.0.1", "localhost"):
+        own += [socket.gethostname(), socket.getfqdn(), *_own_addresses()]
     return blocks.launch(
         server_name=host,
         server_port=port,
         share=False,
         prevent_thread_lock=not block,
-        blocked_paths=[str(Path.cwd())],
+        max_file_size=LARGEST_UPLOAD,
+        app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=own, www_redirect=False)]},
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=STYLE,
+        css=page_html.STYLE,
+        footer_links=[],
         quiet=not block,
     )
 
 
-def _card(text: str) -> Image.Image:
-    """A text's beginning as a picture, for the grid."""
-    image = Image.new("RGB", (256, 256), "white")
-    words, lines = text.split(), [""]
-    for word in words[:80]:
-        if len(lines[-1]) + len(word) > 34:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    ImageDraw.Draw(image).multiline_text((8, 8), "\n".join(lines[:16]), fill="black", font=ImageFont.load_default(13))
-    return image
-
-
-def _escaped(text: str) -> str:
-    """A file's name or text as text, never as markup."""
-    return html.escape(text).replace("*", "&#42;").replace("_", "&#95;").replace("[", "&#91;").replace("`", "&#96;")
+def _own_addresses() -> list[str]:
+    try:
+        return socket.gethostbyname_ex(socket.gethostname())[2]
+    except OSError:
+        return []

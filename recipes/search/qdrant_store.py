@@ -84,6 +84,14 @@ class QdrantStore:
             raise KeyError(f"no row {row_id!r} in the collection; was its file deleted since?")
         return np.asarray(found[0].vector, dtype=np.float32)
 
+    def sample(self, rows: int) -> list[tuple[str, np.ndarray]]:
+        """See `Store`."""
+        drawn = models.SampleQuery(sample=models.Sample.RANDOM)
+        found = self.client.query_points(
+            self.collection, query=drawn, limit=rows, with_payload=True, with_vectors=True
+        )
+        return [((point.payload or {})["path"], np.asarray(point.vector, dtype=np.float32)) for point in found.points]
+
     def finish(self, index_above: int) -> float | None:
         """Nothing to do: the server builds its HNSW index by itself, above a threshold of its own."""
         return None

@@ -46,6 +46,9 @@ class Store(Protocol):
     def vector(self, row_id: str) -> np.ndarray:
         """The (D,) stored vector of a row."""
 
+    def sample(self, rows: int) -> list[tuple[str, np.ndarray]]:
+        """Paths and (D,) vectors of at most so many rows, spread over the whole table."""
+
     def finish(self, index_above: int) -> float | None:
         """Tidy up after writing; above so many rows build an index. Returns its recall@10 against exact search."""
 
@@ -123,6 +126,19 @@ class LanceStore:
         if not rows:
             raise KeyError(f"no row {row_id!r} in the table; was its file deleted since?")
         return np.asarray(rows[0]["vector"], dtype=np.float32)
+
+    def sample(self, rows: int) -> list[tuple[str, np.ndarray]]:
+        """See `Store`."""
+        count = self.count()
+        step = max(count // rows, 1)
+        if step == 1:
+            found = self.table.search().select(["path", "vector"]).limit(min(count, rows) or 1).to_list()
+        else:
+            found = [
+                self.table.search().select(["path", "vector"]).offset(number * step).limit(1).to_list()[0]
+                for number in range(rows)
+            ]
+        return [(row["path"], np.asarray(row["vector"], dtype=np.float32)) for row in found]
 
     def finish(self, index_above: int) -> float | None:
         """See `Store`."""

@@ -19,9 +19,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from recipes.search import __main__ as command
+from recipes.search import folder as folder_module
 from recipes.search import index as module
 from recipes.search.index import one_writer, open_index, update
-from recipes.search.lookup import find, line, query_of
+from recipes.search.lookup import find, line, query_of, spread
 from recipes.search.qdrant_store import QdrantStore
 from recipes.search.store import LanceStore
 from tests.backbones import build, picture
@@ -52,6 +53,75 @@ def test_hits_equal_a_search_by_hand(store, qwen, folder):
     found = {hit.row["path"]: hit.score for hit in hits if hit.row["path"] in expected}
     assert found == pytest.approx(expected, abs=1e-5)
     assert store.count() == len(hits) == 9 and "long.md line " in "".join(map(line, hits))
+
+
+def test_a_bad_page_or_row_never_loses_its_neighbours(store, qwen, folder):
+    pypdfium2 = pytest.importorskip("pypdfium2")
+    document = pypdfium2.PdfDocument.new()
+    for side in (100, 14_000, 102):
+        document.new_page(side, side)
+    document.save(str(folder / "three.pdf"))
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b",}\n{"image": "bad.png"}\n{"text": "d"}\n')
+    with open(os.fsencode(folder) + b"/caf\xe9.txt", "w") as file:
+        file.write("a")
+    report = indexed(store, qwen, folder)
+    assert list(report.left_out) == [
+        "bad.png", "caf\\xe9.txt", "rows.jsonl, row 2", "rows.jsonl, row 3", "three.pdf, page 2",
+    ]  # fmt: skip
+    assert report.suffixes == {".exe": 1}
+    places = {hit.row["place"] for hit in find(store, qwen, query_of("a", None), 30) if "r" in hit.row["path"][0]}
+    places |= {hit.row["place"] for hit in find(store, qwen, query_of("a", None), 30, path="three")}
+    assert {"row 1", "row 4", "page 1", "page 3"} <= places and not {"row 2", "row 3"} & places
+    text = command.report_text(report, store.count())
+    assert (
+        "1 files of kinds that can't be searched: 1 .exe" in text and "left out: three.pdf, page 2: page 2 of" in text
+    )
+    again = indexed(store, qwen, folder)
+    assert not again.written and again.deleted == 0
+
+
+def test_rows_of_what_cannot_be_read_today_stay(store, qwen, folder, monkeypatch):
+    indexed(store, qwen, folder)
+    count = store.count()
+    hashed = folder_module.file_hash
+
+    def refuse(path):
+        if path.name == "note.txt":
+            raise PermissionError(13, "Permission denied")
+        return hashed(path)
+
+    (folder / "sub" / "note.txt").touch()
+    monkeypatch.setattr(folder_module, "file_hash", refuse)
+    report = indexed(store, qwen, folder)
+    assert report.left_out["sub/note.txt"] == "it can't be read: Permission denied"
+    assert report.deleted == 0 and store.count() == count
+
+
+def test_random_pairs_tell_what_a_similarity_means(store):
+    rng = np.random.default_rng(0)
+    row = {"kind": "text", "place": "", "text": "", "content": "", "last": 1, "size": 1, "changed": 1, "part": 0}
+    assert spread(store) is None
+    vectors = rng.standard_normal((40, 32)).astype("float32")
+    vectors[20:] = vectors[:20]  # twins in the same file do not count
+    rows = [{**row, "id": f"{i:032x}", "path": str(i % 20), "thumbnail": b""} for i in range(40)]
+    store.add(rows, vectors)
+    unit = vectors[:20] / np.linalg.norm(vectors[:20], axis=1, keepdims=True)
+    truth = (unit @ unit.T)[np.triu_indices(20, 1)]
+    found = spread(store)
+    assert found.median == pytest.approx(np.median(truth), abs=1e-5) and not found.warning
+    assert found.high == pytest.approx(np.quantile(np.repeat(truth, 4), 0.95), abs=1e-5)
+    store.remove([str(i) for i in range(20)])
+    store.add(rows, vectors + 50)
+    assert "hardly tells these files apart" in spread(store).warning
+    assert "hardly tells" in command.report_text(module.Report(), 40, spread(store))
+
+
+def test_a_sample_is_spread_over_a_large_table(store):
+    row = {"kind": "text", "place": "", "text": "", "content": "", "last": 1, "size": 1, "changed": 1, "part": 0}
+    rows = [{**row, "id": f"{i:032x}", "path": str(i), "thumbnail": b""} for i in range(500)]
+    store.add(rows, np.random.default_rng(0).standard_normal((500, 32)).astype("float32"))
+    paths = [int(path) for path, _ in store.sample(50)]
+    assert len(set(paths)) == 50 and min(paths) < 125 and max(paths) > 375
 
 
 def test_filters_by_kind_and_path(store, qwen, folder):
@@ -87,7 +157,7 @@ def test_only_what_changed_is_embedded_again(store, qwen, folder, monkeypatch):
     (folder / "new.txt").write_text("new")
     (folder / "p0.png").unlink()
     report = indexed(store, qwen, folder)
-    assert sorted(read) == ["another text", "new"]
+    assert sorted(value["text"] for value in read) == ["another text", "new"]
     assert (report.unchanged, report.new, report.changed, report.deleted) == (4, 1, 1, 1)
     assert {hit.row["path"] for hit in find(store, qwen, "a", 20)} == {
         "long.md", "new.txt", "p1.png", "p2.png", "report.pdf", "sub/note.txt",
@@ -164,7 +234,7 @@ def test_a_model_that_is_no_btok_model(tmp_path, folder):
     store, root = open_index(tmp_path / "index", plain, folder)
     report = update(store, plain, root, progress=False)
     assert find(store, plain, "What is the city?", 1)[0].row["path"] == "sub/note.txt"
-    assert {"p0.png", "report.pdf page 1"} <= report.left_out.keys()  # it takes no pictures, and says so
+    assert {"p0.png", "report.pdf, page 1"} <= report.left_out.keys()  # it takes no pictures, and says so
 
 
 def test_two_writers(tmp_path):
@@ -187,7 +257,7 @@ def test_the_command_survives_kills(tmp_path, qwen, folder, capsys):
         str(tmp_path / "index"),
         "--model",
         str(tmp_path / "model"),
-        "--batch-size",
+        "--batch_size",
         "1",
     ]
     arguments = [sys.executable, "-m", "recipes.search", *options]
@@ -202,7 +272,7 @@ def test_the_command_survives_kills(tmp_path, qwen, folder, capsys):
     process.wait()
     command.main(options)
     out = capsys.readouterr().out
-    assert "25 rows" in out
+    assert "25 items" in out
     store, _ = open_index(tmp_path / "index", qwen)
     assert all(entry["whole"] for entry in store.files().values()) and len(store.files()) == 22
     ids = [row["id"] for row in store.table.search().select(["id"]).to_list()]
@@ -237,9 +307,9 @@ def test_a_video_is_indexed_with_the_frame_in_its_middle(tmp_path, qwen):
 def test_fewer_dimensions(tmp_path, qwen, folder, capsys):
     qwen.save_pretrained(str(tmp_path / "model"))
     rest = ["--model", str(tmp_path / "model")]
-    command.main(["index", str(folder), "--to", str(tmp_path / "index"), *rest, "--truncate-dim", "16"])
+    command.main(["index", str(folder), "--to", str(tmp_path / "index"), *rest, "--truncate_dim", "16"])
     capsys.readouterr()
-    command.main(["query", str(tmp_path / "index"), "What is the city?", *rest, "--truncate-dim", "16", "--json"])
+    command.main(["query", str(tmp_path / "index"), "What is the city?", *rest, "--truncate_dim", "16", "--json"])
     assert '"sub/note.txt"' in capsys.readouterr().out.splitlines()[0]
     with pytest.raises(SystemExit, match="another model"):
         command.main(["query", str(tmp_path / "index"), "What is the city?", *rest])
