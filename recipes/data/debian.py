@@ -7,6 +7,7 @@ Where there is no apt, unpack them elsewhere into `CACHE/<package>` and everythi
 |---|---|---|---|
 | `clipart` | drawing | title and keywords | openclipart-svg, public domain |
 | `stamps` | photograph or drawing | English caption | tuxpaint-stamps-default, public domain and GPL |
+| `emoji` | emoji | its name in Unicode | fonts-noto-color-emoji, SIL Open Font License 1.1 |
 | `languages` | German caption of a stamp | English caption | the same |
 | `words` | word | its meaning | wordnet-base, WordNet licence |
 | `packages` | title of a package | first paragraph of its description | apt's own lists |
@@ -20,6 +21,7 @@ import io
 import re
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +98,19 @@ def stamps(cache: Path) -> Iterator[RealPair]:
             yield RealPair(picture, captions["en"])
 
 
+def emoji(cache: Path) -> Iterator[RealPair]:
+    """Emoji of one code point with their names; letters, digits and colours of skin are no pictures."""
+    from fontTools.ttLib import TTFont
+
+    root = package_folder("fonts-noto-color-emoji", cache)
+    font = TTFont(next(root.rglob("NotoColorEmoji.ttf")), lazy=True)
+    bitmaps = font["CBDT"].strikeData[0]
+    for code, glyph in sorted(font.getBestCmap().items()):
+        name = unicodedata.name(chr(code), "")
+        if glyph in bitmaps and unicodedata.category(chr(code)) == "So" and name and "REGIONAL" not in name:
+            yield RealPair(on_white(Image.open(io.BytesIO(bitmaps[glyph].imageData))), name.lower())
+
+
 def languages(cache: Path) -> Iterator[RealPair]:
     """German captions with the English ones of the same stamps."""
     for _, captions in _stamp_captions(cache):
@@ -162,6 +177,7 @@ def pages(cache: Path) -> Iterator[RealPair]:
 CORPORA: dict[str, Callable[[Path], Iterator[RealPair]]] = {
     "clipart": clipart,
     "stamps": stamps,
+    "emoji": emoji,
     "languages": languages,
     "words": words,
     "packages": packages,

@@ -3,8 +3,9 @@
 A variant is named on the command line: `btok`, `lasttoken` or `mean`, with options behind a colon that reach
 `build_model` and the loss by their own names: `btok:condensation_weight=0`, `btok:readout=last,num_btoks=1`. Two more
 are for controls: `train_btoks=false` keeps the rows of the BToks as they start, and `row_lr=10` multiplies the
-learning rate of the rows (with LoRA, where they are parameters of their own). `lasttoken` and `mean` take the prompt
-as plain text and the opened turn: `lasttoken:opened=true,prompt= The topic is the`, see `research/prompted.py`.
+learning rate of the rows (with LoRA, where they are parameters of their own). With `opened=true` the
+BToks, or the token that is read, stand in the assistant's opened turn; `lasttoken` and `mean` also take a prompt as
+plain text, `lasttoken:prompt= The topic is the`: see `prompted.py`.
 """
 
 from __future__ import annotations
@@ -124,10 +125,9 @@ def build_variant(
     rest = {name: value for name, value in variant.options.items() if name not in known | {"train_btoks", "row_lr"}}
     cached: dict[str, Any] = {"mini_batch_size": settings.mini_batch_size} if settings.mini_batch_size else {}
     if variant.pooling == "btok":
-        template = template_of(settings.backbone)
-        if rest.pop("turn", "opened") == "closed" and template == "chat":
-            template = "chat_closed"
-        own = {"seed": seed, "template": template, **settings.build, **own}
+        own = {"seed": seed, "template": template_of(settings.backbone), **settings.build, **own}
+        if rest.pop("opened", False):
+            own["processor_kwargs"] = {"chat_template": opened_template(settings.backbone)}
         model = build_model(settings.backbone, device=settings.device, **own)
         trained = variant.options.get("train_btoks", True)
         if settings.tuning == "lora":
@@ -166,6 +166,18 @@ def template_of(backbone: str) -> str:
     except ValueError:  # neither a processor nor a tokenizer that transformers finds by itself
         processor = AutoTokenizer.from_pretrained(backbone)
     return "chat" if processor.chat_template else "plain"
+
+
+def opened_template(backbone: str) -> str:
+    """The backbone's own chat template, which opens the assistant's turn behind every input.
+
+    Args:
+        backbone: Hub name or path, with a chat template.
+
+    Returns:
+        A chat template.
+    """
+    return f"{{%- set add_generation_prompt = true -%}}{AutoProcessor.from_pretrained(backbone).chat_template}"
 
 
 def _freeze_btoks(loss: BTokLoss | CachedBTokLoss) -> None:

@@ -1,6 +1,7 @@
 """The study: what each part of the method is worth on real pairs.
 
     python -m recipes.study --quick
+    python -m recipes.study --quick --corpora stamps
     python -m recipes.study --backbones smollm2:12 --corpora packages words --seeds 5 --rates 3e-4 1e-3 3e-3
 
 First a step of every arm is timed, alone. Then, for every backbone, corpus and arm: the best learning rate on

