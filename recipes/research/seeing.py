@@ -529,7 +529,7 @@ def train_captions(
     best, recent = -1.0, []
     for step in range(steps + 1):
         if step % 40 == 0 or step == steps:
-            line = {"step": step, "loss": float(np.mean(recent)) if recent else float("nan")}
+            line = {"step": step} | ({"loss": float(np.mean(recent))} if recent else {})
             log.append(line | measure(connector, reader, validation))
             score = log[-1]["to text"] + log[-1]["to picture"]
             if score > best:
@@ -762,7 +762,7 @@ def draw_curve(log: Sequence[dict[str, float]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     steps = [line["step"] for line in log]
     for name, label in (("loss", "training"), ("right", "right picture"), ("wrong", "another picture")):
-        left.plot(steps, [line[name] for line in log], label=label)
+        left.plot(steps, [line.get(name, np.nan) for line in log], label=label)
     for name, label in (("to text", "picture to caption"), ("to picture", "caption to picture")):
         right.plot(steps, [line[name] for line in log], label=label)
     left.set(xlabel="step", ylabel="nats a token")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from recipes.research.variants import Variant
 
 BASELINE = "last token"
+PROMPTED = "last token, prompt"  # the fair baseline: the BToks' first rows as plain text
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,7 @@ _END = f"{_BTOKS},num_btoks=1,readout=last,train_btoks=false"
 ARMS = {
     BASELINE: Arm("lasttoken", "The state of the last token: what others do."),
     "last token, opened turn": Arm("lasttoken:opened=true", "The last token of the assistant's opened turn."),
-    "last token, prompt": Arm(
-        f"lasttoken:{_TEXT}", "Behind the default prompt as plain text (PromptEOL): the fair baseline."
-    ),
+    PROMPTED: Arm(f"lasttoken:{_TEXT}", "Behind the default prompt as plain text (PromptEOL): the fair baseline."),
     "last token, opened turn, prompt": Arm(
         f"lasttoken:opened=true,{_TEXT}", "Behind that prompt in the assistant's turn."
     ),

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from recipes.research.significance import Difference, paired_difference
-from recipes.study.arms import ARMS, BASELINE
+from recipes.study.arms import ARMS, BASELINE, PROMPTED
 from recipes.study.costs import SAME_COST, Costs
 from recipes.study.runs import mean_reciprocal_ranks
 
@@ -27,6 +27,10 @@ PAIRS = (
     ("line break start", "BToks"),
     ("line break start", "line break start, last"),
     ("line break start", "line break"),
+    ("topic start", "mean of the prompt"),
+    ("topic start, last", PROMPTED),
+    ("topic, opened turn", "topic start"),
+    ("last token, opened turn, prompt", PROMPTED),
     ("topic start", "line break start"),
     ("topic start", "topic start, last"),
     ("topic start", "topic start, rows untrained"),
@@ -70,6 +74,12 @@ class Group:
             return None
         values = [mean_reciprocal_ranks(mine[seed]) - mean_reciprocal_ranks(base[seed]) for seed in seeds]
         return paired_difference(np.stack(values))
+
+    @property
+    def candidates(self) -> int:
+        """How many are searched."""
+        lines = [line for runs in self.runs["steps"].values() for line in runs.values()]
+        return max(len(ranks) for line in lines for ranks in line["ranks"].values())
 
     def scores(self, arm: str) -> np.ndarray:
         """(seeds,) MRR at equal steps, in per cent."""
@@ -136,8 +146,9 @@ def table(groups: Sequence[Group]) -> str:
     for group in groups:
         lines += [
             f"### {group.title}\n",
-            f"| arm | seeds | rate | MRR | above {BASELINE}, equal steps | equal time | cost of a step |",
-            "|---|---:|---:|---:|---:|---:|---:|",
+            f"| arm | seeds | rate | MRR among {group.candidates} | above {BASELINE}, equal steps | equal time | "
+            f"above {PROMPTED} | cost of a step |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for arm in ARMS:
             runs = group.runs["steps"].get(arm, {})
@@ -146,11 +157,12 @@ def table(groups: Sequence[Group]) -> str:
             rate = f"{next(iter(runs.values()))['rate']:g}"
             cells = [str(len(runs)), rate, _spread(group.scores(arm))]
             cells += ["" if arm == BASELINE else _shown(group.difference(arm, equal)) for equal in EQUAL]
+            cells.append("" if arm == PROMPTED else _shown(group.difference(arm, "steps", PROMPTED)))
             cost = f"{group.costs[arm]:.2f}x" if arm in group.costs else "not timed"
             lines.append(f"| {arm} | " + " | ".join(cells) + f" | {cost} |")
         for arm, other in PAIRS:
             if found := group.difference(arm, "steps", other):
-                lines.append(f"| {arm}, above {other} | | | | {_shown(found)} | | |")
+                lines.append(f"| {arm}, above {other} | | | | {_shown(found)} | | | |")
         lines.append("")
     lines.append(
         "MRR in % over both directions of search, mean of the seeds ± half their range. In brackets the 95 % interval "
