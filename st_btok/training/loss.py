@@ -277,17 +277,10 @@ class BTokLoss(nn.Module):
         self, columns: list[dict[str, Any]], targets: list[list[Tensor] | None], weight: float
     ) -> tuple[list[Tensor], Tensor, int]:
         """Every column's embeddings, the NLL summed over all of them, and the number of tokens it is summed over."""
-        # 1. Which parts each column runs in. FSDP gathers weights in every call, so all processes must make the same
-        #    calls, whatever their rows hold. AdaptiveLayerLoss needs the states of a whole column.
-        several = get_world_size() > 1
-        cost = call_cost(self._transformer.model)
-        wholes = [Part(features, target) for features, target in zip(columns, targets, strict=True)]
-        split = [
-            [whole] if several or self._by_layer() else split_by_length(whole, self.reader.media_tokens, cost)
-            for whole in wholes
-        ]
-        # 2. Columns with targets, or in several parts, by themselves; also those that may have targets elsewhere.
-        equal = several and weight != 0 and self.target != "none"
+        # 1. Each column in parts. 2. Columns with targets, or in several parts, by themselves. FSDP gathers weights in
+        #    every call, so all processes make the same ones: also columns that may have targets elsewhere are alone.
+        split = [self.split(Part(features, target)) for features, target in zip(columns, targets, strict=True)]
+        equal = get_world_size() > 1 and weight != 0 and self.target != "none"
         alone = [n for n in range(len(columns)) if equal or targets[n] is not None or len(split[n]) > 1]
         embeddings: dict[int, Tensor] = {}
         sums, tokens = [torch.zeros((), device=columns[0]["input_ids"].device)], 0
@@ -303,6 +296,20 @@ class BTokLoss(nn.Module):
                 merged = embed_columns(self.model, [columns[n] for n in together], separate_first=0 in together)
             embeddings.update(zip(together, merged, strict=True))
         return [embeddings[number] for number in range(len(columns))], torch.stack(sums).sum(), tokens
+
+    def split(self, column: Part) -> list[Part]:
+        """A column in the parts that it runs in.
+
+        Args:
+            column: All of its rows.
+
+        Returns:
+            Parts of similar length. The whole column where several processes must make equal calls, whatever their
+            rows hold, and for `AdaptiveLayerLoss`, which reads the states of all layers in the column's own dict.
+        """
+        if get_world_size() > 1 or "forward" in vars(self._transformer):
+            return [column]
+        return split_by_length(column, self.reader.media_tokens, call_cost(self._transformer.model))
 
     def embed(self, part: Part, likelihood: Likelihood | None = None) -> Embedded:
         """One pass through the model.
@@ -327,10 +334,6 @@ class BTokLoss(nn.Module):
     def _transformer(self) -> Transformer:
         """The model's first module, whatever wraps the model."""
         return find_btoks(unwrap(self.model))[0]
-
-    def _by_layer(self) -> bool:
-        """Whether `AdaptiveLayerLoss` keeps the states of all layers in a column's own dict."""
-        return "forward" in vars(self._transformer)
 
     def _passes(self) -> ExitStack:
         """What every pass through the model needs around it."""

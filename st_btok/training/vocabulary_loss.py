@@ -128,7 +128,9 @@ def sum_with_gradients(
     factor = _FLOAT16_FACTOR if dtype == torch.float16 else 1.0
     matrix, value = linear_weight.to(dtype), torch.zeros((), dtype=precise, device=input.device)
     input_grad = torch.empty_like(input, dtype=precise) if input_needs_grad else None
-    if weight_needs_grad and weight_grad is None:
+    if not weight_needs_grad:
+        weight_grad = None
+    elif weight_grad is None:
         weight_grad = torch.zeros_like(linear_weight, dtype=precise)
     size = max(1, max_logits // len(linear_weight))
     with torch.autocast(device, enabled=False):
@@ -141,7 +143,7 @@ def sum_with_gradients(
             right_logit = logits.gather(1, right)
             total = logits.exp_().sum(1, keepdim=True)
             value += (total.log() - right_logit).sum()
-            if not (input_needs_grad or weight_needs_grad):
+            if input_grad is None and weight_grad is None:
                 continue
             # Gradient of the logits: softmax, less 1 at the right token.
             grad = logits.mul_(factor / total)
@@ -149,9 +151,9 @@ def sum_with_gradients(
             grad = grad.to(dtype)
             if input_grad is not None:
                 input_grad[chunk] = _product(grad, matrix) / factor
-            if weight_needs_grad:
+            if weight_grad is not None:
                 _add_product(weight_grad, grad.T, states, 1 / factor, max_logits)
-    return Solved(value, input_grad, weight_grad if weight_needs_grad else None)
+    return Solved(value, input_grad, weight_grad)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
