@@ -60,7 +60,7 @@ class BTokLoss(nn.Module):
     Args:
         model: A BTok model: from `build_model`, or a saved one loaded with `SentenceTransformer(path)`.
         scale: Inverse temperature of the ranking part, above 0. Default 50.0 (tau = 0.02, paper and release).
-        condensation_weight: Weight of the condensation part, at least 0, or a function of the optimizer step. Default
+        condensation_weight: Weight of the condensation loss, at least 0, or a function of the optimizer step. Default
             0.2: of 0, 0.2, 1 and 5 the best on the quickstart's validation words; on real pairs of texts it has not
             paid so far (docs/findings.md). At 0 no target is built and the loss equals
             `MultipleNegativesRankingLoss`.
@@ -70,7 +70,7 @@ class BTokLoss(nn.Module):
         route: How the target reads the bottleneck tokens; see `routes.py`. `"auto"` (default) measures: `"attention"`
             (mask) where the leak probe is exactly 0, `"prefix"` where it is not (hybrids, state-space models);
             `"kv"` with flash attention, which takes no mask. The choice is logged.
-        condensation_steps: The condensation part is on for the first N optimizer steps only. Default None: always.
+        condensation_steps: The condensation loss is on for the first N optimizer steps only. Default None: always.
             The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000). A weight that depends
             on the step needs to be told it: `callbacks=[BTokCallback()]` for the Trainer.
         max_target_tokens: Longest target in tokens, the closing end-of-turn token included; at least 1. Default 64.

@@ -209,13 +209,16 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
     """
     ids, mask = features["input_ids"], features["attention_mask"].bool()
     device, (rows, width) = ids.device, ids.shape
-    lengths = mask.sum(1)  # (B,)
-    sizes = torch.tensor([len(target) for target in targets], device=device)
-    total = int((lengths + sizes).max())
-    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # real tokens first, in order
+    counts = [len(target) for target in targets]
+    labels = torch.cat(targets).to(device)  # (M,)
+    # 1. Where everything stands: a row's real tokens in order, then its target, then padding.
+    lengths, sizes = mask.sum(1), torch.tensor(counts, device=device)  # (B,)
+    total = int((lengths + sizes).max())  # the one wait for the device
     columns = torch.arange(total, device=device)
     is_input = columns < lengths[:, None]  # (B, T + N)
     is_target = ~is_input & (columns < (lengths + sizes)[:, None])
+    # 2. Features that have an entry per token follow their tokens; 0 at targets and padding.
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)  # real tokens first, in order
     source = order.gather(1, columns.clamp(max=width - 1).expand(rows, -1)) if rows else order
     joint: dict[str, Any] = {}
     for key, value in features.items():
@@ -225,17 +228,17 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
             )
         else:
             joint[key] = value
-    labels = torch.cat(targets).to(device)
     joint["input_ids"] = joint["input_ids"].masked_scatter(is_target, labels)
     joint["attention_mask"] = (is_input | is_target).to(features["attention_mask"].dtype)
-    segments = torch.full((rows, total), INPUT, device=device)
-    segments[torch.isin(joint["input_ids"], torch.tensor(btoks, device=device)) & is_input] = BTOK
-    segments[is_target] = TARGET
-    predictors = is_target.nonzero()  # (M, 2), row-major like `labels`
-    # The token before, but for each row's first: the last BTok that the target reads, also with another behind it.
-    rows_of, before = predictors[:, 0], predictors[:, 1] - 1
-    last = torch.where(segments == BTOK, columns, -1).amax(1)  # (B,)
-    predictors = torch.stack([rows_of, torch.where(before < lengths[rows_of], last[rows_of], before)], 1)
+    # 3. What each position is.
+    is_btok = torch.isin(joint["input_ids"], torch.tensor(btoks, device=device)) & is_input
+    segments = torch.where(is_btok, BTOK, torch.where(is_target, TARGET, INPUT))
+    # 4. What predicts each target token: the token before it; of a row's first, the last BTok that the target reads,
+    #    also with another behind it.
+    rows_of = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)]).long().to(device)  # (M,)
+    places = torch.tensor([place for count in counts for place in range(count)]).long().to(device)
+    last = torch.where(is_btok, columns, -1).amax(1)  # (B,)
+    predictors = torch.stack([rows_of, torch.where(places > 0, lengths[rows_of] + places - 1, last[rows_of])], 1)
     return JointBatch(joint, segments, features, (mask.cumsum(1) - 1).clamp(min=0), predictors, labels)
 
 

@@ -1,4 +1,4 @@
-"""Compares the loss on N processes with that on one; started by `test_processes.py`.
+"""Compares the loss on N processes with that on one; started by `test_distributed.py`.
 
 `python -m tests.st_btok.training.process_worker FOLDER` builds the models once and forks 1, then 2, then 3 processes.
 Rank 0 of

@@ -110,11 +110,11 @@ def test_evaluation_without_gradients(qwen):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-# --- loss modifiers: the ranking part per dimension or layer, the condensation term once ----------------------------
+# --- loss modifiers: the ranking part per dimension or layer, the condensation loss once ----------------------------
 
 
 def matryoshka_reference(model, features, dims, weights):
-    """Sum of weighted ranking parts on truncated embeddings, plus the term once."""
+    """Sum of weighted ranking parts on truncated embeddings, plus the condensation loss once."""
     own = BTokLoss(model, condensation_weight=1.0)
     parts = own([dict(c) for c in features])
     embeddings = [model(dict(c))["sentence_embedding"] for c in features]

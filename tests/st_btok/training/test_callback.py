@@ -39,7 +39,7 @@ def scheduled(model, kind=BTokLoss):
 @pytest.mark.parametrize("kind", [BTokLoss, CachedBTokLoss])
 @pytest.mark.parametrize("made_by", ["the user", "the Trainer"])
 def test_the_schedule_follows_the_optimizer_steps(qwen, tmp_path, kind, made_by):
-    """Two batches an update: the term must be on for 2 updates (4 batches), whoever makes the loss."""
+    """Two batches an update: the condensation loss must be on for 2 updates (4 batches), whoever makes the loss."""
     loss = scheduled(qwen, kind) if made_by == "the user" else lambda model: scheduled(model, kind)
     trained = trainer(qwen, tmp_path, loss, gradient_accumulation_steps=2)
     trained.train()
@@ -74,7 +74,7 @@ def test_the_step_of_a_finished_training_is_not_handed_on(qwen, tmp_path):
 
 @pytest.mark.parametrize("kind", [BTokLoss, CachedBTokLoss])
 def test_what_is_logged(qwen, tmp_path, kind):
-    """Parts that sum to the loss, and beside them the term in nats; callbacks behind this one see them too."""
+    """Parts that sum to the loss, and the condensation loss in nats; later callbacks see them too."""
     loss = kind(qwen, condensation_weight=0.5)
     trained = trainer(qwen, tmp_path, loss, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=2)
     trained.train()

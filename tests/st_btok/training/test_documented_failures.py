@@ -53,7 +53,7 @@ def test_sentence_transformers_3862_cached_gradients_silently_wrong(qwen):
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_vlm2vec_67_loss_collapses_to_zero_with_small_batches(qwen, kind):
-    """One pair has no negatives: ranking is 0 and teaches nothing. The condensation term still does."""
+    """One pair has no negatives: ranking is 0 and teaches nothing. The condensation loss still does."""
     pair = [qwen.preprocess([picture(28, 28, 1)]), qwen.preprocess(["red"])]
     parts = LOSSES[kind](qwen)(pair)
     assert parts["ranking"] == 0 and parts["condensation"] > 0.1

@@ -63,7 +63,7 @@ def test_the_parts_add_up(model, family):
 
 
 def test_rows_without_target_change_nothing(model, family):
-    """Invariant 12: the term over a batch is the token mean over the rows that have a target."""
+    """Invariant 12: the condensation loss over a batch is the token mean over the rows that have a target."""
     if not takes(family, "image"):
         queries, positives = ["a", "b"], ["one", ""]
     else:

@@ -150,7 +150,7 @@ def test_embedding_with_a_target_is_the_embedding_without(model, family):
 
 
 def test_the_prefix_gradient_passes_through_the_pooled_states_only(model, family):
-    """With the pooled states held constant, no gradient of the prefix term reaches the input."""
+    """With the pooled states held constant, no gradient of the prefix route reaches the input."""
     features, targets = case(model, family)
     transformer, _ = find_btoks(model)
     handle = transformer.register_forward_hook(

@@ -49,7 +49,7 @@ def test_gradient_checkpointing_with_adapters(qwen, use_dora):
 
 @pytest.mark.parametrize("mode", ["loaded", "autocast"])
 def test_half_precision_stays_close(model, family, mode):
-    """Weights in bf16, or fp32 weights under autocast: the term is still computed in float32."""
+    """Weights in bf16, or fp32 weights under autocast: the condensation loss is still computed in float32."""
     features = columns(model, family)
     model.train()
     expected = run(BTokLoss(model), features)
