@@ -56,7 +56,7 @@ def test_table_pairs_rounds():
         for scale in (1.0, 3.0)
     ]
     row = next(line for line in table(rounds, CONFIG, "llama").splitlines() if line.startswith("| btok"))
-    assert row.split("|")[2:5] == [" 3.00 (3.00 to 3.00) ", " 1.50 (1.50 to 1.50) ", " 0.33 (0.33 to 0.33) "]
+    assert row.split("|")[2:5] == [" 3.00 (3.00 to 3.00) ", " 1.50 (1.50 to 1.50) ", " 0.50 (0.50 to 0.50) "]
 
 
 def test_time_alone_is_taken_in_one_process():
