@@ -200,6 +200,7 @@ class BTokCallback(TrainerCallback):
     def __init__(self) -> None:
         self.step: int | None = None
         self._sums = {"train": _Sums(), "eval": _Sums()}
+        self._last: Measured | None = None  # of the last call in evaluation mode
         self._finished = False
 
     @staticmethod
@@ -224,7 +225,10 @@ class BTokCallback(TrainerCallback):
             measured: What the loss measured.
             training: Whether the model was in training mode.
         """
-        self._sums["train" if training else "eval"].add(measured)
+        if training:
+            self._sums["train"].add(measured)
+        else:
+            self._last = measured
 
     def _follow(self, state: TrainerState, model: nn.Module | None, finished: bool = False) -> None:
         self.step, self._finished = state.global_step, finished
@@ -252,6 +256,14 @@ class BTokCallback(TrainerCallback):
     ) -> None:
         """Before the first batch of an update."""
         self._follow(state, kwargs.get("model"))
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After each batch of an evaluation: other calls in evaluation mode are not the Trainer's."""
+        if self._last is not None:
+            self._sums["eval"].add(self._last)
+        self._last = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

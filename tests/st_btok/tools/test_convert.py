@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from torch.nn import functional as F
 
-from st_btok import btok_ids, condensation_attention, condensation_nll
+from st_btok import btok_ids, condensation_attention
 from st_btok.tools import convert as convert_module
 from st_btok.tools.command import main
 from st_btok.tools.convert import convert
@@ -132,7 +133,8 @@ def authors_losses(model: SentenceTransformer, losses: dict, gap: bool) -> list[
         with torch.no_grad(), condensation_attention(backbone, segments):
             states = backbone(**features).last_hidden_state[0, len(own) :]
         supervised = (labels != -100).nonzero().flatten()
-        result.append(condensation_nll(states[supervised - 1], labels[supervised], head).detach())
+        logits = F.linear(states[supervised - 1], head).float()
+        result.append(F.cross_entropy(logits, labels[supervised], reduction="none").detach())
     return result
 
 
@@ -173,7 +175,7 @@ def without_prefix(model: SentenceTransformer) -> list[float]:
             states = transformer(dict(batch.features))["token_embeddings"]
         rows, positions = batch.predictors.T
         head = transformer.model.get_input_embeddings().weight
-        means.append(condensation_nll(states[rows, positions], batch.labels, head).mean().item())
+        means.append(F.cross_entropy(F.linear(states[rows, positions], head), batch.labels).item())
     return means
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from st_btok import btok_ids, build_model, condensation_attention, condensation_nll
+from st_btok import btok_ids, build_model, condensation_attention
 from st_btok.model_parts import find_btoks
 from st_btok.tools import explain_figure
 from st_btok.tools.command import main
@@ -37,14 +37,15 @@ def make(name: str, **options: object):
 
 
 def likelihood(model, sample, targets: list[torch.Tensor], head: torch.Tensor | None = None) -> torch.Tensor:
-    """Log-likelihood of each target under the loss' own code, teacher forced."""
+    """Log-likelihood of each target, teacher forced."""
     transformer, btoks = find_btoks(model)
     batch = join_targets(transformer.preprocess([sample] * len(targets)), targets, btoks)
     with torch.no_grad(), condensation_attention(transformer.model, batch.segments):
         states = transformer(dict(batch.features))["token_embeddings"]
     rows, positions = batch.predictors.T
     head = transformer.model.get_input_embeddings().weight if head is None else head
-    nll = condensation_nll(states[rows, positions], batch.labels, head).detach()
+    logits = F.linear(states[rows, positions], head).float()
+    nll = F.cross_entropy(logits, batch.labels, reduction="none").detach()
     return -torch.zeros(len(targets)).index_add(0, rows, nll)
 
 
