@@ -12,6 +12,7 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import transformer as transformer_module
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +28,8 @@ from st_btok.tokens import btok_ids
 # Where transformers looks for the class that generates. Text comes last: some configs with a vision tower stand there
 # too, for a class that reads the language model alone (Qwen3.5).
 GENERATING = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+# Features that carry the content of rows to the losses; see `training/content.py`. No model reads them.
+CONTENT_KEYS = ("content_ids", "content_media")
 
 
 def find_btoks(model: SentenceTransformer) -> tuple[Transformer, list[int]]:
@@ -198,3 +201,15 @@ def media_tokens(transformer: Transformer) -> dict[str, int]:
     """
     named = {kind: getattr(transformer.config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
     return {kind: token for kind, token in named.items() if token is not None}
+
+
+def ignore_in_forward(*keys: str) -> None:
+    """Keep features from the forward of backbones that take any argument, as sentence-transformers does with its own.
+
+    Private name: `_NON_MODEL_FEATURE_KEYS` of `base/modules/transformer.py` (read in 6.1 and 6.2).
+
+    Args:
+        *keys: Names of features.
+    """
+    module: Any = transformer_module
+    module._NON_MODEL_FEATURE_KEYS = module._NON_MODEL_FEATURE_KEYS | {*keys}

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from st_btok import build_model
+from st_btok.training.content import carry_content
 from tests.backbones import BUILDERS, build
 
 torch.set_num_threads(1)  # the runner uses one process per core
@@ -54,6 +55,7 @@ def btok_model(_built):
         if key not in _built:
             backbone, processor = build(family)
             _built[key] = build_model(backbone, processor=processor, device="cpu", **options)
+            carry_content(_built[key][0])  # so that a test may preprocess before it makes its losses
         return copy.deepcopy(_built[key])
 
     return get

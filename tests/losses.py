@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from st_btok.training.content import carry_content
 from tests.backbones import inputs, picture, takes, total
 
 
@@ -23,6 +24,7 @@ class Step:
 
 def columns(model, family, queries=None, positives=None):
     """Queries of every kind that a family takes, texts of growing length (one picture) as positives, one negative."""
+    carry_content(model[0])  # the losses are made later
     queries = queries or inputs(family)[:-1]
     if positives is None:
         positives = [f"target {i} " + "x" * i for i in range(len(queries))]

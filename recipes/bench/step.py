@@ -246,8 +246,8 @@ def run_worker(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]
     """CPU time of each step in seconds, and the peak in MiB above what the process held before."""
     torch.set_num_threads(1)
     model = backbone(config, family)
+    step = make_step(config, model, way)  # first: features carry what a row generates once a loss is made
     columns = batch(config, model, family)
-    step = make_step(config, model, way)
     for parameter in model.parameters():  # gradients exist before the peak is taken, as in training
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)

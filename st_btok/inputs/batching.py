@@ -33,6 +33,8 @@ from sentence_transformers.base.modality import infer_modality
 from torch import Tensor
 from torch.nn import functional as F
 
+from st_btok.model_parts import CONTENT_KEYS
+
 BATCH_TOKENS = 4096  # padded tokens of a batch
 WINDOW_ROWS, WINDOW_BYTES = 1024, 2**26
 READERS = 4  # threads that decode media
@@ -47,7 +49,7 @@ NO_LIMIT = 2**31 - 1
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 # Read by sentence-transformers where it cuts a batch into mini-batches of a loss; no model reads them.
-_TRAINING = ("num_images_per_sample", "num_videos_per_sample")
+_TRAINING = ("num_images_per_sample", "num_videos_per_sample", *CONTENT_KEYS)
 _FIXED = ("modality", "prompt_length")
 
 

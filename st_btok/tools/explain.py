@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 
 from st_btok.model_parts import find_btoks, tokenizer_of
 from st_btok.pooling import check_btoks
+from st_btok.training.content import closing_token
 from st_btok.training.lm_head import output_embeddings
 from st_btok.training.mask import condensation_attention
 from st_btok.training.routes import find_leak
-from st_btok.training.targets import ContentReader, join_targets
+from st_btok.training.targets import join_targets
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def decode_btoks(
         raise ValueError(f'route must be "attention" or "prefix", got {route!r}.')
     transformer, btoks = find_btoks(model)
     head = output_embeddings(transformer.model, lm_head)
-    end = ContentReader(transformer).end
+    end = closing_token(transformer)
     training = model.training
     model.eval()
     try:

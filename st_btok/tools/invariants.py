@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from st_btok.adapters import btok_lora_config, merge_adapters
 from st_btok.limits import UNLIMITED
-from st_btok.model_parts import embedding_matrix, find_btoks
+from st_btok.model_parts import embedding_matrix, find_btoks, media_tokens
 from st_btok.training.cached_loss import CachedBTokLoss
 from st_btok.training.loss import BTokLoss
 from st_btok.training.routes import ROUTES
 from st_btok.training.splitting import Part
-from st_btok.training.targets import ContentReader
 
 # Two inputs of a kind whose embeddings are closer than this are taken for one: the medium did not get through.
 DISTINCT = 1e-4
@@ -174,7 +173,7 @@ def _end(subject: Subject) -> Measured:
 
 def _truncation(subject: Subject) -> Measured:
     transformer, ids = find_btoks(subject.model)
-    media = ContentReader(transformer).media
+    media = torch.tensor(list(media_tokens(transformer).values()), dtype=torch.long)
     long, wrong, count = "kitten " * 400, 0, 0
     limits = transformer.processing_kwargs["chat_template"]
     # Room for every medium at its largest, and for less text than there is, where that is possible.
@@ -286,8 +285,9 @@ def _gradient_checkpointing(subject: Subject) -> Measured:
 
 
 def _cached(subject: Subject) -> Measured:
-    head, columns = _any_head(subject.model), subject.columns()
-    expected = _step(BTokLoss(subject.model, lm_head=head), columns)
+    head = _any_head(subject.model)
+    loss, columns = BTokLoss(subject.model, lm_head=head), subject.columns()
+    expected = _step(loss, columns)
     found = _step(CachedBTokLoss(subject.model, lm_head=head, mini_batch_size=1), columns)
     return _apart(found, expected), 1e-5, "loss and gradients with GradCache and without, relative"
 

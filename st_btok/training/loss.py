@@ -28,6 +28,7 @@ from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.model_parts import find_btoks, unwrap
 from st_btok.pooling import check_btoks
 from st_btok.training.callback import CITATION, BTokCallback, Measured, Schedule, in_modifier, warn_of_half_precision
+from st_btok.training.content import ContentReader
 from st_btok.training.distributed import (
     across_processes,
     gather_columns,
@@ -41,7 +42,6 @@ from st_btok.training.routes import ALL_LAYERS, ROUTES, Call, Embedded, Likeliho
 from st_btok.training.splitting import Part, call_cost, split_by_length, unsort
 from st_btok.training.targets import (
     TARGET_SIDES,
-    ContentReader,
     JointBatch,
     TargetSide,
     choose_targets,
@@ -74,8 +74,8 @@ class BTokLoss(nn.Module):
             The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000). A weight that depends
             on the step needs to be told it: `callbacks=[BTokCallback()]` for the Trainer.
         max_target_tokens: Longest target in tokens, the closing end-of-turn token included; at least 1. Default 64.
-        instructions: Prompts to leave out of targets, for `template="plain"`, where a prompt stands directly before
-            the text. The model's own `prompts` always count. Under `template="chat"` prompts are a turn of their own.
+        instructions: Texts with which the data's own texts begin and which are not generated, as in MMEB-train.
+            Prompts are never generated: they are no part of a row.
         lm_head: Where the output embeddings of an untied backbone come from; see `lm_head.output_embeddings`.
         btok_budgets: Train prefixes of the bottleneck tokens, such as `(1, 2, 4)`: the ranking part is the mean over
             embeddings from that many first tokens; see `read_budget`. Default None: all K.
@@ -183,7 +183,7 @@ class BTokLoss(nn.Module):
         for module in model.modules():
             if isinstance(module, WordWeights):
                 module.requires_grad_(False)
-        self.reader = ContentReader(transformer, [*instructions, *filter(None, model.prompts.values())])
+        self.reader = ContentReader(transformer, max_target_tokens, instructions)
         self.lm_head = None if target == "none" else own_head(transformer.model, lm_head)
         self.route: Route | None = None
         self.leak: float | None = None

@@ -1,112 +1,18 @@
-"""What is generated from what: the text content of a column, the side to generate, and `[input][BToks][target]` rows.
-
-The losses of sentence-transformers get token ids, not texts, so the content of a target is read back out of its ids:
-what stands between the header of the last turn and the bottleneck tokens, without special tokens and media
-placeholders. The header is found by rendering two texts and an instruction through the model's own template.
-"""
+"""What is generated from what: the side to generate, and `[input][BToks][target]` rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
 
-from st_btok.model_parts import media_tokens, tokenizer_of
-from st_btok.tokens import btok_ids
+from st_btok.training.content import Content
 from st_btok.training.mask import BTOK, INPUT, TARGET
-from st_btok.training.media_text import MediaText
 
 TargetSide = Literal["auto", "query", "positive", "both", "self", "none"]
 TARGET_SIDES = ("auto", "query", "positive", "both", "self", "none")
-
-
-@dataclass(frozen=True)
-class Content:
-    """What one row of a column holds: the ids of its text, and whether it has images, videos or audio."""
-
-    text: Tensor
-    has_media: bool
-
-
-class ContentReader:
-    """Reads the text content of rows out of their token ids, for one model's template.
-
-    Args:
-        transformer: The model's first module.
-        instructions: Texts that precede the content inside a turn and must not be generated: prompts, where the
-            template (such as `template="plain"`) puts them directly before the text.
-    """
-
-    def __init__(self, transformer: Transformer, instructions: Sequence[str] = ()) -> None:
-        tokenizer = tokenizer_of(transformer)
-        self.btoks = btok_ids(tokenizer)
-        added = tokenizer.added_tokens_decoder
-        special = {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        self.media_tokens = media_tokens(transformer)
-        special |= set(self.media_tokens.values())
-        self.media = torch.tensor(sorted(set(self.media_tokens.values())), dtype=torch.long)
-        self.special = torch.tensor(sorted(special), dtype=torch.long)
-        # Asked of the few ids at either end of a text: reading the whole vocabulary would take a second per loss.
-        self._tokenizer = tokenizer
-        self._blank: dict[int, bool] = {}
-        first, second = (self._render(transformer, text) for text in ("0", "1 2 3 4"))
-        prompted = self._render(transformer, "0", prompt="5 6 7")
-        prefix, prompted_prefix = first[: _common(first, second)], prompted[: -len(first) + _common(first, second)]
-        # The header of the content's turn: how the parts before the text end, with and without an instruction.
-        shared = _common(prefix[::-1], prompted_prefix[::-1])
-        self.header = prefix[len(prefix) - shared :]
-        self.media_text = MediaText(transformer, special, self.header)
-        tail = first[len(first) - _common(first[::-1], second[::-1]) :]
-        closing = [token for token in tail if token in special and token not in self.btoks]
-        self.end = closing[0] if closing else tokenizer.eos_token_id
-        if self.end is None:
-            raise ValueError("the tokenizer needs an end-of-turn token to close targets. Set tokenizer.eos_token.")
-        texts = [text for text in instructions if text]
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        self.instructions = sorted(ids, key=len, reverse=True)
-
-    def is_blank(self, token: int) -> bool:
-        """Whether a token is nothing but white space, such as the line break between a picture and its text."""
-        if token not in self._blank:
-            self._blank[token] = not str(self._tokenizer.decode([token])).strip()
-        return self._blank[token]
-
-    @staticmethod
-    def _render(transformer: Transformer, text: str, prompt: str | None = None) -> list[int]:
-        return transformer.preprocess([text], prompt=prompt)["input_ids"][0].tolist()
-
-    def read(self, features: dict[str, Any]) -> list[Content]:
-        """Content of every row of one column.
-
-        Args:
-            features: `input_ids` and `attention_mask`, both (B, T), with the BToks at the end of every row.
-
-        Returns:
-            B contents; the text ids are empty for a row without text.
-        """
-        return [
-            self._read_row(row[mask.bool()])
-            for row, mask in zip(features["input_ids"].cpu(), features["attention_mask"].cpu(), strict=True)
-        ]
-
-    def _read_row(self, row: Tensor) -> Content:
-        has_media = bool(torch.isin(row, self.media).any())
-        tokens = row.tolist()[: -len(self.btoks)]
-        start = _rfind(tokens, self.header) + len(self.header)
-        kept = self.media_text.remove(tokens[start:])
-        while kept and self.is_blank(kept[0]):
-            kept = kept[1:]
-        for instruction in self.instructions:
-            if kept[: len(instruction)] == instruction:
-                kept = kept[len(instruction) :]
-                break
-        while kept and self.is_blank(kept[-1]):
-            kept = kept[:-1]
-        return Content(torch.tensor(kept, dtype=torch.long), has_media)
 
 
 def choose_targets(
@@ -240,21 +146,3 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
     last = torch.where(is_btok, columns, -1).amax(1)  # (B,)
     predictors = torch.stack([rows_of, torch.where(places > 0, lengths[rows_of] + places - 1, last[rows_of])], 1)
     return JointBatch(joint, segments, features, (mask.cumsum(1) - 1).clamp(min=0), predictors, labels)
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Length of the longest common prefix."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
-
-
-def _rfind(tokens: list[int], pattern: list[int]) -> int:
-    """Start of the last occurrence of `pattern`; minus its length where there is none, so that content starts at 0."""
-    if not pattern:
-        return 0
-    for start in range(len(tokens) - len(pattern), -1, -1):
-        if tokens[start : start + len(pattern)] == pattern:
-            return start
-    return -len(pattern)

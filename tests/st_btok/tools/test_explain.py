@@ -22,7 +22,8 @@ from st_btok.tools import explain_figure
 from st_btok.tools.command import main
 from st_btok.tools.explain import BTokAttention, Medium, _search, btok_attention, decode_btoks, find_media
 from st_btok.tools.explain_figure import draw_attention
-from st_btok.training.targets import ContentReader, join_targets
+from st_btok.training.content import closing_token
+from st_btok.training.targets import join_targets
 from tests.backbones import build, clip, picture
 
 SAMPLES = {
@@ -140,7 +141,7 @@ def test_search_over_texts_that_close(seed):
 
 def test_the_end_of_turn_closes_a_text():
     model = make("llama")
-    end = ContentReader(model[0]).end
+    end = closing_token(model[0])
     state = model[0](model.preprocess(["a"]))["token_embeddings"][0, -1].detach()
     head = model[0].model.get_input_embeddings().weight.detach().clone()
     head[end] = 10 * state

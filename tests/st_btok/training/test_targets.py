@@ -5,69 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from st_btok import build_model
 from st_btok.model_parts import find_btoks
+from st_btok.training.content import Content
 from st_btok.training.mask import BTOK, INPUT, TARGET
-from st_btok.training.targets import Content, ContentReader, choose_targets, join_targets
-from tests.backbones import build, clip, inputs, picture, sound, takes, tokenizer
+from st_btok.training.targets import choose_targets, join_targets
+from tests.backbones import inputs
 
 END = 99
 
 
-def texts(model, samples, prompt=None, **options) -> list[tuple[str, bool]]:
-    reader = ContentReader(model[0], **options)
-    contents = reader.read(model.preprocess(samples, prompt=prompt))
-    return [(model.tokenizer.decode(content.text), content.has_media) for content in contents]
-
-
-@pytest.mark.parametrize("template", ["chat", "plain"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_content_is_the_text_without_anything_around_it(btok_model, family, template, side):
-    model = btok_model(family, template=template)
-    model.tokenizer.padding_side = side
-    samples = ["a red kitten", "x", "", " two\nlines "]
-    expected = [("a red kitten", False), ("x", False), ("", False), ("two\nlines", False)]
-    if takes(family, "image"):
-        samples += [picture(), {"image": picture(), "text": "what?"}]
-        expected += [("", True), ("what?", True)]
-    if takes(family, "audio"):
-        samples += [{"audio": sound()}, {"audio": sound(), "text": "who?"}]
-        expected += [("", True), ("who?", True)]
-    if takes(family, "video") and family != "smolvlm":
-        # Qwen3-VL and InternVL write time stamps or numbers between the frames.
-        samples += [
-            {"video": clip(), "text": "when?"},
-            {"video": clip(4, 1)},
-            {"text": "is it <it>? ", "video": clip()},
-        ]
-        expected += [("when?", True), ("", True), ("is it <it>?", True)]
-    found = texts(model, samples)
-    for got, wanted in zip(found, expected, strict=True):
-        assert got[1] == wanted[1]
-        assert wanted[0] is None or got[0] == wanted[0]
-
-
-def test_what_smolvlm_writes_around_videos_is_not_content(btok_model):
-    samples = [{"video": clip(5)}, {"video": clip(3), "text": "when?"}, {"text": "in this video:", "video": clip(16)}]
-    found = texts(btok_model("smolvlm"), samples)
-    assert found == [("", True), ("when?", True), ("in this video:", True)]
-
-
-@pytest.mark.parametrize("template", ["chat", "plain"])
-def test_instructions_are_not_content(btok_model, family, template):
-    model = btok_model(family, template=template)
-    told = texts(model, ["kitten"], prompt="Find a thing: ", instructions=["Find a thing: ", "Find"])
-    assert told == [("kitten", False)]
-    if template == "chat":
-        assert texts(model, ["kitten"], prompt="Any other: ") == [("kitten", False)], "a turn of its own"
-
-
-def test_targets_close_with_the_end_of_turn(model):
-    assert model.tokenizer.convert_ids_to_tokens(ContentReader(model[0]).end) == "<|im_end|>"
-
-
 def content(text="", media=False):
-    return Content(torch.tensor([ord(c) for c in text], dtype=torch.long), media)
+    return Content(torch.tensor([ord(c) for c in text], dtype=torch.long), int(media))
 
 
 def chosen(query, positive, target="auto", longest=10):
@@ -146,27 +94,3 @@ def test_every_modality_joins(qwen):
     for row, target in enumerate(targets):
         length = int(features["attention_mask"][row].sum())
         assert batch.features["input_ids"][row, length : length + len(target)].tolist() == target.tolist()
-
-
-def test_a_tokenizer_without_end_of_turn_is_refused():
-    backbone, processor = build("llama")
-    own = tokenizer("{%- for m in messages -%}{{ m.content }}{%- endfor -%}")
-    model = build_model(backbone, processor=own, device="cpu")
-    assert ContentReader(model[0]).end == own.eos_token_id
-    model.tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="end-of-turn token"):
-        ContentReader(model[0])
-
-
-def test_a_reader_does_not_read_the_vocabulary(qwen, monkeypatch):
-    """At 151,646 tokens that took 0.9 s for every loss; only ids at either end of a text are looked at."""
-    decoded = []
-    own = type(qwen.tokenizer).decode
-    monkeypatch.setattr(
-        type(qwen.tokenizer),
-        "decode",
-        lambda self, ids, *args, **kwargs: decoded.append(ids) or own(self, ids, *args, **kwargs),
-    )
-    reader = ContentReader(qwen[0])
-    reader.read(qwen.preprocess([{"image": picture(), "text": " what? "}, "b"]))
-    assert 0 < len(decoded) < 60 < len(qwen.tokenizer)

@@ -1,0 +1,356 @@
+"""The text content of rows: carried from the rows themselves to the losses, beside the token ids.
+
+A loss of sentence-transformers gets features, not rows. What a row's own text is can't be read back out of its token
+ids: published chat templates write roles, prompts, dates and time stamps around it as ordinary text, each in a way of
+its own. So once a loss is made, the `preprocess` of its model's first module adds two tensors to the features: the ids
+of each row's own text, tokenised alone, and the kinds of its media. They pass collator, workers, devices and slicing
+like any other tensor, and the model's forward ignores them. Nothing of it is saved.
+
+When a loss is made, rows of every kind that the model takes are sent this way, read back and compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sentence_transformers.base.modules.transformer import Transformer
+from torch import Tensor
+
+from st_btok.limits import UNLIMITED
+from st_btok.model_parts import CONTENT_KEYS, ignore_in_forward, media_tokens, tokenizer_of
+from st_btok.tokens import btok_ids, control_tokens
+
+_TEXT, _MEDIA = CONTENT_KEYS
+# One bit for each kind of medium.
+MEDIA_BITS = {"image": 1, "video": 2, "audio": 4}
+_NONE = -1  # behind the last id of a row's text
+_INSTRUCTIONS = ("system", "developer")  # roles whose turns are no content
+# Characters of a text that are tokenised at first, for each token that is asked for; more if they do not suffice.
+_CHARS_PER_TOKEN = 16
+# A cut through a word can only change the last few tokens.
+_SPARE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one row of a column holds.
+
+    Attributes:
+        text: Ids of its own text, tokenised alone; without prompt, template, BToks and placeholders; empty
+            for a row without text.
+        media: The kinds of its media, the sum of their `MEDIA_BITS`.
+    """
+
+    text: Tensor
+    media: int = 0
+
+    @property
+    def has_media(self) -> bool:
+        """Whether it has images, videos or audio."""
+        return self.media > 0
+
+
+class ContentReader:
+    """Lets a model's features carry the content of their rows, and reads it.
+
+    Args:
+        transformer: The model's first module; from now on its `preprocess` adds the content.
+        max_tokens: Ids that are needed of one text, at least 1. The largest number of several readers is carried.
+        instructions: What data itself writes before the content, inside of the same text, and must not be generated.
+            Prompts are none: they are not part of a row. Several readers share all of them.
+
+    Raises:
+        ValueError: If the tokenizer has no token that closes targets, or rows of some kind do not come back as they
+            were given.
+    """
+
+    def __init__(self, transformer: Transformer, max_tokens: int = 64, instructions: Sequence[str] = ()) -> None:
+        self.btoks = btok_ids(tokenizer_of(transformer))
+        self.media_tokens = media_tokens(transformer)
+        carrier = carry_content(transformer)
+        carrier.max_tokens = max(carrier.max_tokens, max_tokens)
+        texts = {*carrier.instructions, *(text.lstrip() for text in instructions if text.strip())}
+        carrier.instructions = sorted(texts, key=len, reverse=True)
+        if carrier.end is None:
+            carrier.end = closing_token(transformer)
+            wrong = {kind: why for kind, why in read_back(transformer).items() if why}
+            if wrong:
+                kind, why = next(iter(wrong.items()))
+                carrier.end = None
+                raise ValueError(
+                    f"what a row generates must be its own text, but rows of the kind {kind!r} do not come back: "
+                    f'{why} Fix the chat template or tokenizer, or build the model with template="plain"; '
+                    'BTokLoss(model, target="none", condensation_weight=0) generates nothing.'
+                )
+        self.end = carrier.end
+
+    def read(self, features: dict[str, Any]) -> list[Content]:
+        """Content of every row of one column.
+
+        Args:
+            features: From the model's `preprocess`, called after this reader was made.
+
+        Returns:
+            B contents; of long texts at least `max_tokens` ids.
+
+        Raises:
+            ValueError: If the features carry no content.
+        """
+        return read_content(features)
+
+
+def read_content(features: dict[str, Any]) -> list[Content]:
+    """The content that features carry; see `ContentReader.read`."""
+    if _TEXT not in features:
+        raise ValueError(
+            "a column's features must carry the content of their rows, but these have only "
+            f"{sorted(features)}: they were made before the loss, or not by the preprocess of the loss' model. Make "
+            "the loss first, then call model.preprocess."
+        )
+    return [
+        Content(ids[ids != _NONE], int(media))
+        for ids, media in zip(features[_TEXT].cpu(), features[_MEDIA].tolist(), strict=True)
+    ]
+
+
+def carry_content(transformer: Transformer) -> ContentCarrier:
+    """Let a module's `preprocess` add the content of rows to their features, in place.
+
+    Args:
+        transformer: The model's first module.
+
+    Returns:
+        What does it now, the same one at every call.
+    """
+    present = vars(transformer).get("preprocess")
+    if isinstance(present, ContentCarrier):
+        return present
+    ignore_in_forward(*CONTENT_KEYS)
+    carrier = ContentCarrier(transformer)
+    transformer.preprocess = carrier  # type: ignore[assignment, method-assign]
+    return carrier
+
+
+class ContentCarrier:
+    """A `preprocess` whose features carry the content of their rows.
+
+    An object and not a closure: it is copied with its module, and sent to the workers of a data loader.
+
+    Args:
+        transformer: The module.
+
+    Attributes:
+        max_tokens: Ids that are carried of one text at most, 64 or what a reader needs more.
+        instructions: Texts that are left out where a row's text begins with them, longest first.
+        end: The id that closes targets; None until it was looked for.
+    """
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.transformer = transformer
+        self.max_tokens = 64
+        self.instructions: list[str] = []
+        self.end: int | None = None
+        tokenizer = tokenizer_of(transformer)
+        names = control_tokens(tokenizer, str(tokenizer.chat_template))
+        self.control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+    def __call__(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
+        """As `Transformer.preprocess`; the features also hold the content.
+
+        Args:
+            inputs: B rows.
+            prompt: Their instruction.
+            **options: Further arguments of `Transformer.preprocess`.
+
+        Returns:
+            Features.
+        """
+        module = self.transformer
+        features = type(module).preprocess(module, inputs, prompt=prompt, **options)  # type: ignore[arg-type]
+        if not features or torch.is_inference_mode_enabled():  # `encode`
+            return features
+        rows = contents_of(module, inputs)
+        ids = [torch.tensor(self.ids_of(text), dtype=torch.long) for text, _ in rows]
+        features[_TEXT] = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=_NONE)
+        features[_MEDIA] = torch.tensor([media for _, media in rows])
+        return features
+
+    def ids_of(self, text: str) -> list[int]:
+        """The first ids of a row's text.
+
+        Args:
+            text: As the row has it.
+
+        Returns:
+            At most `max_tokens` ids, without blanks at the ends; control tokens' names are text, as in the input.
+        """
+        text = self._without_instruction(text.strip())
+        tokenizer, size = tokenizer_of(self.transformer), _CHARS_PER_TOKEN * self.max_tokens
+        if not text:
+            return []
+        while True:
+            own = self.control.sub(lambda name: f"{name[0][0]} {name[0][1:]}", text[:size])
+            ids = tokenizer(own, add_special_tokens=False, verbose=False)["input_ids"]
+            if size >= len(text) or len(ids) >= self.max_tokens + _SPARE_TOKENS:
+                return ids[: self.max_tokens]
+            size *= 4
+
+    def _without_instruction(self, text: str) -> str:
+        for instruction in self.instructions:
+            if text.startswith(instruction) or text == instruction.rstrip():
+                return text[len(instruction) :].strip()
+        return text
+
+
+def contents_of(transformer: Transformer, inputs: Sequence[Any]) -> list[tuple[str, int]]:
+    """The own text of rows, and the kinds of their media.
+
+    Args:
+        transformer: The module that reads them.
+        inputs: Rows as `preprocess` takes them: texts, media, dicts, conversations.
+
+    Returns:
+        One text for each, turns but instructions one below the other; and the sum of the `MEDIA_BITS`.
+    """
+    formatter = transformer.input_formatter
+    modality, values, _ = formatter.parse_inputs(inputs)
+    if modality != "message":
+        _, values = formatter.batch_to_message(modality, values)
+    return [_content_of(messages) for messages in values["message"]]
+
+
+def _content_of(messages: Sequence[Any]) -> tuple[str, int]:
+    turns, media = [], 0
+    for message in messages:
+        if message.get("role") in _INSTRUCTIONS:
+            continue
+        parts = message.get("content") or []
+        text = ""
+        for part in [parts] if isinstance(parts, str | dict) else parts:
+            if isinstance(part, str):
+                text += part
+            elif "role" in part or part.get("type") == "message":  # a conversation among rows of other kinds
+                inner, kinds = _content_of([part] if "role" in part else part["message"])
+                text, media = text + ("\n" if text else "") + inner, media | kinds
+            elif isinstance(part.get("text"), str):
+                text += part["text"]
+            else:
+                media |= next((bit for kind, bit in MEDIA_BITS.items() if kind in str(part.get("type"))), 0)
+        turns.append(text)
+    return "\n".join(turn for turn in turns if turn), media
+
+
+def closing_token(transformer: Transformer) -> int:
+    """The token that closes a reply: the first control token behind what the assistant says.
+
+    Args:
+        transformer: The model's first module.
+
+    Returns:
+        Its id; the tokenizer's `eos_token` where the template has none.
+
+    Raises:
+        ValueError: If the tokenizer has none either.
+    """
+    tokenizer = tokenizer_of(transformer)
+    names: Any = control_tokens(tokenizer, str(tokenizer.chat_template))
+    control = {tokenizer.convert_tokens_to_ids(name) for name in names} - {*btok_ids(tokenizer)}
+    structured = transformer.modality_config["message"].get("format") == "structured"
+    rendered: list[list[int]] = []
+    for reply in ("0", "1 2 3 4"):
+        turns: Any = [
+            {"role": role, "content": [{"type": "text", "text": text}] if structured else text}
+            for role, text in (("user", "5"), ("assistant", reply))
+        ]
+        try:
+            rendered.append(transformer.preprocess([turns], processing_kwargs=UNLIMITED)["input_ids"][0].tolist())
+        except Exception:  # a template raises what it likes
+            break
+    tail = _common_end(*rendered) if len(rendered) == 2 else []
+    end = next((token for token in tail if token in control), tokenizer.eos_token_id)
+    if end is None:
+        raise ValueError("the tokenizer needs an end-of-turn token to close targets. Set tokenizer.eos_token.")
+    return int(end)
+
+
+def _common_end(first: list[int], second: list[int]) -> list[int]:
+    size = 0
+    while size < min(len(first), len(second)) and first[-1 - size] == second[-1 - size]:
+        size += 1
+    return first[len(first) - size :]
+
+
+def read_back(transformer: Transformer) -> dict[str, str]:
+    """Send rows of every kind through `preprocess` and compare what comes back with what they are.
+
+    Args:
+        transformer: A module whose features carry content.
+
+    Returns:
+        For each kind, with and without a prompt, why it is wrong; empty for those that come back exactly. Kinds that
+        the model does not take, because its processor or template raises, are left out.
+
+    Raises:
+        Exception: What the processor or the template raises at a text.
+    """
+    found: dict[str, str] = {}
+    for kind, rows, truths in _probes(transformer):
+        for prompt in (None, "Find it: "):
+            try:
+                features = transformer.preprocess(rows, prompt=prompt, processing_kwargs=UNLIMITED)
+            except Exception:  # processors and templates raise what they like
+                if not found:
+                    raise
+                continue
+            why = [_difference(transformer, features, index, truth) for index, truth in enumerate(truths)]
+            found[f"{kind}, with a prompt" if prompt else kind] = next(filter(None, why), "")
+    return found
+
+
+def _difference(transformer: Transformer, features: dict[str, Any], row: int, truth: tuple[str, int]) -> str:
+    """Why one row is wrong; empty where its content is its own, and its text stands in what the model reads."""
+    tokenizer, (text, media) = tokenizer_of(transformer), truth
+    content = read_content(features)[row]
+
+    def decoded(ids: Any) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip()
+
+    own = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    expected = decoded(own)  # some tokenizers lose letters, such as capitals
+    if decoded(content.text) not in (text, expected) or content.media != media:
+        return f"{decoded(content.text)!r} with media {content.media} instead of {text!r} with {media}."
+    read = decoded(features["input_ids"][row][features["attention_mask"][row].bool()])
+    missing = [line for line in expected.split("\n") if "".join(line.split()) not in "".join(read.split())]
+    return f"the chat template leaves {missing[0]!r} out of {read!r}." if missing else ""
+
+
+def _probes(transformer: Transformer) -> Iterator[tuple[str, list[Any], list[tuple[str, int]]]]:
+    """Kinds of rows, rows of that kind, and their contents."""
+    text, lines = "a red kite", "\n\na red kite\n\nand two boats\n"
+    yield "text", [text], [(text, 0)]
+    yield "text with newlines at both ends", [lines], [(lines.strip(), 0)]
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
+    yield "conversation", [turns], [(text, 0)]
+    yield "texts and a conversation", ["two boats", {"text": text}, turns], [("two boats", 0), (text, 0), (text, 0)]
+    media: dict[str, list[Any]] = {
+        "image": [Image.new("RGB", (56, 56), colour) for colour in ("red", "blue")],
+        "video": [np.zeros((2, 56, 56, 3), np.uint8)],
+        "audio": [{"array": np.zeros(8000, np.float32), "sampling_rate": 16_000}],
+    }
+    for kind, items in media.items():
+        if kind not in transformer.modality_config:
+            continue
+        bit = MEDIA_BITS[kind]
+        yield kind, [{kind: items[0]}], [("", bit)]
+        yield f"{kind} before text", [{kind: items[0], "text": lines}], [(lines.strip(), bit)]
+        yield f"text before {kind}", [{"text": lines, kind: items[0]}], [(lines.strip(), bit)]
+        if len(items) > 1:
+            yield f"several {kind}s", [{kind: items, "text": text}], [(text, bit)]
+        parts = [{"type": kind, kind: items[0]}, {"type": "text", "text": text}]
+        yield f"conversation with {kind}", [[{"role": "user", "content": parts}]], [(text, bit)]
