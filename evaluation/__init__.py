@@ -17,9 +17,20 @@ modalities. An average over an incomplete set is never printed as if it were com
 
     mteb.evaluate(evaluation.wrap(model), mteb.get_benchmark("MIEB(lite)"))
 
-Nothing here imports `st_btok` or `recipes`: any SentenceTransformer is scored the same way.
+Nothing here imports `st_btok` or `recipes`: any SentenceTransformer is scored the same way. Importing this package
+loads nothing heavy: `wrap` brings its module along when it is first asked for (PEP 562).
 """
 
-from evaluation.wrapping import wrap
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from evaluation.wrapping import wrap
 
 __all__ = ["wrap"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "wrap":
+        return import_module("evaluation.wrapping").wrap
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,28 +5,24 @@ All of them come back as a SentenceTransformer, so the same commands score them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from torch.nn import functional as F
 
-PoolingName = Literal["lasttoken", "mean", "weightedmean"]
-POOLINGS: tuple[PoolingName, ...] = ("lasttoken", "mean", "weightedmean")
+from evaluation.dataset import POOLINGS, PoolingName
+from evaluation.sum_of_parts import SumOfParts
+
 OPEN_CLIP = "open_clip:"
 """Prefix of open_clip models on the command line: `open_clip:ViT-B-32/laion2b_s34b_b79k`."""
 
 
-class OpenClip(torch.nn.Module):
+class OpenClip(SumOfParts):
     """An open_clip model as the only module of a SentenceTransformer.
-
-    Text and image are embedded by their towers and normalised; an input with several parts is the normalised sum of
-    its parts, a video the normalised sum of its frames, as is usual for models without a fusing layer.
 
     Args:
         model: The open_clip model.
@@ -34,73 +30,26 @@ class OpenClip(torch.nn.Module):
         tokenizer: Its tokenizer.
     """
 
-    modalities = ["text", "image", "video", "message", ("image", "text"), ("text", "video")]
-
     def __init__(self, model: open_clip.CLIP, preprocess: Any, tokenizer: Any) -> None:
-        super().__init__()
-        self.model, self._preprocess, self._tokenizer = model, preprocess, tokenizer
         with torch.no_grad():
-            self._width = model.encode_text(tokenizer(["width"])).shape[-1]
+            super().__init__(model.encode_text(tokenizer(["width"])).shape[-1])
+        self.model, self._preprocess, self._tokenizer = model, preprocess, tokenizer
 
-    def get_embedding_dimension(self) -> int:
-        """Numbers per embedding."""
-        return self._width
+    def read(self, kind: str, parts: list[Any], prompt: str) -> dict[str, torch.Tensor]:
+        """Texts through the tokenizer, pictures through the image transform."""
+        if kind == "text":
+            return {"values": self._tokenizer([prompt + text for text in parts])}
+        return {"values": torch.stack([self._preprocess(picture) for picture in parts])}
 
-    def get_sentence_embedding_dimension(self) -> int:
-        """The older name of `get_embedding_dimension`, which mteb asks for."""
-        return self._width
+    def embed(self, kind: str, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The tower of that kind."""
+        return (self.model.encode_text if kind == "text" else self.model.encode_image)(features["values"])
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Inputs to tensors: all texts, all pictures, and the input that each of them belongs to.
-
-        Args:
-            inputs: Strings, pictures, or dicts with `text`, `image` and `video` (a list of pictures, or its `array`).
-            prompt: Text put before every text.
-            **kwargs: Ignored.
-
-        Returns:
-            `tokens`, `pictures`, the owner of each, and `count`, whose length is the number of inputs.
-        """
-        texts, text_owner, pictures, picture_owner = [], [], [], []
-        for owner, entry in enumerate(inputs):
-            parts = _parts(entry)
-            if parts.get("text"):
-                texts.append((prompt or "") + parts["text"])
-                text_owner.append(owner)
-            frames = [*parts.get("video", ()), *([parts["image"]] if "image" in parts else [])]
-            pictures += [self._preprocess(frame) for frame in frames]
-            picture_owner += [owner] * len(frames)
-        return {
-            "tokens": self._tokenizer(texts) if texts else torch.zeros(0, 1, dtype=torch.long),
-            "token_owner": torch.tensor(text_owner, dtype=torch.long),
-            "pictures": torch.stack(pictures) if pictures else torch.zeros(0),
-            "picture_owner": torch.tensor(picture_owner, dtype=torch.long),
-            "count": torch.zeros(len(inputs)),
-        }
-
-    def forward(self, features: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
-        """Adds `sentence_embedding`, (inputs, width), of length 1."""
-        # a video weighs as much as a text however many frames it has: frames are summed and normalised first
-        total = torch.zeros(len(features["count"]), self._width, device=features["count"].device)
-        for values, owner, encode in (
-            (features["tokens"], features["token_owner"], self.model.encode_text),
-            (features["pictures"], features["picture_owner"], self.model.encode_image),
-        ):
-            if len(owner):
-                vectors = F.normalize(encode(values), dim=-1).to(total)
-                total += F.normalize(torch.zeros_like(total).index_add(0, owner, vectors), dim=-1)
-        features["sentence_embedding"] = F.normalize(total, dim=-1)
-        return features
-
-
-def _parts(entry: Any) -> dict[str, Any]:
-    if isinstance(entry, Mapping):
-        parts = dict(entry)
-        video = parts.get("video", ())
-        if isinstance(video, Mapping):  # frames with their metadata
-            parts["video"] = video["array"]
-        return parts
-    return {"image": entry} if isinstance(entry, Image.Image) else {"text": str(entry)}
+    def get_config_dict(self) -> dict[str, str]:
+        """What decides an embedding beside the weights: the layers as they print, the transform, the tokenizer."""
+        sizes = {name: getattr(self._tokenizer, name, None) for name in ("context_length", "vocab_size")}
+        parts = {"layers": self.model, "transform": self._preprocess, "tokenizer": self._tokenizer, "sizes": sizes}
+        return {name: re.sub(" at 0x[0-9a-f]+", "", repr(part)) for name, part in parts.items()}  # not where it lies
 
 
 def open_clip_model(name: str, pretrained: str | None = None, device: str = "cpu") -> SentenceTransformer:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 Modality = Literal["image", "video", "visdoc"]
 Protocol = Literal["vlm2vec", "btoks"]
 PROTOCOLS: tuple[Protocol, ...] = ("vlm2vec", "btoks")
 """Whose rules decide pools and texts: the benchmark's harness (the default everywhere), or the paper's release."""
+
+PageSplit = Literal["page-fixed", "page"]
+PAGE_SPLITS: tuple[PageSplit, ...] = get_args(PageSplit)
+"""Versions of the two `-page` data sets; see `mmeb_v2.visdoc.with_page_split`."""
+PoolingName = Literal["lasttoken", "mean", "weightedmean"]
+POOLINGS: tuple[PoolingName, ...] = get_args(PoolingName)
+"""Poolings of a backbone that need no training; see `baselines.pooled_model`."""
+InstructionPlace = Literal["user", "system", "none"]
+INSTRUCTION_PLACES: tuple[InstructionPlace, ...] = get_args(InstructionPlace)
+NUM_FRAMES = 8
+"""Frames of a video that the benchmark's harness and the paper's release show."""
 
 GROUPS: dict[str, Modality] = {
     "I-CLS": "image",
@@ -22,6 +34,46 @@ GROUPS: dict[str, Modality] = {
     "VisDoc": "visdoc",
 }
 """Meta-task group -> modality, in the leaderboard's order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings:
+    """How MMEB-V2's inputs are shown to a model; anything but the defaults is part of every stored name.
+
+    Args:
+        num_frames: Frames of a video, evenly spread over the stored ones (at most 64 are stored). Default 8, as the
+            harness and the paper's release show.
+        instruction: Where the task's instruction stands. `user` (default): in the text, as the harness writes it.
+            `system`: it is given to `encode` as the prompt, which chat templates show as a system turn, and the text
+            is the bare caption, question or label. `none`: it is left out, and the model's own prompts stand.
+        candidate_instruction: Instruction of every candidate, in place of the data set's own (labels and options have
+            none), at the place that `instruction` names. Default: the data set's own.
+        model_prompts: Whether the model's own prompts stay beside the task's instruction; by default the task's
+            instruction takes their place, as two instructions are what no model was trained on.
+    """
+
+    num_frames: int = NUM_FRAMES
+    instruction: InstructionPlace = "user"
+    candidate_instruction: str = ""
+    model_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.num_frames < 1:
+            raise ValueError(f"frames must be at least 1, got {self.num_frames}: the default is {NUM_FRAMES}")
+        if self.instruction not in INSTRUCTION_PLACES:
+            raise ValueError(f"instruction must be one of {INSTRUCTION_PLACES}, got {self.instruction!r}")
+        if self.candidate_instruction and self.instruction == "none":
+            raise ValueError("instruction 'none' leaves every instruction out: use user or system for the candidates'")
+
+    @property
+    def label(self) -> str:
+        """The settings that aren't the defaults, as they stand in stored names: `.frames64.instruction-system`."""
+        parts = [f"frames{self.num_frames}"] if self.num_frames != NUM_FRAMES else []
+        parts += [f"instruction-{self.instruction}"] if self.instruction != "user" else []
+        if self.candidate_instruction:
+            parts.append(f"candidates-{hashlib.sha256(self.candidate_instruction.encode()).hexdigest()[:8]}")
+        return "".join(f".{part}" for part in [*parts, *(["model-prompts"] if self.model_prompts else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +104,7 @@ class MMEBDataset:
         num_candidates: Size of the corpus (global) or of every list (local); `None` where unknown or varying.
         graded: Relevance has more than one positive grade.
         protocol: Whose rules decide pools and texts; see `mmeb_v2.protocols.with_protocol`.
+        inputs: How its inputs are shown.
     """
 
     name: str
@@ -76,3 +129,4 @@ class MMEBDataset:
     num_candidates: int | None = None
     graded: bool = False
     protocol: Protocol = "vlm2vec"
+    inputs: InputSettings = field(default_factory=InputSettings)

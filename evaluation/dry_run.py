@@ -2,10 +2,12 @@
 
     python -m evaluation.dry_run --fraction 0.1
     python -m evaluation.dry_run --fraction 1 --subset MSCOCO_t2i NExTQA VATEX
+    python -m evaluation.dry_run --fraction 0.02 --faults
 
 No data set and no model are needed: every set is written in the layout of the real one (`mmeb_v2.layouts`), with its
 number of rows times the fraction and tiny media, and the encoder answers at once. What is left is our own time and
-memory, so that nobody meets a quadratic loop on the day the archives are there. Scores mean nothing here.
+memory, so that nobody meets a quadratic loop on the day the archives are there. Scores mean nothing here. `--faults`
+shows what `evaluation.run` does where one set is missing, one is torn and one is unpacked further after it was scored.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from evaluation.mmeb_v2.layouts import FullSize
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.report import write_report
 from evaluation.result_cache import WholeResultCache
+from evaluation.run import parse
+from evaluation.scoring import run
 from evaluation.task import mmeb_task, select_rows
 from evaluation.wrapping import wrap
 
@@ -121,6 +125,54 @@ def dry_run(row: MMEBDataset, fraction: float, output: Path, model: SentenceTran
     return cost
 
 
+def dry_run_faults(fraction: float, output: Path, model: SentenceTransformer) -> str:
+    """Run `evaluation.run` twice on four data sets, three of which have something wrong with them.
+
+    Args:
+        fraction: Part of the real number of rows, in (0, 1].
+        output: Result folder.
+        model: The encoder.
+
+    Returns:
+        A Markdown table: what was wrong, and what either run said.
+    """
+    rows = {row.name: row for row in select_rows(["GQA", "HMDB51", "ViDoRe_docvqa", "MSVD"])}
+    wrong = {
+        "GQA": "nothing",
+        "HMDB51": "never unpacked",
+        "ViDoRe_docvqa": "the page table is cut in half",
+        "MSVD": "a third of the videos is unpacked after the first run",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        root, later = Path(folder) / "data", Path(folder) / "later"
+        datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
+        for name in ("GQA", "ViDoRe_docvqa", "MSVD"):
+            FullSize(rows[name], root, fraction).write()
+        torn = next((root / rows["ViDoRe_docvqa"].annotation / "corpus").iterdir())
+        torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+        videos = root / rows["MSVD"].media_roots[0]
+        late = sorted(videos.iterdir())[::3]
+        later.mkdir()
+        for video in late:
+            video.rename(later / video.name)
+        words = ["--model", "local/instant", "--suite", "mmeb-v2", "--data", str(root), "--offline"]
+        options = parse([*words, "--subset", *rows, "--output_dir", str(output)])
+        said: list[dict[str, str]] = []
+        for _ in range(2):
+            outcome = run(options, "python -m evaluation.dry_run --faults", model)
+            found = {name: why.replace(folder, "...") for name, why in outcome.missing.items()}
+            for result in next(iter(outcome.results.values())):
+                entry = result.scores["test"][0]
+                found[entry["mmeb_name"]] = f"{entry['num_queries']} queries, data `{entry['data_digest'][:10]}`"
+            said.append(found)
+            for video in later.iterdir():
+                video.rename(videos / video.name)
+    return table(
+        ["data set", "what is wrong", "first run", "second run"],
+        [[name, wrong[name], *(found[name][:160] for found in said)] for name in rows],
+    )
+
+
 def reset_peak() -> None:
     """Start the peak anew where the system can (Linux); elsewhere it stays that of the whole process."""
     if _RESET.exists():
@@ -169,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--fraction", type=float, default=0.1, help="part of the real number of rows, in (0, 1] (default: 0.1)")
     add("--subset", nargs="+", help="data sets, groups or modalities (default: all 78)")
     add("--protocol", choices=PROTOCOLS, default="vlm2vec", help="whose rules (default: vlm2vec)")
+    add("--faults", action="store_true", help="four data sets with one missing, one torn and one changed, run twice")
     add("--output_dir", help="keep results and report in this folder (default: delete them)")
     options = parser.parse_args(arguments)
     if not 0 < options.fraction <= 1:
@@ -179,6 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     costs = []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(options.output_dir or folder)
+        if options.faults:
+            shown = dry_run_faults(options.fraction, output, model)
+            print(f"`{shlex.join(['python', '-m', 'evaluation.dry_run', *words])}`\n\n{shown}")
+            return
         for row in select_rows(options.subset):
             costs.append(dry_run(row, options.fraction, output, model, options.protocol))
             print(f"{costs[-1].name}: {costs[-1].seconds}, {costs[-1].peak:,.0f} MB", file=sys.stderr, flush=True)

@@ -15,6 +15,11 @@ import torch
 from datasets import Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from evaluation.dataset import NUM_FRAMES
+
+PROMPT_COLUMN = "task_prompt"
+"""Column with a row's own prompt (mteb would append a column `instruction` to the text)."""
+
 FRAME_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 SMALLEST_SIDE, ENLARGED = 28, (56, 56)  # VLM2Vec 6e1e1d4, src/model/processor.py:331
@@ -29,16 +34,21 @@ def _open(source: str | bytes) -> Image.Image:
 
 
 def read_image(source: str | bytes) -> Image.Image:
-    """An image as models see it: turned as its EXIF data say, in RGB.
+    """An image as models see it.
 
     Args:
         source: Path of the image, or its encoded bytes.
 
     Returns:
-        The picture, without a transparency key: a processor would paint the pixels of that colour white.
+        The picture, turned as its EXIF data say; see `as_rgb`.
     """
     with _open(source) as image:
-        picture = ImageOps.exif_transpose(image).convert("RGB")
+        return as_rgb(ImageOps.exif_transpose(image))
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in RGB and without a transparency key: processors paint the pixels of that colour white."""
+    picture = picture.convert("RGB")
     picture.info.pop("transparency", None)
     return picture
 
@@ -104,6 +114,21 @@ def stored_frames(folder: Path) -> list[Path]:
     if not frames:
         raise BrokenMediaError(f"frame folder {str(folder)!r} holds no image")
     return sorted(frames, key=lambda path: natural_key(path.name))
+
+
+def choose_frames(frames: Sequence[Path], count: int = NUM_FRAMES) -> tuple[str, ...]:
+    """Evenly spread frames of a stored video, as the official evaluator picks them.
+
+    Args:
+        frames: Stored frames in temporal order.
+        count: How many to show; a video with fewer shows all of them.
+
+    Returns:
+        Paths at the positions `int(linspace(0, n - 1, count))`.
+    """
+    if len(frames) < count:
+        return tuple(map(str, frames))
+    return tuple(str(frames[int(position)]) for position in np.linspace(0, len(frames) - 1, count))
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:

@@ -101,6 +101,8 @@ def write_report(
         "![means per group](groups.png)",
         _sizes_table(curves),
         _datasets_table(models, suite),
+        _data(models),
+        _missing(models, suite, folders),
         _remarks(models),
         _differences(models, seed),
         _provenance(models, folders),
@@ -158,21 +160,84 @@ def _sizes_table(curves: Mapping[str, Mapping[int, Mean]]) -> str:
 
 
 def distinguish(models: Sequence[ModelScores]) -> list[ModelScores]:
-    """Give checkpoints that share a name a name each.
+    """Give checkpoints that share a name, or one checkpoint that was shown inputs in several ways, a name each.
 
     Args:
         models: The models.
 
     Returns:
-        The same, with the start of the revision behind names that occur more than once.
+        The same, with the start of the revision behind names that occur more than once, and the way inputs were shown
+        where it is not the harness's.
     """
     known: dict[str, set[str]] = {}
     for model in models:
         known.setdefault(model.name, set()).add(model.revision)
-    return [
-        replace(model, name=f"{model.name}@{model.revision[:8]}") if len(known[model.name]) > 1 else model
-        for model in models
-    ]
+    named = []
+    for model in models:
+        name = f"{model.name}@{model.revision[:8]}" if len(known[model.name]) > 1 else model.name
+        shown = f" ({', '.join(model.inputs.split('.')[1:])})" if model.inputs else ""
+        named.append(replace(model, name=name + shown))
+    return named
+
+
+def data_of(models: Sequence[ModelScores]) -> dict[str, dict[str, list[str]]]:
+    """Whose data was which.
+
+    Args:
+        models: The models.
+
+    Returns:
+        Data set -> hash of the data -> the models that were scored on them, for data sets where there are several.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for model in models:
+        for name, score in model.scores.items():
+            found.setdefault(name, {}).setdefault(score.data, []).append(model.name)
+    return {name: owners for name, owners in found.items() if len(owners) > 1}
+
+
+def _data(models: Sequence[ModelScores]) -> str:
+    """Data sets whose scores can't be compared, because the data differ, and scores that newer ones replaced."""
+    rows = []
+    for name, owners in data_of(models).items():
+        for digest, names in owners.items():
+            counts = {m.scores[name].num_queries for m in models if m.name in names and name in m.scores}
+            rows.append([name, f"`{digest[:15] or 'unknown'}`", ", ".join(map(str, sorted(counts))), ", ".join(names)])
+    lines = []
+    if rows:
+        lines += [
+            "These scores are of different data, so their models are not compared on them, and means that hold them "
+            "are not of one thing. A hash that begins with `before` is of a result from before hashes were kept.",
+            table(["data set", "data", "queries", "models"], rows),
+        ]
+    older = {model.name: model.older for model in models if model.older}
+    if older:
+        lines.append("Scored again on other data; the newest score counts:")
+        lines.append("\n".join(f"- {model}: {', '.join(names)}." for model, names in older.items()))
+    return "\n\n".join(["## Different data", *lines]) if lines else ""
+
+
+def _missing(
+    models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]], folders: Sequence[str | Path]
+) -> str:
+    """Which data sets have no score, and what the runs said of those that they could not score."""
+    lines = []
+    for model in models:
+        absent = [name for name in suite if name not in model.scores]
+        if absent:
+            lines.append(f"- {model.name}: {len(absent)} of {len(suite)}: {', '.join(absent)}.")
+    reasons = {
+        f"- {name}: {why}"
+        for run in read_runs(folders)
+        for name, why in (run.get("missing") or {}).items()
+        if name in suite and not all(name in model.scores for model in models)
+    }
+    if not lines:
+        return ""
+    told = (
+        ["What the runs said of data sets that they could not score:", "\n".join(sorted(reasons))] if reasons else []
+    )
+    return "\n\n".join(["## Missing data sets", "\n".join(lines), *told])
 
 
 def _suite(models: Sequence[ModelScores]) -> dict[str, tuple[str, str]]:
@@ -251,11 +316,19 @@ def _remarks(models: Sequence[ModelScores]) -> str:
     return "\n".join(["### Remarks", "", *lines]) if lines else ""
 
 
+def _comparable(first: ModelScores, second: ModelScores, name: str) -> bool:
+    """Whether both have scores of the same queries on the same data."""
+    if name not in first.scores or name not in second.scores:
+        return False
+    ours, theirs = first.scores[name], second.scores[name]
+    return ours.data == theirs.data and bool(ours.per_query.keys() & theirs.per_query.keys())
+
+
 def _differences(models: Sequence[ModelScores], seed: int) -> str:
     rows = []
     for number, second in enumerate(models):
         for first in models[:number]:
-            if not any(s.per_query for s in first.scores.values()):
+            if not any(_comparable(first, second, name) for name in first.scores):
                 continue
             gap = paired_bootstrap(first.scores, second.scores, seed=seed)
             sure = "yes" if gap.low > 0 or gap.high < 0 else "no"
@@ -264,7 +337,10 @@ def _differences(models: Sequence[ModelScores], seed: int) -> str:
     if not rows:
         return ""
     head = ["model", "against", "difference, 95 % interval", "data sets", "interval excludes 0"]
-    note = f"Paired bootstrap over queries (not over training seeds), 2,000 redraws, seed {seed}."
+    note = (
+        f"Paired bootstrap over queries (not over training seeds), 2,000 redraws, seed {seed}, over the data sets "
+        "that both models have on the same data."
+    )
     return f"## Differences\n\n{note}\n\n{table(head, rows)}"
 
 
@@ -278,10 +354,16 @@ def _provenance(models: Sequence[ModelScores], folders: Sequence[str | Path]) ->
         lines.append(
             f"- {model.name}, checkpoint `{model.revision}`, split `{model.split_label}`{rules}{part}. {versions}"
         )
-    versions_read = sorted({item for model in models for score in model.scores.values() for item in _data_of(score)})
-    lines += [f"- data {hub_id}: {version}" for hub_id, version in versions_read]
+    read: dict[tuple[str, str], list[str]] = {}
+    for model in models:
+        for item in sorted({item for score in model.scores.values() for item in _data_of(score)}):
+            read.setdefault(item, []).append(model.name)
+    for (hub_id, version), names in sorted(read.items()):
+        whose = "" if len(names) == len(models) else f", read by {', '.join(names)}"
+        lines.append(f"- data {hub_id}: {version}{whose}")
     for run in read_runs(folders):
-        lines.append(f"- `{run['command']}`: {run['hardware']}, seed {run['seed']}, {run['started']}")
+        known = {name: run.get(name, "unknown") for name in ("command", "hardware", "seed", "started")}
+        lines.append("- `{command}`: {hardware}, seed {seed}, {started}".format(**known))
     return "## Provenance\n\n" + "\n".join(lines)
 
 
@@ -311,10 +393,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--suite", help="mteb:<benchmark>: its tasks alone, missing ones counted")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     options = parser.parse_args(arguments)
-    expected = None
-    if options.suite:
-        expected = stock_suite(stock_benchmark(options.suite.removeprefix("mteb:")))
-    write_report(options.folders, options.output_dir, expected=expected, protocol=options.protocol, seed=options.seed)
+    try:
+        expected = None
+        if options.suite:
+            expected = stock_suite(stock_benchmark(options.suite.removeprefix("mteb:")))
+        choice = {"expected": expected, "protocol": options.protocol, "seed": options.seed}
+        write_report(options.folders, options.output_dir, **choice)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"evaluation.report: {' '.join(str(error).split())}") from error
 
 
 if __name__ == "__main__":

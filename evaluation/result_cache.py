@@ -6,8 +6,10 @@ traceback of its JSON reader. Here such a file is renamed to `<name>.torn` with 
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,12 +19,24 @@ from mteb.results import TaskResult
 
 from evaluation.atomic_write import set_aside, to_disk
 
+logger = logging.getLogger(__name__)
+
 SAVING = ".saving-"
 """Start of the name of a folder in which a result is being written."""
 
 
 class WholeResultCache(ResultCache):
-    """mteb's cache of results, with whole files only."""
+    """mteb's cache of results, with whole files only, and none of other data.
+
+    Args:
+        cache_path: Its folder.
+        revisions: Task -> the version of its data; a stored result of another version counts as absent. mteb keys its
+            results by task and model alone. Our own tasks have a hash of their data in their names.
+    """
+
+    def __init__(self, cache_path: Path | str | None = None, revisions: Mapping[str, str] | None = None) -> None:
+        super().__init__(cache_path)
+        self._revisions = dict(revisions or {})
 
     def save_to_cache(
         self,
@@ -78,9 +92,14 @@ class WholeResultCache(ResultCache):
             The result.
         """
         try:
-            return super().load_task_result(
+            found = super().load_task_result(
                 task_name, model_name, model_revision, raise_if_not_found, prioritize_remote, experiment_name
             )
         except ValueError as error:  # json's and pydantic's errors are ValueErrors
             set_aside(self.get_task_result_path(task_name, model_name, model_revision, False, experiment_name), error)
             return None
+        wanted = self._revisions.get(task_name)
+        if found is not None and wanted is not None and found.dataset_revision != wanted:
+            logger.warning("%s is scored again: its data were %s, now %s", task_name, found.dataset_revision, wanted)
+            return None
+        return found

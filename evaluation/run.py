@@ -8,113 +8,37 @@
     python -m evaluation.run --model PATH_OR_NAME --suite "mteb:ViDoRe(v3)" --data snapshots --report
     python -m evaluation.run --model PATH_OR_NAME --suite mini --truncate_dims 16,32,64,128 --report
 
-Results go to `--output_dir`, one file per data set and checkpoint; the same command continues a killed run. Embeddings
-of our own suites are kept in `embeddings` there as they are made (delete them when you are done), so a data set that
-was cut short continues too. `--report` writes Markdown, leaderboard JSON and figures for everything in that folder,
-`--sheets` a picture of queries with their results per task and checkpoint.
+Results go to `--output_dir`, one file per data set, data and checkpoint; the same command continues a killed run, and
+never shows a score of other data. Embeddings of our own suites are kept in `embeddings` there as they are made (delete
+them when you are done), so a data set that was cut short continues too. Data sets that can't be read are listed before
+the first encoding and the others are scored; the exit status is then 1. `--report` writes Markdown, leaderboard JSON
+and figures for everything in that folder, `--sheets` a picture of queries with their results per task and checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import os
-import platform
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import mteb
-import torch
-from mteb import Benchmark
-from mteb.results import TaskResult
-from sentence_transformers import SentenceTransformer
-
-from evaluation.atomic_write import atomic_write, read_json
-from evaluation.baselines import POOLINGS, load_model
-from evaluation.dataset import PROTOCOLS
-from evaluation.embedding.store import EmbeddingStore
-from evaluation.mini import mini_benchmark
-from evaluation.mmeb_v2.sources import DataRoot
-from evaluation.mmeb_v2.visdoc import PAGE_SPLITS
-from evaluation.report import RUN_FILE, read_runs, write_report
-from evaluation.reporting.retrieval_sheet import retrieval_sheet
-from evaluation.result_cache import WholeResultCache
-from evaluation.stock import stock_benchmark, stock_suite
-from evaluation.task import MMEBRetrieval, mmeb_v2_benchmark
-from evaluation.wrapping import wrap
+from evaluation.dataset import (
+    GROUPS,
+    INSTRUCTION_PLACES,
+    NUM_FRAMES,
+    PAGE_SPLITS,
+    POOLINGS,
+    PROTOCOLS,
+    InputSettings,
+)
+from evaluation.mmeb_v2.rows import select_rows
 
 MTEB_PREFIX = "mteb:"
-_PACKAGES = ("mteb", "sentence-transformers", "transformers", "torch", "datasets", "open-clip-torch", "pillow")
-
-
-def build_suite(options: argparse.Namespace) -> Benchmark:
-    """The benchmark that `--suite` names.
-
-    Args:
-        options: Parsed command line.
-
-    Returns:
-        The benchmark; its data are not read yet.
-
-    Raises:
-        ValueError: Unknown suite, or MMEB-V2 without a data folder.
-    """
-    store = EmbeddingStore(Path(options.output_dir) / "embeddings")
-    if options.suite == "mini":
-        return mini_benchmark(options.split, options.seed, options.subset, store=store)
-    if options.suite == "mmeb-v2":
-        if options.data is None or not Path(options.data).is_dir():
-            raise ValueError(
-                f"--suite mmeb-v2 needs --data, a folder with image-tasks, video-tasks or visdoc-tasks; got "
-                f"{options.data!r}. Unpack the archives of huggingface.co/datasets/TIGER-Lab/MMEB-V2 there."
-            )
-        root = DataRoot(Path(options.data), offline=options.offline)
-        return mmeb_v2_benchmark(
-            root,
-            subset=options.subset,
-            protocol=options.protocol,
-            fraction=options.fraction,
-            seed=options.seed,
-            page_split=options.page_split,
-            revisions=dict(options.revision or ()),
-            store=store,
-        )
-    if options.suite.startswith(MTEB_PREFIX):
-        return stock_benchmark(options.suite.removeprefix(MTEB_PREFIX), options.subset, options.data)
-    raise ValueError(f"unknown suite {options.suite!r}: use mini, mmeb-v2 or mteb:<benchmark>")
-
-
-def hardware() -> str:
-    """Processors and GPUs of this machine, in words."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{platform.machine()}, {os.cpu_count()} cores" + (f", {', '.join(gpus)}" if gpus else ", no GPU")
-
-
-def record_run(output: Path, command: str, options: argparse.Namespace) -> None:
-    """Append this run to `run.json` beside the results: command, seed, hardware, versions, start.
-
-    Args:
-        output: Result folder.
-        command: The exact command line.
-        options: Parsed command line.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    run: dict[str, Any] = {
-        "command": command,
-        "seed": options.seed,
-        "hardware": hardware(),
-        "versions": {package: version(package) for package in _PACKAGES},
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    atomic_write(output / RUN_FILE, json.dumps([*read_runs([output]), run], indent=1))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -152,6 +76,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--revision", nargs="+", type=_pin, help="pin annotations of MMEB-V2: CIRR=<hub commit> (default: recorded)")
     add("--truncate_dims", type=_sizes, help="score the first 16,32,64 numbers of the embeddings, from one encoding")
+    add("--frames", type=int, default=NUM_FRAMES, help=f"frames of a video (mmeb-v2; default: {NUM_FRAMES})")
+    add(
+        "--instruction",
+        choices=INSTRUCTION_PLACES,
+        default="user",
+        help="where MMEB-V2's instruction stands: in the text, in the prompt (a system turn), nowhere (default: user)",
+    )
+    add("--candidate_instruction", default="", help="instruction of every candidate (default: the task's own)")
+    add("--model_prompts", action="store_true", help="keep the model's own prompts beside the task's instruction")
     add("--split", default="test", help="split of mini: test, validation or train (default: test)")
     add("--seed", type=int, default=0, help="seed of the sample or drawing (default: 0)")
     add("--batch_size", type=int, default=16, help="inputs per forward pass (default: 16)")
@@ -159,7 +92,56 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output_dir", default="results", help="result folder (default: results)")
     add("--report", action="store_true", help="write <output_dir>/report afterwards")
     add("--sheets", action="store_true", help="write <output_dir>/sheets/<checkpoint>/<task>.png for our own tasks")
-    return parser.parse_args(arguments)
+    add("--overwrite", action="store_true", help="encode and score again what is stored")
+    options = parser.parse_args(arguments)
+    check_names(options)
+    return options
+
+
+def check_names(options: argparse.Namespace) -> None:
+    """Refuse what can be seen to be wrong in the words alone, before anything heavy is imported.
+
+    Args:
+        options: Parsed command line.
+
+    Raises:
+        ValueError: An unknown suite or data set, a setting of another suite, a folder that isn't there.
+    """
+    suite = options.suite
+    if suite not in ("mini", "mmeb-v2") and not suite.startswith(MTEB_PREFIX):
+        raise ValueError(f"unknown suite {suite!r}: use mini, mmeb-v2 or mteb:<benchmark>")
+    model = Path(options.model)
+    looks_local = options.model.startswith((".", "/", "~")) or len(model.parts) > 2
+    if looks_local and not options.model.startswith("open_clip:") and not model.exists():
+        raise ValueError(f"--model {options.model!r} is no folder, and no name on the hub has this form")
+    settings = input_settings(options)
+    if suite != "mmeb-v2" and settings != InputSettings():
+        raise ValueError("--frames, --instruction, --candidate_instruction and --model_prompts are of --suite mmeb-v2")
+    if suite == "mini":
+        known = {*GROUPS, *(f"mini-{group}" for group in GROUPS), *GROUPS.values()}
+        if unknown := sorted(set(options.subset or ()) - known):
+            raise ValueError(
+                f"unknown subset {unknown}: use {list(GROUPS)}, a data-set name (mini-I-QA) or a modality"
+            )
+    if suite == "mmeb-v2":
+        select_rows(options.subset)
+        if not 0 < options.fraction <= 1:
+            raise ValueError(f"--fraction must be in (0, 1], got {options.fraction}: 1 is the complete data set")
+        if options.data is None or not Path(options.data).is_dir():
+            raise ValueError(
+                f"--suite mmeb-v2 needs --data, a folder with image-tasks, video-tasks or visdoc-tasks; got "
+                f"{options.data!r}. Unpack the archives of huggingface.co/datasets/TIGER-Lab/MMEB-V2 there."
+            )
+
+
+def input_settings(options: argparse.Namespace) -> InputSettings:
+    """How inputs are shown, from the command line."""
+    return InputSettings(
+        num_frames=options.frames,
+        instruction=options.instruction,
+        candidate_instruction=options.candidate_instruction,
+        model_prompts=options.model_prompts,
+    )
 
 
 def _pin(text: str) -> tuple[str, str]:
@@ -182,129 +164,31 @@ def stored_name(options: argparse.Namespace) -> str:
     return f"{name}-{options.pooling}" if options.pooling and not options.name else name
 
 
-def variants(model: SentenceTransformer, sizes: Sequence[int] | None) -> list[dict[str, int]]:
-    """What to score of one checkpoint.
-
-    Args:
-        model: The model.
-        sizes: Embedding sizes; default the model's own.
-
-    Returns:
-        One `{"truncate_dim": size}` for each size, empty for the whole embedding.
-
-    Raises:
-        ValueError: A size beyond the embedding's.
-    """
-    if not sizes:
-        return [{}]
-    with model.truncate_embeddings(None):
-        width = model.get_embedding_dimension() or 0
-    if sizes[-1] > width:
-        raise ValueError(f"--truncate_dims asks for {sizes[-1]} numbers, but the embeddings have {width}")
-    return [{} if size == width else {"truncate_dim": size} for size in sizes]
-
-
-def run(options: argparse.Namespace, command: str) -> dict[int | None, list[TaskResult]]:
-    """Evaluate, and write what was asked for.
-
-    Args:
-        options: Parsed command line.
-        command: The exact command line, for the record.
-
-    Returns:
-        Embedding size -> one result per task.
-    """
-    benchmark = build_suite(options)
-    output = Path(options.output_dir)
-    devices = options.device or [None]
-    model = load_model(options.model, options.pooling, devices[0])
-    asked = variants(model, options.truncate_dims)
-    record_run(output, command, options)
-    encode_options: dict[str, Any] = {"batch_size": options.batch_size}
-    pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
-    if pool is not None:
-        encode_options["pool"] = pool
-    results = {}
-    try:
-        for experiment in asked:
-            if options.truncate_dims:
-                model.truncate_dim = experiment.get("truncate_dim")
-            wrapper = wrap(model, stored_name(options), experiment=experiment)
-            folder = "-".join([str(wrapper.mteb_model_meta.revision), *map(str, experiment.values())])
-            predictions = output / "predictions" / folder if options.sheets else None
-            for file in predictions.glob("*.json") if predictions else ():
-                read_json(file)  # a torn one would stop mteb, which adds to what is there
-            found = mteb.evaluate(
-                wrapper,
-                benchmark,
-                cache=WholeResultCache(output),
-                encode_kwargs=encode_options,  # type: ignore[arg-type]
-                co2_tracker=False,
-                prediction_folder=predictions,
-            )
-            results[model.get_embedding_dimension()] = found.task_results
-            if predictions:
-                _write_sheets(benchmark, predictions, output / "sheets" / folder)
-    finally:
-        if pool is not None:
-            model.stop_multi_process_pool(pool)
-    if options.report:
-        # the whole benchmark, so that the tasks that were not asked for are seen to be missing
-        name = options.suite.removeprefix(MTEB_PREFIX)
-        suite = stock_suite(stock_benchmark(name)) if options.suite.startswith(MTEB_PREFIX) else None
-        protocol = options.protocol if options.suite == "mmeb-v2" else None
-        write_report([output], output / "report", expected=suite, protocol=protocol, seed=options.seed)
-    return results
-
-
-def describe(result: TaskResult) -> str:
-    """A result in one line.
-
-    Args:
-        result: A task's result.
-
-    Returns:
-        Score in %, standard error, task, and for our tasks the split, the queries and the chance level.
-    """
-    line = f"{100 * result.get_score():6.1f}"
-    entry = next(iter(result.scores.values()))[0]
-    if "mmeb_name" not in entry:
-        return f"{line}  {result.task_name}"
-    protocol = f"protocol {entry['protocol']}, " if entry.get("protocol") else ""
-    broken = f", {entry['broken_rows']} broken rows left out" if entry["broken_rows"] else ""
-    odd = "".join(f", {count} {what}" for what, count in entry.get("oddities", {}).items())
-    if "ndcg_official" in entry:
-        odd += f", nDCG@5 as the harness misaligns it {100 * entry['ndcg_official']:.1f}"
-    data = "".join(f", {hub_id} at {version[:14]}" for hub_id, version in entry["data_versions"].items())
-    return (
-        f"{line} (standard error {100 * entry['standard_error']:.1f})  {result.task_name}: {protocol}"
-        f"split {entry['split_label']}, {entry['num_queries']} queries{broken}{odd}, "
-        f"chance {100 * entry['chance']:.1f}{data}"
-    )
-
-
-def _write_sheets(benchmark: Benchmark, predictions: Path, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for task in benchmark.tasks:
-        file = predictions / task.prediction_file_name
-        if isinstance(task, MMEBRetrieval) and file.is_file():
-            retrieval_sheet(task, file, folder / f"{task.metadata.name}.png")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: see the module's first lines."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module="mteb")
-    options = parse(arguments)
     words = sys.argv[1:] if arguments is None else list(arguments)
-    scored = run(options, shlex.join(["python", "-m", "evaluation.run", *words]))
-    for size, results in scored.items():
+    try:
+        options = parse(arguments)
+        # mteb, torch and transformers take seconds to import: a typo is answered before
+        scoring = import_module("evaluation.scoring")
+        outcome = scoring.run(options, shlex.join(["python", "-m", "evaluation.run", *words]))
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("where it happened:", exc_info=True)
+        line = " ".join(str(error).split())
+        raise SystemExit(f"evaluation.run: {line}") from error
+    for size, results in outcome.results.items():
         if options.truncate_dims:
             print(f"first {size} numbers of the embedding:")
         for result in results:
-            print(describe(result))
-        mean = fmean(result.get_score() for result in results)
-        print(f"{100 * mean:6.1f}  plain mean of these {len(results)} data sets")
+            print(scoring.describe(result))
+        if results:
+            mean = fmean(result.get_score() for result in results)
+            print(f"{100 * mean:6.1f}  plain mean of these {len(results)} data sets")
+    if outcome.missing:
+        names = ", ".join(outcome.missing)
+        raise SystemExit(f"evaluation.run: {len(outcome.missing)} data sets have no score: {names}")
 
 
 if __name__ == "__main__":

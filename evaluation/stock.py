@@ -14,6 +14,7 @@ from typing import Any
 import mteb
 from mteb import Benchmark
 
+from evaluation.mmeb_v2.sources import local_version
 from evaluation.reporting.scores import STOCK
 
 
@@ -51,7 +52,8 @@ def _local(task: Any, data: str | Path | None) -> Any:
     if data is None or not place.is_dir():
         return task
     task = copy.copy(task)
-    task.metadata = task.metadata.model_copy(update={"dataset": {**source, "path": str(place.resolve())}})
+    found = {**source, "path": str(place.resolve()), "revision": local_version(place)}
+    task.metadata = task.metadata.model_copy(update={"dataset": found})
     return task
 
 

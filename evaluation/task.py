@@ -3,16 +3,17 @@
     benchmark = mmeb_v2_benchmark("data/MMEB-V2", subset=["I-VG", "MSVD"], fraction=0.1)
     mteb.evaluate(stamp(model), benchmark, cache=mteb.ResultCache("results"))
 
-Results are stored per data set, fraction and checkpoint: the task's name holds the split and the fraction, the model's
-revision is a fingerprint of its weights (a model that comes without one gets it before its first task runs). A killed
-run continues with the first data set that has no result.
+Results are stored per data set, fraction, data and checkpoint: the task's name holds the split, the fraction, how
+inputs are shown and, once it is loaded, a hash of its data; the model's revision is a fingerprint of all its files (a
+model that comes without one gets it before its first task runs). A killed run continues with the first data set that
+has no result, and data that changed never meet an old one.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,22 +27,25 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from mteb.types import Modalities, PromptType
 
 from evaluation.chance import chance_level
-from evaluation.dataset import Protocol
+from evaluation.dataset import InputSettings, PageSplit, Protocol
 from evaluation.embedding.encoding import MediaFirstEncoder
 from evaluation.embedding.fingerprint import checkpoint
 from evaluation.embedding.store import EmbeddingStore
-from evaluation.mmeb_v2 import GROUPS, MMEB_V2, MMEBDataset
+from evaluation.mmeb_v2 import MMEB_V2, MMEBDataset
 from evaluation.mmeb_v2.image import load_image
 from evaluation.mmeb_v2.protocols import with_protocol
+from evaluation.mmeb_v2.rows import select_rows
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.mmeb_v2.video import load_video
-from evaluation.mmeb_v2.visdoc import PageSplit, load_visdoc, with_page_split
+from evaluation.mmeb_v2.visdoc import load_visdoc, with_page_split
 from evaluation.mmeb_v2.visdoc_rows import BROKEN_PAGE_HUB_IDS
 from evaluation.pool import BrokenRow, LoadedDataset
 from evaluation.ranking_metrics import leaderboard_metrics, official_ndcg
 
 _LOADERS = {"image": load_image, "video": load_video, "visdoc": load_visdoc}
 _METRICS = {"hit@1": ("hit_rate_at_1", "success_1"), "ndcg_linear@5": ("ndcg_at_5", "ndcg_cut_5")}
+DATA_MARK = ".data-"
+"""Stands in a task's name before the hash of its data."""
 _REFERENCE = "https://huggingface.co/datasets/TIGER-Lab/MMEB-V2"
 
 
@@ -66,13 +70,44 @@ def category_of(row: MMEBDataset) -> str:
     return f"{asked}t2{answered}t"
 
 
+class LoadedBenchmark(Benchmark):
+    """A benchmark whose tasks are loaded as they are asked for.
+
+    Results are looked up by a task's name, which has the hash of the data once they are loaded: so an iteration, as
+    `mteb.evaluate` does it, finds the results that belong to today's data.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """Its tasks, each loaded while it is at work."""
+        for task in self.tasks:
+            was_loaded = task.data_loaded
+            task.load_data()
+            try:
+                yield task
+            finally:
+                if task.data_loaded and not was_loaded:
+                    task.unload_data()
+
+
 def task_name(row: MMEBDataset, page_split: PageSplit, fraction: float, seed: int) -> str:
     """The name results are stored under; two different measurements never share one."""
     # the protocol stands in every name, also the default's: a name without one would say nothing about whose rules
     page = "-fixed" if row.name in BROKEN_PAGE_HUB_IDS and page_split == "page-fixed" else ""
     part = "" if fraction == 1 else f".fraction{fraction:g}-seed{seed}"
     pin = f".revision-{row.revision[:8]}" if row.revision else ""
-    return f"MMEB-V2.{row.protocol}.{row.name}{page}{part}{pin}"
+    return f"MMEB-V2.{row.protocol}.{row.name}{page}{row.inputs.label}{part}{pin}"
+
+
+def instructed_sides(row: MMEBDataset) -> tuple[PromptType, ...]:
+    """The sides of an MMEB-V2 data set whose inputs bring an instruction, in place of the model's own prompt.
+
+    Every query has one; candidates with media have one too, bare labels and options have none.
+    """
+    if row.inputs.model_prompts or row.inputs.instruction == "none":
+        return ()
+    if row.inputs.candidate_instruction or category_of(row).split("2")[1] != "t":
+        return (PromptType.query, PromptType.document)
+    return (PromptType.query,)
 
 
 class MMEBRetrieval(AbsTaskRetrieval):
@@ -88,6 +123,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
         fraction: Part of the queries that `load` returns, in (0, 1].
         sample_seed: Seed of that part.
         store: Where embeddings are kept; tasks that share one encode shared candidates once.
+        instructed: The sides whose inputs bring an instruction of the task's own, in place of the model's prompt.
         **kwargs: Passed to mteb's `AbsTask` (its `seed`).
     """
 
@@ -106,6 +142,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
         fraction: float = 1.0,
         sample_seed: int = 0,
         store: EmbeddingStore | None = None,
+        instructed: Collection[PromptType] = (),
         **kwargs: Any,
     ) -> None:
         self.row, self.eval_split, self.split_label = row, eval_split, split_label
@@ -115,14 +152,24 @@ class MMEBRetrieval(AbsTaskRetrieval):
         self.skipped_queries = 0
         self.versions: Mapping[str, str] = {}
         self.oddities: Mapping[str, int] = {}
+        self.digest = ""
+        self.instructions: Mapping[str, str] = {}
+        self.prompts: dict[str, dict[str, str]] = {}
+        self.instructed = frozenset(instructed)
         self._load = load
         self._own_metadata = _metadata(row, name, eval_split)
         super().__init__(**kwargs)
 
     @property
     def metadata(self) -> TaskMetadata:  # type: ignore[override]
-        """Description of this task; a property, because mteb drops the instance attribute when it unloads data."""
-        return self._own_metadata
+        """Description of this task; its name ends in the hash of the data once they are loaded.
+
+        A property, because mteb drops the instance attribute when it unloads data.
+        """
+        if not self.digest:
+            return self._own_metadata
+        name = f"{self._own_metadata.name}{DATA_MARK}{self.digest[:10]}"
+        return self._own_metadata.model_copy(update={"name": name})
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
         """Read annotations and check the media; broken rows are logged, counted and left out."""
@@ -132,6 +179,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
         self.dataset = {"default": {self.eval_split: loaded.data}}
         self.broken, self.skipped_queries = loaded.broken, loaded.skipped_queries
         self.versions, self.oddities = loaded.versions, loaded.oddities
+        self.digest, self.instructions = loaded.digest, loaded.instructions
         self.data_loaded = True
 
     def evaluate(self, model: Any, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
@@ -140,8 +188,31 @@ class MMEBRetrieval(AbsTaskRetrieval):
             # in place and past pydantic's setter: mteb stores the result under the very object it already holds
             meta = model.mteb_model_meta
             vars(meta)["revision"] = checkpoint(model.model, meta.experiment_kwargs)
-            model = MediaFirstEncoder(model, self.store)
+            model = MediaFirstEncoder(model, self.store, self.instructed)
+            self.load_data()
+            self.prompts = self.prompts_of(model)
         return super().evaluate(model, *args, **kwargs)
+
+    def prompts_of(self, encoder: MediaFirstEncoder) -> dict[str, dict[str, str]]:
+        """What a model is told on either side.
+
+        Args:
+            encoder: The model.
+
+        Returns:
+            `query` and `document` -> the `model`'s own prompt, the `task`'s instruction (of the first row that has
+            one), and whose is `shown`: `model`, `task`, `both` or `none`.
+        """
+        found = {}
+        for side in (PromptType.query, PromptType.document):
+            own = encoder.own_prompt(self.metadata, side) or ""
+            task = "" if self.row.inputs.instruction == "none" else self.instructions.get(side.value, "")
+            if side == PromptType.document:
+                task = self.row.inputs.candidate_instruction or task
+            kept = own and side not in self.instructed
+            whose = ("both" if task else "model") if kept else "task" if task else "none"
+            found[side.value] = {"model": own, "task": task, "shown": whose}
+        return found
 
     def task_specific_scores(
         self,
@@ -164,6 +235,9 @@ class MMEBRetrieval(AbsTaskRetrieval):
             "protocol": self.protocol,
             "oddities": dict(self.oddities),
             "data_versions": dict(self.versions),
+            "data_digest": self.digest,
+            "inputs": self.row.inputs.label,
+            "prompts": self.prompts,
             "fraction": self.fraction,
             "sample_seed": self.sample_seed,
             "num_queries": len(values),
@@ -223,6 +297,7 @@ def mmeb_task(
     page_split: PageSplit = "page-fixed",
     fraction: float = 1.0,
     seed: int = 0,
+    inputs: InputSettings | None = None,
     store: EmbeddingStore | None = None,
 ) -> MMEBRetrieval:
     """The task of one MMEB-V2 row.
@@ -234,6 +309,7 @@ def mmeb_task(
         page_split: `page-fixed` (the leaderboard's) or `page`; see `visdoc.with_page_split`.
         fraction: Part of the queries to ask, in (0, 1]; default all.
         seed: Seed of that choice, default 0.
+        inputs: How inputs are shown, default as the harness shows them.
         store: Where embeddings are kept, default its own.
 
     Returns:
@@ -244,7 +320,7 @@ def mmeb_task(
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}: pass 1 for the complete data set")
-    chosen = with_protocol(with_page_split(row, page_split), protocol)
+    chosen = replace(with_protocol(with_page_split(row, page_split), protocol), inputs=inputs or InputSettings())
     place = root if isinstance(root, DataRoot) else DataRoot(Path(root))
     return MMEBRetrieval(
         chosen,
@@ -255,6 +331,7 @@ def mmeb_task(
         fraction=fraction,
         sample_seed=seed,
         store=store,
+        instructed=instructed_sides(chosen),
     )
 
 
@@ -263,28 +340,6 @@ def _load(row: MMEBDataset, root: DataRoot, fraction: float, seed: int) -> Loade
     own = replace(root, read={})
     loaded = _LOADERS[row.modality](row, own, fraction, seed)
     return replace(loaded, versions=own.read)
-
-
-def select_rows(subset: Sequence[str] | None = None) -> tuple[MMEBDataset, ...]:
-    """The rows that a list of names stands for.
-
-    Args:
-        subset: Data-set names, groups (`I-CLS`), subgroups (`ViDoRe-V2`) or modalities; `None`: all 78. `MSCOCO` is a
-            data set.
-
-    Returns:
-        Rows in the leaderboard's order.
-
-    Raises:
-        ValueError: A name that fits nothing.
-    """
-    if subset is None:
-        return MMEB_V2
-    known = {label for row in MMEB_V2 for label in (row.name, row.group, row.subgroup, row.modality) if label}
-    unknown = sorted(set(subset) - known)
-    if unknown:
-        raise ValueError(f"unknown subset {unknown}: use a data-set name, a modality or one of {list(GROUPS)}")
-    return tuple(row for row in MMEB_V2 if {row.name, row.group, row.subgroup, row.modality} & set(subset))
 
 
 def mmeb_v2_benchmark(
@@ -296,6 +351,7 @@ def mmeb_v2_benchmark(
     seed: int = 0,
     page_split: PageSplit = "page-fixed",
     revisions: Mapping[str, str] | None = None,
+    inputs: InputSettings | None = None,
     store: EmbeddingStore | None = None,
 ) -> Benchmark:
     """MMEB-V2, or a part of it, as an mteb benchmark.
@@ -309,6 +365,8 @@ def mmeb_v2_benchmark(
         page_split: Which version of the two `-page` data sets.
         revisions: Data set -> hub commit of its annotations to pin; other data are then refused. Default: what is
             there; every result records which commit (or which files) that was.
+        inputs: How inputs are shown: frames, the place of instructions, the model's own prompts. Default: as the
+            harness shows them.
         store: Where embeddings are kept; with a folder, a killed run continues within a data set. Default: memory.
 
     Returns:
@@ -322,13 +380,20 @@ def mmeb_v2_benchmark(
     rows = [replace(row, revision=pinned.pop(row.name, row.revision)) for row in select_rows(subset)]
     if pinned:
         raise ValueError(f"revisions name {sorted(pinned)}, which are not among the {len(rows)} data sets asked for")
-    options: dict[str, Any] = {"page_split": page_split, "fraction": fraction, "seed": seed, "store": store}
+    options: dict[str, Any] = {
+        "page_split": page_split,
+        "fraction": fraction,
+        "seed": seed,
+        "store": store,
+        "inputs": inputs,
+    }
     tasks = [mmeb_task(row, root, protocol=protocol, **options) for row in rows]
     if fraction != 1:
         warnings.warn(f"fraction={fraction:g} of the queries (seed {seed}): an estimate, not a score", stacklevel=2)
     part = "" if len(rows) == len(MMEB_V2) and fraction == 1 else f", {len(rows)} of 78, fraction {fraction:g}"
-    return Benchmark(
-        name=f"MMEB-V2({protocol}, {page_split}{part})",
+    label = inputs.label.replace(".", ", ") if inputs else ""
+    return LoadedBenchmark(
+        name=f"MMEB-V2({protocol}, {page_split}{label}{part})",
         tasks=tasks,
         description="Image, video and visual-document retrieval; plain mean over data sets.",
         reference=_REFERENCE,

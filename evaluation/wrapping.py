@@ -6,18 +6,26 @@ task with pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from evaluation.embedding.fingerprint import checkpoint
+from evaluation.finite import check_finite
+from evaluation.media import as_rgb
+from evaluation.sum_of_parts import joined
 
 if TYPE_CHECKING:  # importing `evaluation` must not import mteb, which takes seconds
     from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 
 MODALITIES = ("text", "image", "audio", "video")
+MEDIA = ("image", "video", "audio")
 
 
 def wrap(
@@ -27,8 +35,11 @@ def wrap(
 
         mteb.evaluate(evaluation.wrap(model), mteb.get_benchmark("MIEB(lite)"))
 
+    Media stand before the text in every input, and an embedding that isn't finite is an error, as in our own suites.
+
     Args:
-        model: The model.
+        model: The model. One that embeds texts and pictures, but never both at once (CLIP), adds up the parts of an
+            input; see `sum_of_parts`.
         name: See `model_meta`.
         experiment: See `model_meta`; the model has to be set accordingly.
 
@@ -37,9 +48,61 @@ def wrap(
     """
     from mteb.models import SentenceTransformerEncoderWrapper
 
-    wrapper = SentenceTransformerEncoderWrapper(model)
-    wrapper.mteb_model_meta = model_meta(model, name, experiment=experiment)
+    class MediaFirstWrapper(SentenceTransformerEncoderWrapper):
+        """mteb's wrapper, which gives each row's columns in the order of the table, media before the text."""
+
+        def encode(self, inputs: Any, **kwargs: Any) -> Any:
+            vectors = super().encode(cast(Any, MediaFirstLoader(inputs)), **kwargs)
+            columns = getattr(inputs.dataset, "column_names", None) or ()
+            ids = inputs.dataset["id"] if "id" in columns else range(len(vectors))
+            side = kwargs.get("prompt_type") or "input"
+            check_finite(np.asarray(vectors), list(map(str, ids)), f"{kwargs['task_metadata'].name}, {side}")
+            return vectors
+
+    with quiet():
+        wrapper = MediaFirstWrapper(joined(model))
+    wrapper.mteb_model_meta = model_meta(wrapper.model, name or _loaded_from(model), experiment=experiment)
     return wrapper
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without mteb's advice to give a model both prompts; a model has the prompts that it was trained with."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "SentenceTransformers that use prompts", UserWarning)
+        yield
+
+
+class MediaFirstLoader:
+    """A data loader whose batches have their media before their text; it is the given one in all else.
+
+    Args:
+        loader: mteb's loader.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        object.__setattr__(self, "loader", loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Mteb sets the loader's collator."""
+        setattr(self.loader, name, value)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Batches: column -> values."""
+        for batch in self.loader:
+            first = [name for name in MEDIA if name in batch]
+            ordered = {name: batch[name] for name in [*first, *(name for name in batch if name not in first)]}
+            if "image" in ordered:
+                pictures = ordered["image"]
+                ordered["image"] = [as_rgb(p) if isinstance(p, Image.Image) else p for p in pictures]
+            yield ordered
 
 
 def model_meta(
@@ -63,7 +126,8 @@ def model_meta(
     for modality in model.modalities:
         parts.update((modality,) if isinstance(modality, str) else modality)
     name = _loaded_from(model) if name is None else name
-    meta = SentenceTransformerEncoderWrapper(model).mteb_model_meta
+    with quiet():
+        meta = SentenceTransformerEncoderWrapper(model).mteb_model_meta
     return meta.model_copy(
         update={
             "name": name if "/" in name else f"local/{name}",

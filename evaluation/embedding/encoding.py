@@ -8,6 +8,7 @@ full width, so every `truncate_dim` of a model is scored from one encoding.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from tqdm.auto import tqdm
 
 from evaluation.embedding.fingerprint import fingerprint
 from evaluation.embedding.store import EmbeddingStore, content_key
-from evaluation.media import StoredFrames, read_image
+from evaluation.finite import check_finite
+from evaluation.media import PROMPT_COLUMN, StoredFrames, read_image
+from evaluation.sum_of_parts import joined
 
 _BATCHES_PER_CALL = 16  # media of that many batches are decoded, and written as one shard; ST sorts within one call
 _FULL_WIDTH = 2**31 - 1
-_FORM = "form 1"  # raise it whenever `_as_input` shows a row differently: stored embeddings are then made again
+_FORM = "form 2"  # raise it whenever `as_input` shows a row differently: stored embeddings are then made again
 
 
 class MediaFirstEncoder:
@@ -34,11 +37,20 @@ class MediaFirstEncoder:
     Args:
         wrapper: mteb's wrapper of the model: it holds the model, its prompts and its metadata.
         store: Where embeddings are kept.
+        instructed: The sides whose inputs bring an instruction of the task's own, which takes the place of the
+            model's prompt.
     """
 
-    def __init__(self, wrapper: SentenceTransformerEncoderWrapper, store: EmbeddingStore) -> None:
+    def __init__(
+        self,
+        wrapper: SentenceTransformerEncoderWrapper,
+        store: EmbeddingStore,
+        instructed: Collection[PromptType] = (),
+    ) -> None:
         self._wrapper = wrapper
+        self._model = joined(wrapper.model)
         self._store = store
+        self._instructed = frozenset(instructed)
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
@@ -77,37 +89,57 @@ class MediaFirstEncoder:
             float32 (rows, width).
         """
         dataset = _undecoded(inputs.dataset)
-        model = self._wrapper.model
+        prompt = "" if prompt_type in self._instructed else self.own_prompt(task_metadata, prompt_type)
+        # rows with an instruction of their own get it behind the model's prompt, if that stays
+        told = dataset[PROMPT_COLUMN] if PROMPT_COLUMN in dataset.column_names else [""] * len(dataset)
+        result = np.zeros((len(dataset), 0), np.float32)
+        for instruction in sorted(set(told)):
+            rows = [row for row, own in enumerate(told) if own == instruction]
+            whole = f"{prompt or ''}{instruction}" if instruction else prompt
+            vectors = self._encode_rows(dataset.select(rows), whole, task_metadata.name, prompt_type, kwargs)
+            result = np.zeros((len(dataset), vectors.shape[1]), np.float32) if not result.shape[1] else result
+            result[rows] = vectors
+        return result[:, : self._model.truncate_dim]
+
+    def own_prompt(self, task_metadata: Any, prompt_type: PromptType | None) -> str | None:
+        """The model's own prompt for a side of a task, `None` where it names none."""
         prompts = self._wrapper.model_prompts
-        prompt = prompts.get(get_prompt_name(prompts, task_metadata, prompt_type) or "") if prompts else None
+        return prompts.get(get_prompt_name(prompts, task_metadata, prompt_type) or "") if prompts else None
+
+    def _encode_rows(
+        self, dataset: Dataset, prompt: str | None, task: str, prompt_type: PromptType | None, kwargs: dict[str, Any]
+    ) -> np.ndarray:
+        """Rows with one prompt, at full width: those that the store holds, and the others, which it then holds."""
         options = {k: v for k, v in kwargs.items() if k not in ("batch_size", "show_progress_bar", "pool")}
         space = content_key(
-            fingerprint(model, truncation=False), _FORM, f"{prompt_type} {prompt} {sorted(options.items())}"
+            fingerprint(self._wrapper.model, truncation=False),
+            _FORM,
+            f"{prompt_type} {prompt} {sorted(options.items())}",
         )
         digests: dict[str, bytes] = {}
         keys = [_content(record, digests) for record in dataset]
-        found = self._store.get(space, keys)
+        found = {key: vector for key, vector in self._store.get(space, keys).items() if np.isfinite(vector).all()}
         todo = sorted({key: row for row, key in enumerate(keys) if key not in found}.values())
         step = _BATCHES_PER_CALL * kwargs.get("batch_size", 32)
         quiet = not todo or not kwargs.get("show_progress_bar", True)
-        with tqdm(total=len(todo), desc=f"{task_metadata.name} {prompt_type}", unit="input", disable=quiet) as bar:
+        with tqdm(total=len(todo), desc=f"{task} {prompt_type}", unit="input", disable=quiet) as bar:
             for start in range(0, len(todo), step):
                 chosen = todo[start : start + step]
                 vectors = self._embed(dataset.select(chosen), prompt, prompt_type, kwargs)
+                check_finite(vectors, [str(dataset[row]["id"]) for row in chosen], f"{task}, {prompt_type}")
                 made = {keys[row]: vector for row, vector in zip(chosen, vectors, strict=True)}
                 self._store.put(space, made)
                 found |= made
                 bar.update(len(chosen))
-        return np.stack([found[key] for key in keys])[:, : model.truncate_dim]
+        return np.stack([found[key] for key in keys])
 
     def _embed(self, rows: Dataset, prompt: str | None, prompt_type: PromptType | None, kwargs: dict) -> np.ndarray:
-        model = self._wrapper.model
-        encode = model.encode
+        encode: Any = self._model.encode
         if prompt_type is not None:
-            encode = model.encode_query if prompt_type == PromptType.query else model.encode_document
+            encode = self._model.encode_query if prompt_type == PromptType.query else self._model.encode_document
         # a width no model has: the vectors are kept whole, whatever the model's own truncation
         options = {**kwargs, "show_progress_bar": False, "truncate_dim": _FULL_WIDTH}
-        vectors = encode([_as_input(record) for record in rows], prompt=prompt, **options)
+        vectors = encode([as_input(record) for record in rows], prompt=prompt, **options)
         return np.asarray(vectors, np.float32)
 
 
@@ -136,7 +168,7 @@ def _content(record: dict[str, Any], digests: dict[str, bytes]) -> bytes:
     return content_key(str(len(sources)), _text(record), *media)
 
 
-def _as_input(record: dict[str, Any]) -> dict[str, Any] | str:
+def as_input(record: dict[str, Any]) -> dict[str, Any] | str:
     """A row as SentenceTransformer input: `{"image": ..., "text": ...}` in that order, absent parts left out."""
     inputs: dict[str, Any] = {}
     if record.get("image"):

@@ -39,9 +39,11 @@ class EmbeddingStore:
         folder: Where shards are kept, `<folder>/<space>/<hash>.safetensors`; default: memory only.
         max_items: Number of vectors to keep in memory; the oldest leave first (and, with a folder, are read again).
             200,000 vectors of 1,536 numbers are 1.2 GB.
+        fresh: Leave what is in the folder unread, and replace it.
     """
 
-    def __init__(self, folder: str | Path | None = None, max_items: int = 200_000) -> None:
+    def __init__(self, folder: str | Path | None = None, max_items: int = 200_000, *, fresh: bool = False) -> None:
+        self._fresh = fresh
         self.folder = None if folder is None else Path(folder)
         self._max_items = max_items
         self._vectors: dict[tuple[bytes, bytes], np.ndarray] = {}
@@ -96,7 +98,8 @@ class EmbeddingStore:
     def _index(self, space: bytes) -> dict[bytes, Path]:
         """Content -> shard of one space, read from the disk once."""
         if space not in self._shards:
-            files = sorted(self._place(space).glob("*.safetensors")) if self.folder else []
+            reads = self.folder and not self._fresh
+            files = sorted(self._place(space).glob("*.safetensors")) if reads else []
             self._shards[space] = {key: file for file in files for key in _read(file)}
         return self._shards[space]
 

@@ -34,7 +34,7 @@ from evaluation.embedding.store import EmbeddingStore
 from evaluation.evaluator import SuiteEvaluator
 from evaluation.mini import scenes
 from evaluation.mini.tasks import NUM_QUERIES, WRITERS, draw_mini
-from evaluation.task import MMEBRetrieval
+from evaluation.task import LoadedBenchmark, MMEBRetrieval
 
 VERSION = "mini-1"
 
@@ -99,7 +99,7 @@ def mini_benchmark(
     if unknown := sorted(set(groups or ()) - known):
         raise ValueError(f"unknown group {unknown}: use {list(WRITERS)}, a data-set name or a modality")
     rows = [row for row in MINI if groups is None or {row.group, row.name, row.modality} & set(groups)]
-    return Benchmark(
+    return LoadedBenchmark(
         name=f"{VERSION}({split})",
         tasks=_tasks(rows, split, seed, EmbeddingStore() if store is None else store),
         description="MMEB-V2's meta-tasks in small, offline.",

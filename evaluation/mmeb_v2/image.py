@@ -7,7 +7,7 @@ from typing import Any
 
 from evaluation.dataset import MMEBDataset
 from evaluation.media import enlarged
-from evaluation.mmeb_v2.image_texts import IMAGE_TOKEN, candidate_texts, query_text
+from evaluation.mmeb_v2.image_texts import IMAGE_TOKEN, candidate_parts, candidate_texts, query_parts, query_text
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.pool import Item, LoadedDataset, SplitBuilder, sampled_rows
 
@@ -42,7 +42,9 @@ def load_image(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: in
         if not candidates:
             builder.skip(index, "its candidate list is empty")
             continue
-        query = Item("query", query_text(row, record), image=images.shown(path) if path else None)
+        instruction, body = query_parts(row, record)
+        shown = images.shown(path) if path else None
+        query = Item("query", query_text(row, record), image=shown, instruction=instruction, body=body)
         if not path and IMAGE_TOKEN in record.get("qry_inst", record["qry_text"]):
             builder.remark("text-only queries that name an image, which is left out")
         own = None if row.candidates == "global" else _ranked(row, candidates)
@@ -75,7 +77,8 @@ def _candidates(row: MMEBDataset, record: Mapping[str, Any], images: _Images) ->
     items = []
     for path, caption, text in zip(paths, captions, candidate_texts(row, record, len(paths)), strict=True):
         key = path if row.family == "image" else f"{path}:{caption.strip(chr(34))}"
-        items.append(Item(key, text, image=images.shown(path)))
+        instruction, body = candidate_parts(row, record, caption)
+        items.append(Item(key, text, image=images.shown(path), instruction=instruction, body=body))
     return items
 
 

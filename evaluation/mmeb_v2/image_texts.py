@@ -49,6 +49,41 @@ def query_text(row: MMEBDataset, record: Mapping[str, Any]) -> str:
     return finished(row, _without_token(text.replace(" \n", "\n") + "\n"))
 
 
+def query_parts(row: MMEBDataset, record: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Instruction and body of a query, apart from each other.
+
+    Args:
+        row: The data set.
+        record: Its row.
+
+    Returns:
+        The instruction, empty where there is none, and the rest of the text; `None` for the rest where the row's text
+        is ready, so that the two can't be told apart.
+    """
+    if "qry_inst" not in record:
+        return "", None
+    return _parts(row, record["qry_inst"], record["qry_text"])
+
+
+def candidate_parts(row: MMEBDataset, record: Mapping[str, Any], caption: str) -> tuple[str, str | None]:
+    """Instruction and body of a candidate with an image; see `query_parts`.
+
+    Args:
+        row: The data set; family `image` or `captioned`.
+        record: Its row.
+        caption: The candidate's caption.
+
+    Returns:
+        The instruction and the caption.
+    """
+    return _parts(row, record["tgt_inst"], caption) if "qry_inst" in record else ("", None)
+
+
+def _parts(row: MMEBDataset, instruction: str | None, body: str | None) -> tuple[str, str]:
+    bare = _without_token(body or "")
+    return (instruction or "").replace(IMAGE_TOKEN, "").strip(), finished(row, bare) if bare.strip() else ""
+
+
 def candidate_texts(row: MMEBDataset, record: Mapping[str, Any], count: int) -> list[str]:
     """Texts of a row's candidates with images, in order, without the token of the image.
 

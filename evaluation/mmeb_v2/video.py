@@ -7,34 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from evaluation.dataset import MMEBDataset
-from evaluation.media import BrokenMediaError, enlarged, natural_key, stored_frames
+from evaluation.media import BrokenMediaError, choose_frames, enlarged, natural_key, stored_frames
 from evaluation.mmeb_v2.protocols import finished
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.mmeb_v2.video_rows import MOMENT_INSTRUCTIONS
 from evaluation.pool import Item, LoadedDataset, SplitBuilder, sampled_rows
 
-NUM_FRAMES = 8
 _NO_DOT = 'rows with an option without ". "'
 _NO_ANSWER = "rows whose answer is not among their candidates"
 Record = Mapping[str, Any]
-
-
-def choose_frames(frames: Sequence[Path], count: int = NUM_FRAMES) -> tuple[str, ...]:
-    """Evenly spread frames of a stored video, as the official evaluator picks them.
-
-    Args:
-        frames: Stored frames in temporal order.
-        count: How many to show; a video with fewer shows all of them.
-
-    Returns:
-        Paths at the positions `int(linspace(0, n - 1, count))`.
-    """
-    if len(frames) < count:
-        return tuple(map(str, frames))
-    return tuple(str(frames[int(position)]) for position in np.linspace(0, len(frames) - 1, count))
 
 
 def load_video(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: int = 0) -> LoadedDataset:
@@ -111,11 +93,31 @@ def _video(row: MMEBDataset, root: DataRoot, record: Record) -> tuple[str, ...]:
     """The shown frames of the row's own video."""
     fields = {k: str(v) for k, v in record.items()}
     fields |= {f"{name}_stem": Path(fields[name]).stem for name in ("video", "video_path") if name in fields}
-    return choose_frames(stored_frames(root.media(row, row.media_path.format_map(fields))))
+    return _chosen(row, stored_frames(root.media(row, row.media_path.format_map(fields))))
 
 
-def _query(row: MMEBDataset, text: str, image: str | bytes | None = None, video: tuple[str, ...] = ()) -> Item:
-    return Item("query", finished(row, text), image=image, video=video)
+def _chosen(row: MMEBDataset, frames: Sequence[Path]) -> tuple[str, ...]:
+    return choose_frames(frames, row.inputs.num_frames)
+
+
+def _query(
+    row: MMEBDataset,
+    text: str,
+    image: str | bytes | None = None,
+    video: tuple[str, ...] = (),
+    instruction: str | None = None,
+) -> Item:
+    """The query; its instruction is what its template holds before the row's own words."""
+    start = row.query_text.split("{")[0] if instruction is None else f"{instruction} "
+    body = text[len(start) :].strip()
+    told = start.strip().removesuffix("Question:").rstrip()
+    shown = finished(row, body) if body else ""
+    return Item("query", finished(row, text), image=image, video=video, instruction=told, body=shown)
+
+
+def _watched(row: MMEBDataset, key: str, video: tuple[str, ...]) -> Item:
+    """A video as a candidate: an instruction and no words of its own."""
+    return Item(key, row.candidate_text, video=video, instruction=row.candidate_text.strip())
 
 
 def _ask_label(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
@@ -225,7 +227,7 @@ def _caption_key(row: MMEBDataset, record: Record) -> str:
 
 def _offer_video(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: int, record: Record) -> None:
     try:
-        builder.offer(index, Item(_caption_key(row, record), row.candidate_text, video=_video(row, root, record)))
+        builder.offer(index, _watched(row, _caption_key(row, record), _video(row, root, record)))
     except (BrokenMediaError, LookupError) as error:
         builder.report(index, f"video left out: {error}")
 
@@ -245,7 +247,7 @@ def _ask_clip(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: in
     clips = [clip for clip in folder.iterdir() if clip.is_dir() and clip.name != "query"]
     clips.sort(key=lambda clip: natural_key(clip.name))
     gold = {f"{folder.name}/{clip.name}": 1 for clip in clips if clip.name.startswith("positive")}
-    query = _query(row, row.query_text.format_map(record), video=choose_frames(stored_frames(folder / "query")))
+    query = _query(row, row.query_text.format_map(record), video=_chosen(row, stored_frames(folder / "query")))
     own = [item for clip in clips for item in _clip(builder, row, index, f"{folder.name}/{clip.name}", clip)]
     builder.ask(index, query, gold, own)
 
@@ -269,7 +271,8 @@ def _ask_moment(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: 
     right, wrong = ([entry["output_path"] for entry in record[f"{side}_frames"]] for side in ("positive", "negative"))
     folders = [(path, _moment_folder(row, root, path)) for path in (*right, *wrong)]
     own = [item for path, folder in folders for item in _clip(builder, row, index, path, folder, all_frames=True)]
-    builder.ask(index, _query(row, text, image, video), dict.fromkeys(right, 1), own)
+    query = _query(row, text, image, video, MOMENT_INSTRUCTIONS[kind])
+    builder.ask(index, query, dict.fromkeys(right, 1), own)
 
 
 def _moment_folder(row: MMEBDataset, root: DataRoot, path: str) -> Path:
@@ -285,7 +288,7 @@ def _clip(
     except BrokenMediaError as error:
         builder.report(index, f"candidate {key!r} left out: {error}")
         return
-    yield Item(key, row.candidate_text, video=tuple(map(str, frames)) if all_frames else choose_frames(frames))
+    yield _watched(row, key, tuple(map(str, frames)) if all_frames else _chosen(row, frames))
 
 
 _OPTIONS: dict[str, Callable[[Record], tuple[str, list[Item], str]]] = {

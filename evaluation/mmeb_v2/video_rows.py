@@ -116,7 +116,12 @@ VIDEO_DATASETS: tuple[MMEBDataset, ...] = (
         _row(
             name, "V-QA", hub_id=f"VLM2Vec/{name}", family=family, config=config, split=split, query_text=text,
             candidate_text="{option}", candidates="local", num_queries=queries, num_candidates=options,
-            media_roots=tuple(f"video-tasks/frames/video_qa/{folder}" for folder in _FOLDERS.get(name, (name,))),
+            media_roots=tuple(
+                f"video-tasks/frames/{place}/{folder}"
+                # the archive holds a folder video_qa of its own: unpacked into one, it stands below it
+                for place in ("video_qa", "video_qa/video_qa")
+                for folder in _FOLDERS.get(name, (name,))
+            ),
             media_path=path, annotation=file, subsets=_MVBENCH_SUBSETS if family == "mvbench" else (),
         )
         for name, (family, config, split, path, file, text, queries, options) in _QUESTION_ANSWERING.items()

@@ -5,21 +5,27 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
 
 from datasets import Dataset, Image
 
-from evaluation.dataset import MMEBDataset
-from evaluation.media import BrokenMediaError, check_image
+from evaluation.dataset import PAGE_SPLITS, MMEBDataset, PageSplit
+from evaluation.media import PROMPT_COLUMN, BrokenMediaError, check_image
 from evaluation.mmeb_v2.protocols import finished
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.mmeb_v2.visdoc_rows import BROKEN_PAGE_HUB_IDS
-from evaluation.pool import BrokenRow, LoadedDataset, sampled_rows
+from evaluation.pool import (
+    BrokenRow,
+    Item,
+    LoadedDataset,
+    content_key,
+    data_digest,
+    sampled_rows,
+    shown,
+    to_dataset,
+)
 
 logger = logging.getLogger(__name__)
-
-PageSplit = Literal["page-fixed", "page"]
-PAGE_SPLITS: tuple[PageSplit, ...] = ("page-fixed", "page")
 
 
 def with_page_split(row: MMEBDataset, page_split: PageSplit) -> MMEBDataset:
@@ -60,11 +66,12 @@ def load_visdoc(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: i
         ValueError: No usable query is left.
     """
     broken: list[BrokenRow] = []
-    corpus = _pages(row, root, broken)
+    corpus, contents = _pages(row, root, broken)
     known = set(corpus["id"])
     relevant = _relevance(row, root, known)
     table = read_table(row, root, "queries")
-    ids, texts, skipped = [], [], 0
+    asked: list[tuple[str, Item]] = []
+    skipped, start = 0, row.query_text.split("{")[0]
     for index in sampled_rows(len(table), fraction, seed):
         query_id, text = f"q{table[index]['query-id']}", table[index]["query"]
         reason = "empty query" if not (text or "").strip() else "" if query_id in relevant else "no usable right page"
@@ -72,36 +79,39 @@ def load_visdoc(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: i
             skipped += 1
             broken.append(BrokenRow(row.name, index, f"query {query_id} skipped: {reason}"))
             continue
-        ids.append(query_id)
-        texts.append(finished(row, row.query_text.format(query=text)))
+        whole = finished(row, row.query_text.format(query=text))
+        asked.append((query_id, Item("query", whole, instruction=start.strip(), body=finished(row, text))))
     for entry in broken:
         logger.warning("%s, row %d: %s", entry.dataset, entry.index, entry.reason)
-    if not ids:
+    if not asked:
         raise ValueError(f"{row.name} has no usable query: {len(broken)} broken rows, {len(corpus)} pages")
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # when a task is built: it takes seconds
 
+    chosen = {query_id: relevant[query_id] for query_id, _ in asked}
     data = RetrievalSplitData(
         corpus=corpus,
-        queries=Dataset.from_dict({"id": ids, "text": texts}),
-        relevant_docs={query_id: relevant[query_id] for query_id in ids},
+        queries=to_dataset([(query_id, shown(item, row.inputs)) for query_id, item in asked]),
+        relevant_docs=chosen,
         top_ranked=None,
     )
-    return LoadedDataset(data, tuple(broken), skipped)
+    digest = data_digest({query_id: item.content() for query_id, item in asked}, contents, chosen, None)
+    told = {"query": start.strip(), "document": row.candidate_text.strip()}
+    return LoadedDataset(data, tuple(broken), skipped, digest, instructions=told)
 
 
-def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> Dataset:
-    """The corpus with columns id, image, text; pages that can't be decoded are reported and left out."""
+def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> tuple[Dataset, dict[str, bytes]]:
+    """The corpus with columns id, image, text, and each page's hash; pages that can't be decoded are left out."""
     table = read_table(row, root, "corpus")
     if not isinstance(table, Dataset):
         raise TypeError(f"{row.name}: the corpus must be a parquet table with an image column, got JSON")
     raw = table.cast_column("image", Image(decode=False))
-    seen: set[str] = set()
-    kept, ids = [], []
+    contents: dict[str, bytes] = {}
+    kept = []
     for index, record in enumerate(raw):
         page_id, image = f"p{record['corpus-id']}", record["image"] or {}
         source = image.get("bytes") or image.get("path")
         try:
-            if page_id in seen:
+            if page_id in contents:
                 continue  # the pool keeps the first candidate of each identity
             if not source:
                 raise BrokenMediaError("column image is empty")
@@ -109,11 +119,14 @@ def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> Dataset
         except BrokenMediaError as error:
             broken.append(BrokenRow(row.name, index, f"page {page_id} left out: {error}"))
             continue
-        seen.add(page_id)
+        contents[page_id] = content_key(source if isinstance(source, bytes) else Path(source).read_bytes())
         kept.append(index)
-        ids.append(page_id)
+    page = shown(Item("", row.candidate_text, instruction=row.candidate_text.strip()), row.inputs, candidate=True)
     pages = table.cast_column("image", Image()).select(kept).select_columns(["image"])
-    return pages.add_column("id", ids).add_column("text", [row.candidate_text] * len(ids))
+    pages = pages.add_column("id", list(contents)).add_column("text", [page.text] * len(contents))
+    if page.instruction:
+        pages = pages.add_column(PROMPT_COLUMN, [page.instruction] * len(contents))
+    return pages, contents
 
 
 def _relevance(row: MMEBDataset, root: DataRoot, known: set[str]) -> dict[str, dict[str, int]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +19,8 @@ import numpy as np
 from evaluation.atomic_write import read_json
 from evaluation.mmeb_v2 import GROUPS, MMEB_V2
 from evaluation.result_cache import SAVING
+
+logger = logging.getLogger(__name__)
 
 OVERALL = "All"
 MODALITIES = ("image", "video", "visdoc")
@@ -40,6 +45,8 @@ class Score:
         fraction: Part of the queries that was asked for.
         chance: Score of a random ranking, NaN where unknown.
         protocol: Whose rules it follows: `vlm2vec` or `btoks`; empty for a suite with one set of rules.
+        inputs: How inputs were shown, where not as the harness shows them: `.frames64.instruction-system`.
+        data: Hash of the data; of a result that has none (older ones) a hash of what it tells of its data.
         per_query: Query id -> score; empty for published results.
         details: mteb's other scores.
     """
@@ -56,19 +63,25 @@ class Score:
     fraction: float = 1.0
     chance: float = math.nan
     protocol: str = ""
+    inputs: str = ""
+    data: str = ""
     per_query: Mapping[str, float] = field(default_factory=dict, repr=False)
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """All results of one checkpoint: name, revision, scores by data set, mteb's model metadata and versions."""
+    """All results of one checkpoint: name, revision, scores by data set, mteb's model metadata and versions.
+
+    `older` names the data sets that it was also scored on with other data, before.
+    """
 
     name: str
     revision: str
     scores: Mapping[str, Score]
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     versions: Mapping[str, str] = field(default_factory=dict, repr=False)
+    older: tuple[str, ...] = ()
 
     @property
     def truncated(self) -> bool:
@@ -84,6 +97,11 @@ class ModelScores:
     def protocol(self) -> str:
         """Whose rules the scores follow; `read_results` keeps two protocols of one checkpoint apart."""
         return next((score.protocol for score in self.scores.values()), "")
+
+    @property
+    def inputs(self) -> str:
+        """How inputs were shown; `read_results` keeps two ways of one checkpoint apart."""
+        return next((score.inputs for score in self.scores.values()), "")
 
     @property
     def split_label(self) -> str:
@@ -177,7 +195,7 @@ def paired_bootstrap(
     """How sure the difference of two models' averages is, given the queries.
 
     Queries are redrawn within each data set, the same for both models; the statistic is the plain mean over the data
-    sets that both have.
+    sets that both have, and whose data were the same.
 
     Args:
         first: Scores of the model that is compared against.
@@ -189,11 +207,13 @@ def paired_bootstrap(
         Difference and interval, as fractions.
 
     Raises:
-        ValueError: No data set with per-query scores of the same queries.
+        ValueError: No data set with per-query scores of the same queries on the same data.
     """
     rng = np.random.default_rng(seed)
     means, redrawn = [], []
     for name in sorted(first.keys() & second.keys()):
+        if second[name].data != first[name].data:
+            continue
         ours, theirs = second[name].per_query, first[name].per_query
         common = sorted(ours.keys() & theirs.keys())
         if not common:
@@ -203,7 +223,10 @@ def paired_bootstrap(
         means.append(gaps.mean())
         redrawn.append(counts @ gaps / len(gaps))
     if not means:
-        raise ValueError("no data set has per-query scores of both models: run both with evaluation.run")
+        raise ValueError(
+            "no data set has per-query scores of both models on the same data: run both with evaluation.run on one "
+            "copy of the data"
+        )
     low, high = np.percentile(np.mean(redrawn, axis=0), [2.5, 97.5])
     return Difference(float(np.mean(means)), float(low), float(high), len(means))
 
@@ -215,40 +238,72 @@ def read_results(folders: Iterable[str | Path]) -> list[ModelScores]:
         folders: Folders of `mteb.ResultCache`, or deeper ones down to `<model>/<revision>`.
 
     Returns:
-        One entry per model, revision and protocol, sorted by name. Results of mteb's own tasks count as well.
+        One entry per model, revision, protocol and way of showing inputs, sorted by name. Results of mteb's own tasks
+        count as well. Of results on several versions of a data set the newest counts.
 
     Raises:
         FileNotFoundError: Nothing found.
-        ValueError: Two versions of the same data set in one checkpoint's folder.
+        ValueError: Two splits or fractions of the same data set in one checkpoint's folder, or a result in a form that
+            can't be read.
     """
     paths = sorted({path for folder in folders for path in Path(folder).rglob("*.json")})
     # predictions are large and no results; the other folders are those of a save that was cut short
     paths = [path for path in paths if not path.name.endswith("_predictions.json") and SAVING not in str(path)]
-    found: dict[tuple[Path, str], dict[str, Score]] = {}
-    for path in paths:
-        for score in _scores_of(path):
-            place = path.parent, score.protocol
-            if score.dataset in found.setdefault(place, {}):
+    found: dict[tuple[Path, str, str], dict[str, Score]] = {}
+    older: dict[tuple[Path, str, str], list[str]] = {}
+    contents = [(path, read_json(path)) for path in paths]
+    dated = [(_date(path, content), path, content) for path, content in contents if _is_result(content)]
+    for date, path, content in sorted(dated, key=lambda result: result[:2]):  # the newest comes last
+        for score in _scores_of(path, content):
+            place = path.parent, score.protocol, score.inputs
+            known = found.setdefault(place, {}).get(score.dataset)
+            if known is not None and _sample(known) != _sample(score):
                 raise ValueError(
                     f"{path.parent} holds {score.dataset} twice (splits or fractions): report one at a time"
                 )
+            if known is not None:
+                older.setdefault(place, []).append(score.dataset)
+                logger.warning("%s: %s of %s replaces an older score on other data", path.parent, score.dataset, date)
             found[place][score.dataset] = score
     if not found:
         raise FileNotFoundError(f"no result below {[str(folder) for folder in folders]}")
-    return [_model(folder, scores) for (folder, _), scores in sorted(found.items())]
+    return [_model(place[0], scores, tuple(older.get(place, ()))) for place, scores in sorted(found.items())]
 
 
-def _scores_of(path: Path) -> list[Score]:
-    """The scores in a file; none for a file that is no result, or was torn while it was written."""
-    content = read_json(path)
-    if not isinstance(content, dict) or "scores" not in content or "task_name" not in content:
-        return []
-    entries = [entry for split in content["scores"].values() for entry in split]
-    ours = [_score(entry) for entry in entries if "mmeb_name" in entry]
-    return ours or [stock_score(content["task_name"], entries)] if entries else []
+def _sample(score: Score) -> tuple[Any, ...]:
+    """Which version and which part of a data set was asked."""
+    return score.split_label, score.fraction, score.details.get("sample_seed")
+
+
+def _is_result(content: Any) -> bool:
+    """Whether a file's content is a result; not of one that was torn, or that holds something else."""
+    return isinstance(content, dict) and "scores" in content and "task_name" in content
+
+
+def _date(path: Path, content: Mapping[str, Any]) -> str:
+    """When a result was made, by its own word, else by its file's time."""
+    return str(content.get("date") or datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat())
+
+
+def _scores_of(path: Path, content: Mapping[str, Any]) -> list[Score]:
+    """The scores in a result; a `ValueError` names a file in another form, and what to do."""
+    try:
+        entries = [entry for split in content["scores"].values() for entry in split]
+        ours = [_score(entry) for entry in entries if "mmeb_name" in entry]
+        if ours or not entries:
+            return ours
+        return [stock_score(content["task_name"], entries, str(content.get("dataset_revision") or ""))]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is a result in another form ({type(error).__name__}: {error}): delete it and score the data set "
+            "again, or make this report with the version that wrote it"
+        ) from error
 
 
 def _score(entry: Mapping[str, Any]) -> Score:
+    """A score of our own; what results of earlier versions lack has the value that it had then."""
+    per_query = entry.get("per_query", {})
+    count = entry.get("num_queries", len(per_query))
     return Score(
         dataset=entry["mmeb_name"],
         modality=entry["modality"],
@@ -257,22 +312,31 @@ def _score(entry: Mapping[str, Any]) -> Score:
         value=float(entry["main_score"]),
         split_label=entry["split_label"],
         protocol=entry.get("protocol", ""),
-        num_queries=entry["num_queries"],
-        expected_queries=entry["expected_queries"],
-        standard_error=entry["standard_error"],
-        fraction=entry["fraction"],
-        chance=entry["chance"],
-        per_query=entry["per_query"],
+        inputs=entry.get("inputs", ""),
+        data=entry.get("data_digest") or _told(entry),
+        num_queries=count,
+        expected_queries=entry.get("expected_queries", count),
+        standard_error=entry.get("standard_error", math.nan),
+        fraction=entry.get("fraction", 1.0),
+        chance=entry.get("chance", math.nan),
+        per_query=per_query,
         details=entry,
     )
 
 
-def stock_score(task_name: str, entries: Sequence[Mapping[str, Any]]) -> Score:
+def _told(entry: Mapping[str, Any]) -> str:
+    """What a result without a hash of its data tells of them: versions, queries, and the chance level of its pool."""
+    told = [entry.get("data_versions"), sorted(entry.get("per_query", {})), entry.get("chance")]
+    return "before-" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def stock_score(task_name: str, entries: Sequence[Mapping[str, Any]], revision: str = "") -> Score:
     """The score of one of mteb's own tasks.
 
     Args:
         task_name: The task.
         entries: Its entries: one for each split and subset (a language, say).
+        revision: Version of its data.
 
     Returns:
         The plain mean of the entries' main scores, as mteb's `get_score`; modality `mteb`, group the task's type.
@@ -286,15 +350,17 @@ def stock_score(task_name: str, entries: Sequence[Mapping[str, Any]]) -> Score:
         metric=metadata.main_score,
         value=float(value),
         split_label=STOCK,
+        data=revision,
         standard_error=math.nan,
         details={"entries": len(entries)},
     )
 
 
-def _model(folder: Path, scores: Mapping[str, Score]) -> ModelScores:
+def _model(folder: Path, scores: Mapping[str, Score], older: tuple[str, ...]) -> ModelScores:
     meta_file, settings = folder / "model_meta.json", folder / "run_settings.jsonl"
     metadata = read_json(meta_file) or {}
     lines = settings.read_text(encoding="utf-8").splitlines() if settings.is_file() else []
     versions = json.loads(lines[-1]).get("version", {}) if lines else {}
     name = metadata.get("name") or folder.parent.name.replace("__", "/")
-    return ModelScores(name, metadata.get("revision") or folder.name, scores, metadata, versions)
+    revision = metadata.get("revision") or folder.name
+    return ModelScores(name, revision, scores, metadata, versions, older=tuple(dict.fromkeys(older)))

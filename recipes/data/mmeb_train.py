@@ -17,9 +17,8 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from huggingface_hub import hf_hub_download
 
-from evaluation.media import stored_frames
+from evaluation.media import choose_frames, stored_frames
 from evaluation.mmeb_v2.sources import DataRoot, read_table
-from evaluation.mmeb_v2.video import choose_frames
 from recipes.data.mmeb_train_sources import MMEB_TRAIN, VISRAG_PAGE, VISRAG_QUERY, MMEBTrainSource
 from recipes.data.training_pairs import BrokenRowError, Side, Source, check_source
 

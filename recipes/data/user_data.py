@@ -37,8 +37,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset,
 from datasets.fingerprint import Hasher
 from torch import nn
 
-from evaluation.media import stored_frames
-from evaluation.mmeb_v2.video import choose_frames
+from evaluation.media import choose_frames, stored_frames
 from recipes.data import tables
 from recipes.data.tables import SUFFIXES, TEXT_SUFFIXES, BrokenRecordError, as_text, read_table
 from recipes.data.training_pairs import BrokenRowError, Side, Source, check_source

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Features, Image, Value
 from mteb.models import ModelMeta
+from sentence_transformers import SentenceTransformer
 
 from evaluation.mmeb_v2 import MMEBDataset
 from evaluation.mmeb_v2.layouts import (
@@ -249,3 +250,51 @@ def random_encoder():
         return TableEncoder({i: rng.normal(size=16).astype(np.float32) for i in ids})
 
     return build
+
+
+class Pixels(torch.nn.Module):
+    """A SentenceTransformer module over pictures, videos and texts, with one weight; `calls` counts inputs."""
+
+    modalities = ["text", "image", "video", "message", ("image", "text"), ("text", "video")]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.calls: list = []
+
+    def preprocess(self, inputs, prompt=None, **kwargs):
+        self.calls += inputs
+        return {"features": torch.stack([self._vector(entry) for entry in inputs])}
+
+    def _vector(self, entry):
+        entry = {"text": entry} if isinstance(entry, str) else entry
+        video = entry.get("video", ())
+        video = video["array"] if isinstance(video, dict) else video
+        frames = [*video, *([entry["image"]] if "image" in entry else [])]
+        image = sum(
+            (torch.from_numpy(np.asarray(f.resize((4, 4)), np.float32)).flatten() for f in frames), torch.zeros(48)
+        )
+        text = torch.zeros(48)
+        for position, char in enumerate(entry.get("text", "")):
+            text[(ord(char) * 7 + position) % 48] += 1
+        return image / 255 + 0.1 * text
+
+    def forward(self, features, **kwargs):
+        return {**features, "sentence_embedding": features["features"] * self.weight}
+
+    def get_sentence_embedding_dimension(self):
+        return 48
+
+    def get_embedding_dimension(self):
+        return 48
+
+    def tokenize(self, inputs, **kwargs):
+        return self.preprocess(inputs)
+
+    def save(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def pixels():
+    return SentenceTransformer(modules=[Pixels()], device="cpu")

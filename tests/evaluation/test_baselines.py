@@ -19,7 +19,8 @@ from evaluation.baselines import OpenClip, load_model, open_clip_model, pooled_m
 from evaluation.embedding.fingerprint import fingerprint
 from evaluation.mini import mini_benchmark
 from evaluation.mmeb_v2 import MMEB_V2
-from evaluation.run import build_suite, main, parse, stored_name
+from evaluation.run import main, parse, stored_name
+from evaluation.scoring import build_suite
 from evaluation.task import MMEBRetrieval
 from evaluation.wrapping import model_meta
 
@@ -154,12 +155,12 @@ def test_the_command_line_scores_resumes_and_reports(clip_folder, tmp_path, caps
     words += ["--subset", "I-VG", "V-CLS", "--split", "validation", "--output_dir", str(tmp_path), "--device", "cpu"]
     main([*words, "--report", "--sheets"])
     shown = capsys.readouterr().out
-    assert "mini-1.I-VG.validation: split mini-1/validation, 100 queries, chance 12.5" in shown
+    assert "mini-1.I-VG.validation: split mini-1/validation, 100 queries, chance 12.5, data " in shown
     assert "standard error" in shown and "plain mean of these 2 data sets" in shown
     runs = json.loads((tmp_path / "run.json").read_text())
     assert runs[0]["command"].startswith("python -m evaluation.run --model open_clip") and runs[0]["versions"]["mteb"]
     assert "mini-1/validation" in (tmp_path / "report/report.md").read_text()
-    assert len(list(tmp_path.glob("sheets/*/mini-1.V-CLS.validation.png"))) == 1
+    assert len(list(tmp_path.glob("sheets/*/mini-1.V-CLS.validation*.png"))) == 1
     stored = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("mini-1.*.json")}
     main(words)
     assert capsys.readouterr().out == shown
@@ -191,7 +192,7 @@ def test_a_sweep_over_embedding_sizes_encodes_once_and_draws_a_curve(clip_folder
     assert Image.open(tmp_path / "report/sizes.png").width > 300
     stored = {path.parent for path in tmp_path.rglob("mini-1.*.json")} - {tmp_path / "whole"}
     assert any(path.parts[-2:] == ("experiments", "truncate_dim_4") for path in stored)
-    with pytest.raises(ValueError, match="asks for 17 numbers, but the embeddings have 16"):
+    with pytest.raises(SystemExit, match="asks for 17 numbers, but the embeddings have 16"):
         main([*words, "--truncate_dims", "4,17"])
     for wrong in ("0", "4,x", ""):
         with pytest.raises(SystemExit):
@@ -212,20 +213,21 @@ def test_a_pool_of_processes_gives_the_same_embeddings(backbone):
     assert np.allclose(pooled, model.encode_query(texts), atol=1e-6)
 
 
-def test_a_text_model_is_refused_by_a_task_with_pictures(backbone, tmp_path):
+def test_a_text_model_is_refused_by_a_task_with_pictures(backbone, tmp_path, capsys):
     words = ["--model", str(backbone), "--pooling", "mean", "--subset", "VisDoc", "--output_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match="not support"):
+    with pytest.raises(SystemExit, match="1 data sets have no score: mini-VisDoc"):
         main([*words, "--device", "cpu"])
+    assert "mini-VisDoc: the model does not support ['image']: it takes ['text']" in capsys.readouterr().out
     assert not list(tmp_path.rglob("mini-1*.json"))
 
 
 def test_wrong_commands_fail_before_a_model_is_loaded(tmp_path):
     base = ["--model", "does/not-exist"]
-    with pytest.raises(ValueError, match="unknown suite 'all'"):
+    with pytest.raises(SystemExit, match="unknown suite 'all'"):
         main([*base, "--suite", "all"])
-    with pytest.raises(ValueError, match="needs --data"):
+    with pytest.raises(SystemExit, match="needs --data"):
         main([*base, "--suite", "mmeb-v2", "--data", str(tmp_path / "none")])
-    with pytest.raises(ValueError, match="fraction"):
+    with pytest.raises(SystemExit, match="fraction"):
         main([*base, "--suite", "mmeb-v2", "--data", str(tmp_path), "--fraction", "2", "--subset", "CIRR"])
 
 

@@ -35,3 +35,19 @@ def test_the_table_has_what_each_data_set_took(tmp_path, capsys):
     assert "(3 of 78)" in (tmp_path / "report/report.md").read_text()
     with pytest.raises(SystemExit):
         main(["--fraction", "0"])
+
+
+def test_one_set_missing_one_torn_and_one_changed_after_scoring(tmp_path, capsys):
+    main(["--fraction", "0.02", "--faults", "--output_dir", str(tmp_path)])
+    shown = capsys.readouterr().out
+    lines = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in shown.splitlines() if "|" in line
+    }
+    good, missing, torn, changed = (lines[name][2:] for name in ("GQA", "HMDB51", "ViDoRe_docvqa", "MSVD"))
+    assert good[0] == good[1] and good[0].startswith("20 queries, data `")
+    assert all("FileNotFoundError" in text for text in missing)
+    assert torn[0] == torn[1] and "queries" not in torn[0]
+    counts = [int(text.split()[0]) for text in changed]
+    assert counts == [8, 13] and changed[0].split("data")[1] != changed[1].split("data")[1]
+    assert len(list(tmp_path.rglob("MMEB-V2.vlm2vec.GQA.*.json"))) == 1
+    assert len(list(tmp_path.rglob("MMEB-V2.vlm2vec.MSVD.*.json"))) == 2

@@ -96,6 +96,7 @@ def test_two_splits_are_not_compared(run, tmp_path):
 def test_retrieval_sheets_mark_right_and_wrong(group, run, tmp_path):
     run("test/random", "random")
     task = mini_benchmark(groups=[group]).tasks[0]
+    task.load_data()  # its name, and so the file's, holds the hash of its data
     predictions = tmp_path / "predictions" / task.prediction_file_name
     path = retrieval_sheet(task, predictions, tmp_path / "sheet.png", num_queries=4, top=3)
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)

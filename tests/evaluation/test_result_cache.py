@@ -15,7 +15,8 @@ from evaluation.mini import mini_benchmark
 from evaluation.report import RUN_FILE, read_runs
 from evaluation.reporting.scores import read_results
 from evaluation.result_cache import WholeResultCache
-from evaluation.run import parse, record_run
+from evaluation.run import parse
+from evaluation.scoring import record_run
 
 
 @pytest.fixture

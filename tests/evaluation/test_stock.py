@@ -59,6 +59,15 @@ def test_vidore_v3_runs_with_a_btok_checkpoint_and_reaches_the_report(qwen, tmp_
     )
     stored = next((tmp_path / "results").rglob(f"{name}.json"))
     assert json.loads(stored.read_text())["task_name"] == name
+    again = [*words, "--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "results")]
+    time = stored.stat().st_mtime_ns
+    main(again)
+    assert stored.stat().st_mtime_ns == time, "equal data meet their own result"
+    corpus = next((tmp_path / "data").rglob("*-corpus/*.parquet"))
+    table = Dataset.from_parquet(str(corpus)).select([1, 0, 2])
+    table.to_parquet(str(corpus))
+    main(again)
+    assert stored.stat().st_mtime_ns > time, "changed data are scored again"
 
 
 def test_parts_of_a_benchmark_by_name():

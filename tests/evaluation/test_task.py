@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from mteb.models import SentenceTransformerEncoderWrapper
-from sentence_transformers import SentenceTransformer
 
 from evaluation.chance import chance_level
 from evaluation.embedding.encoding import MediaFirstEncoder
@@ -179,54 +178,6 @@ def test_standard_error_by_hand():
     assert standard_error([0, 1, 0, 1], 4) == pytest.approx(math.sqrt(1 / 3) / 2)
     assert standard_error([0, 1, 0, 1], 8) == pytest.approx(math.sqrt(1 / 3) / 2 * math.sqrt(1 / 2))
     assert standard_error([1.0], 10) == 0.0
-
-
-class Pixels(torch.nn.Module):
-    """A SentenceTransformer module over pictures, videos and texts, with one weight; `calls` counts inputs."""
-
-    modalities = ["text", "image", "video", "message", ("image", "text"), ("text", "video")]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(1))
-        self.calls: list = []
-
-    def preprocess(self, inputs, prompt=None, **kwargs):
-        self.calls += inputs
-        return {"features": torch.stack([self._vector(entry) for entry in inputs])}
-
-    def _vector(self, entry):
-        entry = {"text": entry} if isinstance(entry, str) else entry
-        video = entry.get("video", ())
-        video = video["array"] if isinstance(video, dict) else video
-        frames = [*video, *([entry["image"]] if "image" in entry else [])]
-        image = sum(
-            (torch.from_numpy(np.asarray(f.resize((4, 4)), np.float32)).flatten() for f in frames), torch.zeros(48)
-        )
-        text = torch.zeros(48)
-        for position, char in enumerate(entry.get("text", "")):
-            text[(ord(char) * 7 + position) % 48] += 1
-        return image / 255 + 0.1 * text
-
-    def forward(self, features, **kwargs):
-        return {**features, "sentence_embedding": features["features"] * self.weight}
-
-    def get_sentence_embedding_dimension(self):
-        return 48
-
-    def get_embedding_dimension(self):
-        return 48
-
-    def tokenize(self, inputs, **kwargs):
-        return self.preprocess(inputs)
-
-    def save(self, *args, **kwargs):
-        raise NotImplementedError
-
-
-@pytest.fixture
-def pixels():
-    return SentenceTransformer(modules=[Pixels()], device="cpu")
 
 
 def evaluate(model, tasks, cache):

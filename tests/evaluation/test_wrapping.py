@@ -7,10 +7,13 @@ import sys
 
 import mteb
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
 from evaluation import wrap
+from evaluation.finite import NonFiniteError
 from evaluation.mini import mini_benchmark
+from evaluation.wrapping import MediaFirstLoader
 
 
 def test_the_name_is_the_folder_a_model_was_loaded_from(qwen, tmp_path):
@@ -35,10 +38,48 @@ def test_mteb_refuses_pictures_for_a_bare_model_and_takes_a_wrapped_one(qwen, tm
     assert mteb.evaluate(wrap(model), task, **options).task_results
 
 
-def test_importing_the_package_does_not_import_mteb():
-    code = "import sys, evaluation; print('mteb' in sys.modules, 'open_clip' in sys.modules)"
+@pytest.fixture
+def columns(monkeypatch):
+    """The keys of every input that a model is given, in their order."""
+    seen = []
+    encode = SentenceTransformer.encode
+
+    def note(self, inputs, *args, **kwargs):
+        seen.extend(tuple(entry) for entry in inputs if isinstance(entry, dict))
+        return encode(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", note)
+    return seen
+
+
+OPTIONS = {"cache": None, "co2_tracker": False, "show_progress_bar": False}
+
+
+def image_text_task():
+    found = (task for task in mteb.mocks.ALL_MOCK_TASK_TEST_GRID if {"image", "text"} == set(task.metadata.modalities))
+    return next(task for task in found if task.metadata.category in ("it2it", "it2t", "it2i"))
+
+
+def test_media_stand_before_the_text_in_mtebs_own_tasks(qwen, columns):
+    assert mteb.evaluate(wrap(qwen), image_text_task(), **OPTIONS).task_results
+    assert {entry for entry in columns if len(entry) > 1} == {("image", "text")}
+    assert tuple(MediaFirstLoader([{"text": ["a"], "video": [1], "id": [0]}]).__iter__().__next__()) == (
+        "video",
+        "text",
+        "id",
+    )
+
+
+def test_an_embedding_that_is_not_finite_is_an_error_in_mtebs_own_tasks(qwen):
+    next(parameter for name, parameter in qwen.named_parameters() if "norm" in name).data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="of the embedding of row .* numbers are NaN or infinite"):
+        mteb.evaluate(wrap(qwen), image_text_task(), **OPTIONS)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, evaluation; print([name in sys.modules for name in ('mteb', 'open_clip', 'torch')])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    assert done.stdout.strip() == "[False, False, False]"
 
 
 def test_a_benchmark_of_ours_needs_no_name(qwen):

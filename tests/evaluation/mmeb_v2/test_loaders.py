@@ -12,11 +12,12 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from evaluation.media import BrokenMediaError, StoredFrames, check_image, natural_key, stored_frames
+from evaluation.dataset import InputSettings
+from evaluation.media import BrokenMediaError, StoredFrames, check_image, choose_frames, natural_key, stored_frames
 from evaluation.mmeb_v2 import MMEB_V2, sources
 from evaluation.mmeb_v2.image import load_image
 from evaluation.mmeb_v2.sources import DataRoot, local_version, read_table
-from evaluation.mmeb_v2.video import choose_frames, load_video
+from evaluation.mmeb_v2.video import load_video
 from evaluation.mmeb_v2.visdoc import load_visdoc, with_page_split
 from evaluation.pool import document_id, sampled_rows
 
@@ -150,6 +151,55 @@ def test_the_archives_are_found_as_the_official_script_unpacks_them(name, write)
     written = write(row_of(name), 1 if row_of(name).group == "V-RET" else 0)
     assert (written.root / UNPACKED[name]).is_file()
     assert len(load(written).data["queries"]) == written.queries
+
+
+@pytest.mark.parametrize("name", ["MVBench", "Video-MME", "NExTQA", "EgoSchema", "ActivityNetQA"])
+def test_questions_about_videos_are_found_in_the_archives_own_folder(name, write):
+    written = write(row_of(name))
+    place = written.root / "video-tasks/frames/video_qa"
+    place.rename(place.with_name("inner"))
+    place.mkdir()
+    place.with_name("inner").rename(place / "video_qa")
+    assert len(load(written).data["queries"]) == written.queries
+
+
+def test_more_frames_are_shown_of_the_same_data(write):
+    written = write(row_of("MSVD"))
+    whole = replace(written, row=replace(written.row, inputs=InputSettings(num_frames=64)))
+    eight, all_ten = load(written), load(whole)
+    assert {len(video.paths) for video in eight.data["corpus"]["video"]} == {8}
+    assert {len(video.paths) for video in all_ten.data["corpus"]["video"]} == {10}
+    assert eight.digest == all_ten.digest, "the data are the same, so models may be compared on them"
+    assert InputSettings(num_frames=64).label == ".frames64" and not InputSettings().label
+    with pytest.raises(ValueError, match="frames must be at least 1"):
+        InputSettings(num_frames=0)
+    with pytest.raises(ValueError, match="leaves every instruction out"):
+        InputSettings(instruction="none", candidate_instruction="a")
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bodies_and_instructions_are_told_apart(name, write):
+    """Every query has an instruction, no body holds it, and candidates have one where they have media."""
+    written = write(ROWS[name])
+    system = replace(written, row=replace(written.row, inputs=InputSettings(instruction="system")))
+    plain, apart = load(written).data, load(system).data
+    for before, after in zip(plain["queries"], apart["queries"], strict=True):
+        told = after["task_prompt"]
+        assert told and told not in after["text"]
+        assert told.rstrip(":") in before["text"] and after["text"].strip() in before["text"]
+    media = {"image", "video"} & set(apart["corpus"].column_names)
+    assert bool(media) == ("task_prompt" in apart["corpus"].column_names)
+
+
+def test_ready_texts_can_not_be_taken_apart(write):
+    written = write(row_of("N24News"))
+    folder = written.root / "MMEB_Test_Instruct" / "N24News"
+    file = next(folder.glob("*.parquet"))
+    Dataset.from_parquet(str(file)).remove_columns(["qry_inst", "tgt_inst"]).to_parquet(str(file))
+    system = replace(written, row=replace(written.row, inputs=InputSettings(instruction="system")))
+    assert load(written).data["queries"]
+    with pytest.raises(ValueError, match="can't be told from the rest: use ziyjiang/MMEB_Test_Instruct"):
+        load(system)
 
 
 def test_page_splits_read_different_repositories(write):
