@@ -153,7 +153,7 @@ def check_video(opened: Opened, media: MediaOptions) -> None:
         ValueError: If it is not a video, has no frames, or its frames are too large.
     """
     if opened.file is not None:
-        if not _is_animation(opened, opened.file):
+        if _animation(opened, opened.file) is None:
             with _container(opened, opened.file) as container:
                 _stream(container, opened)
         return
@@ -243,37 +243,34 @@ def _stack(frames: Sequence[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in frames])
 
 
-def _is_animation(opened: Opened, file: IO[bytes]) -> bool:
-    """Whether a file is an image, animated or not; the position is back at the start."""
+def _animation(opened: Opened, file: IO[bytes]) -> Image.Image | None:
+    """An image, animated or not, that is not decoded yet; None where the file is something else, such as a film."""
     if is_postscript(file.read(4)):
         raise ValueError(f"{opened.name} is PostScript. Convert it to PNG")
     file.seek(0)
     try:
-        Image.open(file, formats=formats())
+        image = Image.open(file, formats=formats())
     except UnidentifiedImageError:
-        return False
-    except Exception:  # a damaged image: what Pillow raises differs by format
-        return True
-    finally:
-        file.seek(0)
-    return True
+        return None
+    except Exception as error:  # a damaged image: what Pillow raises differs by format
+        raise _no_video(opened, error) from error
+    _check_size(image.width, image.height, opened)
+    return image
 
 
 def _from_file(opened: Opened, file: IO[bytes], media: MediaOptions) -> tuple[np.ndarray, dict[str, Any] | None]:
     num_frames = media.num_frames or FILE_FRAMES
     room = max(_FILE_PIXELS // num_frames, _LEAST_PIXELS)
     max_pixels = min(media.max_pixels or room, room)
-    if not _is_animation(opened, file):
+    image = _animation(opened, file)
+    if image is None:
         return _decode(opened, file, num_frames, max_pixels)
     try:
-        image = Image.open(file, formats=formats())
-        _check_size(image.width, image.height, opened)
         total = 1 if image.format == "PSD" else getattr(image, "n_frames", 1)  # a PSD's are layers
         picks = set(evenly(total, num_frames))
         frames = enumerate(ImageSequence.Iterator(image)) if total > 1 else enumerate([image])
-        return _stack(
-            [shrink(normalise(frame, media.background), max_pixels) for i, frame in frames if i in picks]
-        ), None
+        chosen = [shrink(normalise(frame, media.background), max_pixels) for i, frame in frames if i in picks]
+        return _stack(chosen), None
     except (ValueError, MemoryError):
         raise
     except Exception as error:
@@ -361,7 +358,10 @@ def _decode(
 
 def _packet_times(container: Any, stream: Any, opened: Opened) -> tuple[_Timeline | None, int | None]:
     """When frames are due, by the packets, none of which is decoded; and the last such time."""
-    packets = [packet for packet in container.demux(stream) if packet.size]
+    # The packets themselves are let go: together they are the whole file.
+    packets = [
+        (packet.pts, packet.is_keyframe, packet.is_discard) for packet in container.demux(stream) if packet.size
+    ]
     if not packets and not stream.frames:
         raise ValueError(f"{opened.name} has no video frames. Leave it out")
     if len(packets) < 0.9 * stream.frames:
@@ -369,13 +369,15 @@ def _packet_times(container: Any, stream: Any, opened: Opened) -> tuple[_Timelin
             f"{opened.name} is cut short: {stream.frames} frames are announced, {len(packets)} are there. Make the "
             "file again"
         )
-    keys = [packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None]
-    kept = [packet.pts for packet in packets if not packet.is_discard]
-    if not keys or not kept or None in kept:
-        return None, max((time for time in kept if time is not None), default=None)
+    keys = [pts for pts, is_key, _ in packets if is_key and pts is not None]
+    due = [pts for pts, _, is_discarded in packets if not is_discarded]
+    known = [pts for pts in due if pts is not None]
+    if not keys or not known or len(known) < len(due):
+        return None, max(known, default=None)
     # What comes before the first key frame refers to frames that are not there: a player begins with that.
-    times = sorted({time for time in kept if time >= keys[0]})
-    return (_Timeline(times, sorted(keys), Fraction(stream.time_base), _rate(stream)) if times else None), max(kept)
+    times = sorted({pts for pts in known if pts >= keys[0]})
+    timeline = _Timeline(times, sorted(keys), Fraction(stream.time_base), _rate(stream)) if times else None
+    return timeline, max(known)
 
 
 def _frame_times(container: Any, stream: Any, end: int | None, opened: Opened) -> _Timeline:
