@@ -239,8 +239,12 @@ def read_embeddings(output: str) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Encode what is missing, in this process."""
     (config,) = HfArgumentParser(EncodeConfig).parse_args_into_dataclasses()
-    corpus, model = open_corpus(config.corpus), load_model(config)
-    shards = plan(config, corpus, model)
+    try:
+        corpus = open_corpus(config.corpus)
+        model = load_model(config)
+        shards = plan(config, corpus, model)
+    except ValueError as error:  # a corpus, folder or setting that the user can mend
+        raise SystemExit(f"encode_corpus: {error}") from error
     written = broken = 0
     for shard in tqdm(shards, desc="shards"):
         if not Path(shard.path).exists():  # another process may have written it meanwhile

@@ -49,6 +49,7 @@ class Page:
         self.store, self.model, self.folder = store, model, folder
         tokenizer = getattr(model[0], "tokenizer", None)
         self.explains = tokenizer is not None and bool(btok_ids(tokenizer))
+        self.special = set(getattr(tokenizer, "added_tokens_encoder", {}))
         self.random = spread(store)
 
     @property
@@ -113,7 +114,9 @@ class Page:
                 pictures.append(page_html.heat(frames[number * len(frames) // len(steps)], weights, steps.max()))
         seen = {int(position) for medium in attention.media for position in medium.positions}
         weights = attention.weights.mean(0).numpy()
-        words = [(text, weights[i]) for i, text in enumerate(attention.tokens) if i not in seen and hit.row["text"]]
+        tokens = enumerate(attention.tokens) if hit.row["text"] else []
+        # Tokens of the chat template say nothing of the hit.
+        words = [(text, weights[i]) for i, text in tokens if i not in seen and text not in self.special]
         try:
             generated = decode_btoks(self.model, [read], prompt=prompt)[0].text or "(nothing)"
         except ValueError as error:  # a backbone without its LM head at hand

@@ -424,6 +424,13 @@ def test_the_command(tmp_path, qwen, monkeypatch, capsys):
     np.testing.assert_allclose([row["embedding"] for row in rows], qwen.encode_document(["one", "two"]), atol=1e-5)
 
 
+def test_the_command_says_a_users_mistake_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "c.json").write_text('[{"text": "one",}]')
+    monkeypatch.setattr(sys, "argv", ["x", "--model", "gone", "--corpus", str(tmp_path / "c.json"), "--output", "out"])
+    with pytest.raises(SystemExit, match="^encode_corpus: c.json is no JSON list in line 1: a comma stands before"):
+        encode_corpus.main()
+
+
 @pytest.mark.slow
 def test_ray_actors_write_the_same_shards_though_one_is_killed(tmp_path, qwen):
     ray = pytest.importorskip("ray", reason="needs the extra st_btok[ray]")

@@ -79,7 +79,21 @@ def test_why(page, folder):
     assert about.count("<img") == 1 and "What they can write" in about and "p2.png" in about
     text = next(hit for hit in hits if hit.row["path"] == "sub/note.txt")
     about = page.explain(hits, text.row["id"])
-    assert about.count("<mark") > 3 and "<img" not in about
+    assert about.count("<mark") > 3 and "<img" not in about and "btok_" not in about and "im_start" not in about
+
+
+def test_why_a_video(tmp_path, qwen):
+    """A heat map for every step in time that the backbone sees: two frames of a Qwen2-VL."""
+    (tmp_path / "clips").mkdir()
+    frames = [picture(56, 56, number) for number in range(4)]
+    frames[0].save(tmp_path / "clips" / "a.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "rows.jsonl").write_text('{"video": "clips/a.gif"}\n')
+    store, root = open_index(tmp_path / "index", qwen, tmp_path / "rows.jsonl")
+    assert update(store, qwen, root, progress=False).new == 1
+    page = Page(store, qwen, root)
+    _, _, hits = search(page, "a", kinds=["video"])
+    assert page.details(hits, hits[0].row["id"]).count("<img") == 1
+    assert page.explain(hits, hits[0].row["id"]).count("<img") == 2
 
 
 def test_the_heat_map_lies_over_the_picture():
