@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation.dataset import MMEBDataset
-from evaluation.mmeb_v2.protocols import finished
+from evaluation.mmeb_v2.protocols import CROP, clean_lines, finished
 
 IMAGE_TOKEN = "<|image_1|>"
 """Stands for an image in the hub's texts, whatever the model."""
@@ -31,6 +31,8 @@ def query_text(row: MMEBDataset, record: Mapping[str, Any]) -> str:
     Returns:
         The text.
     """
+    if row.protocol == "btoks":
+        return _released_query(row, record)
     body = record["qry_text"] or ""
     has_columns = "qry_inst" in record
     instruction = (record["qry_inst"] or "") if has_columns else ""
@@ -38,15 +40,43 @@ def query_text(row: MMEBDataset, record: Mapping[str, Any]) -> str:
         text = f"{instruction} {body}\n" if has_columns else body
         if has_columns and row.name == "VisDial":
             text += "\n"
-        return finished(row, _without_token(text))
+        return _without_token(text)
     if not has_columns:
-        return finished(row, _without_token(body))
+        return _without_token(body)
     instruction = instruction.replace(IMAGE_TOKEN, "")
     # questions, composed queries and grounding strip the instruction; labels and captions keep its tail
     if row.group == "I-QA" or row.family == "captioned":
         instruction = instruction.strip()
     text = f"{instruction} {body}" if body else instruction
-    return finished(row, _without_token(text.replace(" \n", "\n") + "\n"))
+    return _without_token(text.replace(" \n", "\n") + "\n")
+
+
+def _released_query(row: MMEBDataset, record: Mapping[str, Any]) -> str:
+    """A query as the release's parsers make it (`mmeb_v2/parsers/image_*.py`).
+
+    Ready texts pass as they are; where a row has an instruction, it is stripped, and the two are put together. Odd
+    whitespace of the body stays, but for VizWiz, WebQA and EDIS, whose lines are cleaned, and VisDial's final newline.
+    """
+    text = record["qry_text"] or ""
+    if "qry_inst" in record:
+        text = _released(record["qry_inst"], text, keep_blanks=row.family == "image")
+    text = _without_token(text)
+    if row.name in ("VizWiz", "WebQA", "EDIS"):
+        end = "\n" if text.endswith("\n") else ""
+        cleaned = clean_lines(text)
+        return cleaned.rstrip("\n") + end if row.name == "VizWiz" else cleaned.lstrip("\n")
+    if row.name == "VisDial":
+        text = text[:-1] if text.endswith("\n\n") else text
+        start, colon, dialogue = text.partition(": ")
+        if colon and (dialogue.startswith("Q:") or "\nQ:" in dialogue or "\nA:" in dialogue):
+            return f"{start}:\n{dialogue}"
+    return text
+
+
+def _released(instruction: str | None, body: str, *, keep_blanks: bool = False) -> str:
+    told = (instruction or "").replace(IMAGE_TOKEN, "").strip()
+    text = f"{told} {body}" if body else told
+    return (text if keep_blanks else text.replace(" \n", "\n")) + "\n"
 
 
 def query_parts(row: MMEBDataset, record: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -98,8 +128,10 @@ def candidate_texts(row: MMEBDataset, record: Mapping[str, Any], count: int) -> 
     captions = [caption or "" for caption in record["tgt_text"]]
     if len(captions) != count:
         captions = [""] * count
+    if row.protocol == "btoks":
+        return [_released_candidate(row, record, caption) for caption in captions]
     if "qry_inst" not in record:
-        return [finished(row, _without_token(caption)) for caption in captions]
+        return [_without_token(caption) for caption in captions]
     instruction = (record["tgt_inst"] or "").replace(IMAGE_TOKEN, "")
     if captions and captions[0].strip():
         texts = [f"{instruction} {caption}".replace(" \n", "\n") + "\n" for caption in captions]
@@ -107,7 +139,18 @@ def candidate_texts(row: MMEBDataset, record: Mapping[str, Any], count: int) -> 
         # text-to-image families end in a newline of their own; the others end as their instruction does
         end = "\n" if row.family == "image" else ""
         texts = [instruction.replace(" \n", "\n") + end] * count
-    return [finished(row, _without_token(text)) for text in texts]
+    return [_without_token(text) for text in texts]
+
+
+def _released_candidate(row: MMEBDataset, record: Mapping[str, Any], caption: str) -> str:
+    """A candidate as the release's parsers make it; a crop's sentence gets its full stop."""
+    text = caption
+    if "qry_inst" in record:
+        text = _released(record["tgt_inst"], caption if caption.strip() else "")
+    text = _without_token(text)
+    if row.name in ("Visual7W-Pointing", "MSCOCO", "RefCOCO") and text.strip() in (CROP, f"{CROP}."):
+        return f"{CROP}.\n"
+    return text
 
 
 def _without_token(text: str) -> str:

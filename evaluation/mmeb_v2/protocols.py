@@ -13,7 +13,6 @@ from dataclasses import replace
 from evaluation.dataset import PROTOCOLS, MMEBDataset, Protocol
 
 CROP = "Represent the given cropped image of the object"
-DIALOGUE = "Represent the given dialogue about an image, which is used for image retrieval:"
 
 
 def with_protocol(row: MMEBDataset, protocol: Protocol) -> MMEBDataset:
@@ -43,22 +42,23 @@ def with_protocol(row: MMEBDataset, protocol: Protocol) -> MMEBDataset:
     return replace(row, candidates="global") if row.group == "I-CLS" or row.family == "mvbench" else row
 
 
+def clean_lines(text: str) -> str:
+    """A text as the release cleans it: Unix line ends, no blanks at the ends of lines nor at its start."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    cleaned = "\n".join(line.rstrip(" \t") for line in lines).strip(" \t")
+    return cleaned if cleaned.strip() else ""
+
+
 def finished(row: MMEBDataset, text: str) -> str:
     """The text of a query, or of a candidate with media, as a protocol ends it.
+
+    Image sets (`image_texts`) and questions about videos (`video`) have ways of their own in the release.
 
     Args:
         row: The row; its protocol decides.
         text: The harness' text.
 
     Returns:
-        The same for `vlm2vec`; for `btoks` without blanks at the ends of its lines and with one final newline, a
-        crop's sentence with its full stop, a dialogue on lines of its own.
+        The same for `vlm2vec`; for `btoks` without blanks at the ends of its lines and with one final newline.
     """
-    if row.protocol == "vlm2vec":
-        return text
-    text = "\n".join(line.rstrip(" \t") for line in text.split("\n")).strip()
-    if text == CROP:
-        text += "."
-    if text.startswith(f"{DIALOGUE} "):
-        text = f"{DIALOGUE}\n{text.removeprefix(DIALOGUE).lstrip()}"
-    return f"{text}\n"
+    return text if row.protocol == "vlm2vec" else f"{clean_lines(text).strip()}\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 from evaluation.dataset import MMEBDataset
 from evaluation.media import BrokenMediaError, choose_frames, enlarged, natural_key, stored_frames
-from evaluation.mmeb_v2.protocols import finished
+from evaluation.mmeb_v2.protocols import clean_lines, finished
 from evaluation.mmeb_v2.sources import DataRoot, read_table
 from evaluation.mmeb_v2.video_rows import MOMENT_INSTRUCTIONS
 from evaluation.pool import Item, LoadedDataset, SplitBuilder, sampled_rows
@@ -112,7 +112,9 @@ def _query(
     body = text[len(start) :].strip()
     told = start.strip().removesuffix("Question:").rstrip()
     shown = finished(row, body) if body else ""
-    return Item("query", finished(row, text), image=image, video=video, instruction=told, body=shown)
+    # a question's own parts are cleaned before they are put together (`_question`)
+    asked = f"{text}\n" if row.group == "V-QA" and row.protocol == "btoks" else finished(row, text)
+    return Item("query", asked, image=image, video=video, instruction=told, body=shown)
 
 
 def _watched(row: MMEBDataset, key: str, video: tuple[str, ...]) -> Item:
@@ -153,20 +155,30 @@ class _Question:
 
 
 def _question(row: MMEBDataset, record: Record) -> _Question:
+    if row.protocol == "btoks":
+        record = _released_record(row, record)
     shown, candidates, right = _OPTIONS[row.family](record)
     text = row.query_text.format_map({**record, "options": shown})
     if row.family in ("mvbench", "nextqa"):
         text = text.rstrip()  # the harness does so after it has written the options
     if row.protocol == "btoks":  # options keep their letters; MVBench's lose the blanks at their ends
-        candidates = [Item(key, key) for key in (_released(row, item.key) for item in candidates)]
+        candidates = [Item(item.key, item.key) for item in candidates]
         options = list(record["candidates"]) if row.family == "mvbench" else []
         if record["answer"] in options:  # the release takes the first of equal options, the harness the last
             right = candidates[options.index(record["answer"])].key
     return _Question(text, candidates, right)
 
 
-def _released(row: MMEBDataset, option: str) -> str:
-    return option.rstrip() if row.family == "mvbench" else option
+def _released_record(row: MMEBDataset, record: Record) -> Record:
+    """The row with its question, and the options of MVBench and NExTQA, cleaned as the release's parsers do it."""
+    cleaned = {**record, "question": clean_lines(record["question"] or "").rstrip("\n")}
+    if row.family == "mvbench":
+        places = [place for place, option in enumerate(record["candidates"]) if option == record["answer"]]
+        cleaned["candidates"] = [clean_lines(option).rstrip("\n") for option in record["candidates"]]
+        cleaned["answer"] = cleaned["candidates"][places[0]] if places else record["answer"]
+    if row.family == "nextqa":
+        cleaned |= {f"a{i}": clean_lines(str(record[f"a{i}"])).rstrip("\n") for i in range(5)}
+    return cleaned
 
 
 def _lettered(options: Sequence[str]) -> list[str]:

@@ -64,10 +64,10 @@ def first_query(written, protocol):
         # labels and captions keep the tail of the instruction, questions and grounding don't
         ("VOC2007", {"qry_inst": "<|image_1|>\nName it \n", "qry_text": ""}, "Name it\n\n", "Name it\n"),
         ("GQA", {"qry_inst": "<|image_1|>\nAsk: \n", "qry_text": "what \nis"}, "Ask: what\nis\n", "Ask: what\nis\n"),
-        ("CIRR", {"qry_inst": "<|image_1|> Change: \n", "qry_text": "it "}, "Change: it \n", "Change: it\n"),
+        ("CIRR", {"qry_inst": "<|image_1|> Change: \n", "qry_text": "it "}, "Change: it \n", "Change: it \n"),
         # a text-only query keeps its blanks, but not a token that its instruction names
         ("WebQA", {"qry_inst": "<|image_1|>\nFind:", "qry_text": " a  "}, "Find:  a  \n", "Find:  a\n"),
-        ("MSCOCO_t2i", {"qry_inst": "Find:", "qry_text": "a \nb"}, "Find: a \nb\n", "Find: a\nb\n"),
+        ("MSCOCO_t2i", {"qry_inst": "Find:", "qry_text": "a \nb"}, "Find: a \nb\n", "Find: a \nb\n"),
     ],
 )  # fmt: skip
 def test_query_texts_of_images(name, columns, vlm2vec, btoks, write):
@@ -81,7 +81,7 @@ def test_a_dialogue_keeps_the_blanks_before_its_inner_newlines(write):
     edit(written, lambda index, record: record.update(qry_text="Q:is it \nA:yes"))
     start = "Represent the given dialogue about an image, which is used for image retrieval:"
     assert first_query(written, "vlm2vec") == f"{start} Q:is it \nA:yes\n\n"
-    assert first_query(written, "btoks") == f"{start}\nQ:is it\nA:yes\n"
+    assert first_query(written, "btoks") == f"{start}\nQ:is it \nA:yes\n"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_dialogue_keeps_the_blanks_before_its_inner_newlines(write):
         ("CIRR", {"tgt_inst": "<|image_1|>\nShow.\n"}, "Show.\n", "Show.\n"),
         ("NIGHTS", {"tgt_inst": "<|image_1|> Show. \n"}, "Show.\n", "Show.\n"),
         ("VisualNews_t2i", {"tgt_inst": "<|image_1|>\nShow."}, "Show.\n", "Show.\n"),
-        ("EDIS", {"tgt_inst": "<|image_1|>\nShow:", "tgt_text": ["a ", "b", "c", "b"]}, "Show: a \n", "Show: a\n"),
+        ("EDIS", {"tgt_inst": "<|image_1|>\nShow:", "tgt_text": ["a ", "b", "c", "b"]}, "Show: a \n", "Show: a \n"),
         (
             "RefCOCO",
             {"tgt_inst": "<|image_1|>\nRepresent the given cropped image of the object"},
@@ -119,6 +119,38 @@ def test_ready_texts_of_the_other_repository_stay_as_they_are(write):
     Dataset.from_list(rows).to_parquet(str(other))
     data = load(written).data
     assert data["queries"][0]["text"] == "Find it.\n" and set(data["corpus"]["text"]) == {"Represent it.\n"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        *((name, "Ask:  what \t\nis it \n\n") for name in ("SUN397", "GQA", "MSCOCO_i2t", "FashionIQ")),
+        ("VizWiz", "Ask:  what\nis it\n"),
+    ],
+)  # fmt: skip
+def test_the_release_leaves_ready_queries_as_they_are_but_for_vizwiz(name, shown, write):
+    """Its parsers read MMEB-eval, whose texts hold the instruction, and only replace the image's token."""
+    written = write(row_of(name))
+    for file in written.root.rglob("*.parquet"):
+        rows = Dataset.from_parquet(str(file)).remove_columns(["qry_inst", "tgt_inst"]).to_list()
+        for record in rows:
+            record["qry_text"] = "<|image_1|>\nAsk:  what \t\nis it \n\n"
+        Dataset.from_list(rows).to_parquet(str(file))
+    assert first_query(written, "btoks") == shown
+
+
+def test_the_release_cleans_the_parts_of_video_questions(write):
+    question = {"question": "  what \r\nis it\t \n"}
+    written = write(row_of("Video-MME"))
+    options = ["A. red  ", "B. blue.", "C. green.", "D. grey. "]
+    edit(written, lambda index, record: record.update(question, options=options))
+    assert first_query(written, "btoks") == f"{ASK}what\nis it\n" + "\n".join(options) + "\n"
+    written = write(row_of("NExTQA"), 1)
+    edit(written, lambda index, record: record.update(question, a0=" red ", a1="blue\t"))
+    data = load(written, "btoks").data
+    shown = "\n".join(["(A) red", "(B) blue", "(C) green", "(D) blue", "(E) grey"])
+    assert data["queries"][0]["text"] == f"{ASK}what\nis it\nOptions:\n{shown}\n"
+    assert set(data["corpus"]["text"]) == {"red", "blue", "green", "grey"}
 
 
 def test_blank_candidates_are_ranked_by_the_harness_and_dropped_by_the_release(write):
