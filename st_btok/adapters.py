@@ -2,8 +2,13 @@
 
 The adapter is peft's, added with sentence-transformers' own `model.add_adapter(btok_lora_config(model))`. What a save
 then writes is the adapter alone, which refers to its base model by name. That loads as the trained model only if that
-base can be loaded again with as many embedding rows and the same weights; `base_gap` says what is missing.
-`merge_adapters` makes plain stock weights of everything, which always load.
+base can be loaded again with as many embedding rows and the same weights; `base_gap` reads it again and says what is
+missing. A model whose weights are not those of its origin any more gives up the origin's name (`CHANGED`), so that
+an adapter of it can't be loaded over the wrong base. `merge_adapters` makes plain stock weights of everything, which
+always load.
+
+An adapter's checkpoint also keeps a fingerprint of its base, among the arguments of the chat template in
+`processing_kwargs` (templates skip what they don't know): `base_change` compares it with the base as it is now.
 
 DoRA's magnitude vectors need one more thing: peft (0.21) writes them under a key that transformers (5.23) does not
 read back, so they would silently be lost. The key with `.weight` behind it is read by both (`_write_readable_keys`).
@@ -11,6 +16,7 @@ read back, so they would silently be lost. The key with `.weight` behind it is r
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -18,18 +24,32 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from st_btok.model_parts import embedding_matrix, find_btoks
+from st_btok.model_parts import (
+    checkpoint_tensors,
+    commit_of,
+    embedding_matrix,
+    find_btoks,
+    forget_adapters,
+    without_adapter,
+)
 
 logger = logging.getLogger(__name__)
+
+# What stands for the origin of a model whose weights are its own: it can't be loaded, and the error quotes it.
+CHANGED = "(weights changed in memory: pass base= to btok_lora_config)"
+FINGERPRINT = "base_fingerprint"
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
 def btok_lora_config(
@@ -54,11 +74,13 @@ def btok_lora_config(
         dropout: Dropout on the adapter's input, in [0, 1). Default 0.05.
         use_dora: DoRA: also train each output feature's magnitude. The model is then taught to save it under a key
             that loading finds. Default False.
-        base: A folder to save the model to as it is now; adapter checkpoints will refer to it. Needed for loading and
-            resuming them where the backbone's own checkpoint lacks something (a logged warning says so): rows for the
-            BToks, or a place to load it from. Default None: they refer to where the backbone came from.
-        **lora: Further arguments of `peft.LoraConfig`, such as `use_rslora`; `target_modules` and
-            `trainable_token_indices` replace the choices made here.
+        base: A folder to save the model to as it is now; adapter checkpoints will refer to it by its absolute path.
+            Needed for loading and resuming them where the backbone's own checkpoint lacks something (a logged warning
+            says so): rows for the BToks, a place to load it from, or weights that were trained or merged since.
+            Default None: they refer to where the backbone came from, which is read once more to compare.
+        **lora: Further arguments of `peft.LoraConfig`, such as `use_rslora`. `target_modules` replaces the choice
+            made here; `trainable_token_indices`, a list or a dict of them, adds tokens to the BToks (None: no token's
+            row is trained, the BToks' neither).
 
     Returns:
         The config.
@@ -73,15 +95,7 @@ def btok_lora_config(
         raise ValueError(
             "the model has an adapter already. Call merge_adapters(model) first, or train the one it has."
         )
-    if base is not None:
-        model.save_pretrained(str(base))
-        transformer.model.name_or_path = transformer.model.config.name_or_path = str(base)
-    elif gap := base_gap(transformer.model):
-        logger.warning(
-            "Checkpoints of this adapter can't be loaded or resumed: %s. Pass btok_lora_config(model, "
-            'base="a folder"), or save nothing before merge_adapters(model).',
-            gap,
-        )
+    _refer_to_base(model, base)
     if use_dora:
         _write_readable_keys(transformer.model)
     return LoraConfig(
@@ -91,10 +105,52 @@ def btok_lora_config(
         use_dora=use_dora,
         **{
             "target_modules": language_model_linears(transformer.model),
-            "trainable_token_indices": ids,
             **lora,
+            "trainable_token_indices": _with_btoks(transformer.model, lora.get("trainable_token_indices", []), ids),
         },
     )
+
+
+def _refer_to_base(model: SentenceTransformer, base: str | Path | None) -> None:
+    """Name the base that an adapter's checkpoints will refer to, with its fingerprint; or warn that there is none."""
+    transformer, _ = find_btoks(model)
+    backbone = transformer.model
+    if base is not None:
+        folder = Path(base).resolve()
+        _set_fingerprint(transformer, None)
+        model.save_pretrained(str(folder))
+        backbone.name_or_path = str(folder)
+    elif gap := base_gap(model):
+        if _origin_config(backbone) is not None:
+            backbone.name_or_path = CHANGED
+        logger.warning(
+            "Checkpoints of this adapter can't be loaded or resumed: %s. Pass btok_lora_config(model, "
+            'base="a folder"), or save nothing before merge_adapters(model).',
+            gap,
+        )
+        return
+    elif not Path(str(backbone.name_or_path), "modules.json").exists():
+        logger.warning(
+            "Resuming this adapter's training is not exact to the last bit where the LM head is tied: it reads "
+            "the rows of the bottleneck tokens in the base too, which %r lacks. If that matters, pass "
+            'btok_lora_config(model, base="a folder").',
+            backbone.name_or_path,
+        )
+    _set_fingerprint(transformer, base_fingerprint(str(backbone.name_or_path)))
+
+
+def _with_btoks(
+    backbone: PreTrainedModel, given: list[int] | dict[str, list[int]] | None, ids: list[int]
+) -> list[int] | dict[str, list[int]] | None:
+    """The tokens whose rows train: those asked for and the BToks, whose rows an adapter must never lose."""
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        return [*ids, *(token for token in given if token not in ids)]
+    matrix = backbone.get_input_embeddings()
+    name = next(name for name, module in backbone.named_modules() if module is matrix)
+    key = next((key for key in given if f".{name}".endswith(f".{key}")), name.rpartition(".")[2])
+    return {**given, key: [*ids, *(token for token in given.get(key, []) if token not in ids)]}
 
 
 def language_model_linears(model: PreTrainedModel) -> str:
@@ -147,7 +203,8 @@ def merge_adapters(model: SentenceTransformer) -> SentenceTransformer:
     Returns:
         The same model.
     """
-    backbone = find_btoks(model)[0].model
+    transformer, _ = find_btoks(model)
+    backbone = transformer.model
     if not getattr(backbone, "peft_config", None):
         return model
     for name, module in list(_outermost_adapters(backbone)):
@@ -159,9 +216,10 @@ def merge_adapters(model: SentenceTransformer) -> SentenceTransformer:
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, plain)
     # What is left must look as if there had never been an adapter, or saving would write an adapter's file.
-    del backbone.peft_config
-    backbone._hf_peft_config_loaded = False
+    forget_adapters(backbone)
     backbone.__dict__.pop("get_adapter_state_dict", None)
+    backbone.name_or_path = CHANGED
+    _set_fingerprint(transformer, None)
     return model
 
 
@@ -181,7 +239,7 @@ def save_trained(model: SentenceTransformer, path: str | Path) -> str:
     backbone = find_btoks(model)[0].model
     if not getattr(backbone, "peft_config", None):
         report = "all weights, because the model has no adapters"
-    elif gap := base_gap(backbone):
+    elif gap := base_gap(model):
         merge_adapters(model)
         report = f"all weights with the adapters merged, because {gap}"
     else:
@@ -191,32 +249,118 @@ def save_trained(model: SentenceTransformer, path: str | Path) -> str:
     return report
 
 
-def base_gap(backbone: PreTrainedModel) -> str | None:
+def base_gap(model: SentenceTransformer) -> str | None:
     """Why an adapter checkpoint that refers to the backbone's origin would not load as the model in memory.
 
-    Checked are the place, the size of the embedding matrix and who holds the BTok rows. The frozen weights are taken
-    for those of the origin: a model whose weights were trained in memory before it got its adapter needs `base`.
+    Checked are the place, the size of the embedding matrix, who holds the BTok rows, and every weight that no adapter
+    replaces: the origin is read once more, in parts. Quantised weights are taken for those of the origin.
 
     Args:
-        backbone: The transformers model, with or without adapters. Without, one that trains the BTok rows is assumed.
+        model: With or without adapters. Without, one that trains the BTok rows is assumed.
 
     Returns:
         The reason; None if there is none.
     """
-    origin = backbone.name_or_path or ""
-    try:
-        config = AutoConfig.from_pretrained(origin) if origin else None
-    except (OSError, ValueError, HFValidationError):
-        config = None
+    transformer, ids = find_btoks(model)
+    backbone = transformer.model
+    origin, config = backbone.name_or_path or "", _origin_config(backbone)
     if config is None:
-        return f"their base can't be loaded again from {origin!r} (was it built from a model in memory?)"
+        made = "were adapters merged into it?" if origin == CHANGED else "was it built from a model in memory?"
+        return f"their base can't be loaded again from {origin!r} ({made})"
     rows, stored = len(embedding_matrix(backbone)), config.get_text_config(decoder=True).vocab_size
     if rows != stored:
         return f"their base {origin!r} has {stored} embedding rows, the model with its bottleneck tokens has {rows}"
-    configs = getattr(backbone, "peft_config", {}).values()
-    if any(not config.trainable_token_indices for config in configs) and not Path(origin, "modules.json").exists():
+    adapters = getattr(backbone, "peft_config", {}).values()
+    held = [_token_rows(adapter.trainable_token_indices) for adapter in adapters] or [set(ids)]
+    if not all(rows >= set(ids) for rows in held) and not Path(origin, "modules.json").exists():
         return f"they don't hold the rows of the bottleneck tokens, and neither does their base {origin!r}"
+    if name := _changed_weight(backbone, origin, set.intersection(*held)):
+        return f"the model's weights are no longer those of their base {origin!r} ({name} differs)"
     return None
+
+
+def _origin_config(backbone: PreTrainedModel) -> PreTrainedConfig | None:
+    """The config in the place that the backbone came from; None where there is no such place any more."""
+    try:
+        return AutoConfig.from_pretrained(backbone.name_or_path) if backbone.name_or_path else None
+    except (OSError, ValueError, HFValidationError):
+        return None
+
+
+def _token_rows(given: list[int] | dict[str, list[int]] | None) -> set[int]:
+    """The tokens of `trainable_token_indices`, whatever its form."""
+    return {token for tokens in given.values() for token in tokens} if isinstance(given, dict) else set(given or ())
+
+
+def _changed_weight(backbone: PreTrainedModel, origin: str, held: set[int]) -> str | None:
+    """Name of a weight that differs from the origin's, but for the rows of the embedding matrix that adapters hold."""
+    if getattr(backbone, "hf_quantizer", None) is not None:
+        return None
+    matrix = embedding_matrix(backbone)
+    for name, stored in checkpoint_tensors(type(backbone), origin):
+        own = without_adapter(backbone, name)
+        if own.shape != stored.shape or own.is_meta or not own.is_floating_point():
+            continue  # sharded, offloaded or packed
+        # Both in the type of fewer bits: a model may have been loaded in another one than the checkpoint's.
+        kind = min(own.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        found, expected = own.detach().to("cpu", kind), stored.to(kind)
+        if own is matrix and held:
+            kept = torch.ones(len(found), dtype=torch.bool)
+            kept[sorted(held)] = False
+            found, expected = found[kept], expected[kept]
+        if not torch.equal(found, expected):
+            return name
+    return None
+
+
+def base_fingerprint(origin: str) -> str:
+    """What tells whether an adapter's base is still the same.
+
+    Args:
+        origin: Name or path of the base.
+
+    Returns:
+        SHA-256 over weights and config of a folder, `"sha256:..."`; of a name on the hub its commit, `"commit:..."`.
+    """
+    folder = Path(origin)
+    if not folder.is_dir():
+        return f"commit:{commit_of(AutoConfig.from_pretrained(origin))}"
+    whole = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _WEIGHTS or path.name == "config.json":
+            with path.open("rb") as file:
+                whole.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def base_change(model: SentenceTransformer) -> str | None:
+    """Whether a loaded adapter stands on the base that it was trained on.
+
+    Args:
+        model: As `SentenceTransformer(path)` loads an adapter's checkpoint.
+
+    Returns:
+        What is wrong and what to do; None if nothing is, or if the checkpoint keeps no fingerprint.
+    """
+    transformer, _ = find_btoks(model)
+    kept: Any = transformer.processing_kwargs.get("chat_template", {}).get(FINGERPRINT)
+    if not kept or not getattr(transformer.model, "peft_config", None):
+        return None
+    origin = str(transformer.model.name_or_path)
+    if base_fingerprint(origin) == kept:
+        return None
+    return (
+        f"the adapter's base {origin!r} is not the one that the adapter was trained on: its weights or config were "
+        "overwritten since. Put the old base back, or train again"
+    )
+
+
+def _set_fingerprint(transformer: Transformer, fingerprint: str | None) -> None:
+    """Write it where every save of the model writes it down; None takes it out."""
+    kept: Any = dict(transformer.processing_kwargs)
+    template = {name: value for name, value in kept.get("chat_template", {}).items() if name != FINGERPRINT}
+    kept["chat_template"] = {**template, FINGERPRINT: fingerprint} if fingerprint else template
+    transformer.processing_kwargs = kept
 
 
 def _outermost_adapters(backbone: nn.Module) -> Iterator[tuple[str, Any]]:

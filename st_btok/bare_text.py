@@ -36,7 +36,7 @@ def frame_bare_text(transformer: Transformer) -> bool:
         text does not keep its tokens between those of the template.
     """
     tokenizer: Any = tokenizer_of(transformer)
-    backend = getattr(tokenizer, "_tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     if transformer.processor is not tokenizer or not isinstance(backend, Tokenizer):
         return False
     frame = _frame(tokenizer, structured=transformer.modality_config["message"]["format"] == "structured")

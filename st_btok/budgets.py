@@ -124,6 +124,7 @@ def read_budget(model: SentenceTransformer, num_btoks: int) -> SentenceTransform
         if isinstance(getattr(owner, "chat_template", None), str):
             owner.chat_template = append_btoks(owner.chat_template.replace(whole, part), num_btoks)
     number = next(i for i, module in enumerate(result) if isinstance(module, WordWeights))
-    weights, _ = BTokPooling(transformer.get_embedding_dimension(), ids[:num_btoks], "mean").stock_modules(tokenizer)
+    pooling = BTokPooling(transformer.get_embedding_dimension(), ids[:num_btoks], "mean")
+    weights, _ = pooling.stock_modules(tokenizer, len(result[number].vocab))
     result[number] = weights.to(result.device)
     return result

@@ -89,9 +89,10 @@ def template_part(name: str) -> str:
         name: Its name in `templates/`, without the suffix.
 
     Returns:
-        Jinja text.
+        Jinja text without its comments, which every saved model would carry.
     """
-    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    text = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return re.sub(r"\{#-.*?-#\}\n", "", text, flags=re.DOTALL)
 
 
 def _quick(names: Sequence[str]) -> str:

@@ -120,9 +120,10 @@ def build_model(
         torch.manual_seed(seed)
         pooling = BTokPooling(transformer.get_embedding_dimension(), ids, readout).to(transformer.model.dtype)
     own = readout == "attention"
+    matrix_rows = len(transformer.model.get_input_embeddings().get_parameter("weight"))
     if (model_kwargs or {}).get("device_map") is not None:
         device = str(transformer.model.device)  # else a model that was sent to cuda:1 would be moved to cuda:0
-    modules = [transformer, *([pooling] if own else pooling.stock_modules(tokenizer)), Normalize()]
+    modules = [transformer, *([pooling] if own else pooling.stock_modules(tokenizer, matrix_rows)), Normalize()]
     if readout != "last":
         # vLLM reads `Pooling` and skips `WordWeights`: without this it serves the mean over all tokens, in silence.
         setattr(transformer.model.config, ENGINE_PLUGIN, "st_btok")

@@ -1,20 +1,24 @@
 """Questions asked of a model: its transformer and BToks, tokenizer, embedding matrix, LM head, media tokens.
 
 They are asked from every room, so they stand below all of them, next to the tokens' names. Nothing here changes a
-model.
+model for good. Private names of other packages stand in this file alone, each with the version it was read in:
+`tests/st_btok/test_private_names.py` says what breaks when one of them goes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import transformer as transformer_module
 from sentence_transformers.base.modules.transformer import Transformer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,6 +29,8 @@ from transformers.utils import logging
 
 from st_btok.tokens import btok_ids
 
+# The attribute under which a module keeps the function that checkpoints it. Read in transformers 5.23.
+CHECKPOINTING = "_gradient_checkpointing_func"
 # Where transformers looks for the class that generates. Text comes last: some configs with a vision tower stand there
 # too, for a class that reads the language model alone (Qwen3.5).
 GENERATING = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
@@ -93,11 +99,7 @@ def embedding_matrix(model: PreTrainedModel) -> Tensor:
     Returns:
         The weight; a parameter, or under FSDP the view that is whole while the model runs.
     """
-    module: Any = model.get_input_embeddings()
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        module = module.original_module
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+    module: Any = bare_module(model.get_input_embeddings())
     return module.weight
 
 
@@ -146,48 +148,160 @@ def checkpoint_head(source: str, config: PreTrainedConfig, **hub: Any) -> tuple[
     stored = type(config).from_pretrained(source, **hub)
     if hasattr(stored, "quantization_config"):
         del stored.quantization_config  # the two matrices are not among what is packed
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        loaded: Any = _head_alone(generating).from_pretrained(source, config=stored, output_loading_info=True, **hub)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    model, found = loaded
+
+    def matrices(model: PreTrainedModel) -> set[nn.Module]:
+        found = {model.get_input_embeddings(), model.get_output_embeddings()}
+        if None in found:
+            raise ValueError(f"{type(model).__name__} has no LM head of its own.")
+        return found
+
+    model, found = _load_part(generating, matrices, source, config=stored, **hub)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is head.weight}
     tied = head.weight is embeddings.weight
     return (None if names & found["missing_keys"] else head.weight.detach()), tied
 
 
-def _head_alone(generating: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The same class without what is not needed to load its embeddings and its head. Read in transformers 5.23."""
+def checkpoint_tensors(own: type[PreTrainedModel], source: str, most: int = 2**29) -> Iterator[tuple[str, Tensor]]:
+    """Every weight and saved buffer of a checkpoint under the names of a class, as that class loads it, part by part.
+
+    Args:
+        own: The class.
+        source: Name or path of the checkpoint.
+        most: Numbers in memory at a time, at least; a single module's are never split.
+
+    Yields:
+        Name and tensor on the CPU, in the checkpoint's own type.
+    """
+    configured: Any = own.config_class
+    config = configured.from_pretrained(source)
+    with torch.device("meta"):
+        outline = own(config)
+    owners = [
+        (name, sum(tensor.numel() for tensor in module.state_dict().values()))
+        for name, module in outline.named_modules()
+        if not any(True for _ in module.children())
+    ]
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, numbers in owners:
+        if parts[-1] and size + numbers > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += numbers
+    seen: set[str] = set()
+    for part in parts:
+
+        def picked(model: PreTrainedModel, part: list[str] = part) -> set[nn.Module]:
+            return {model.get_submodule(name) for name in part}
+
+        model, found = _load_part(own, picked, source)
+        for name, tensor in model.state_dict().items():
+            if name not in seen and name not in found["missing_keys"]:
+                seen.add(name)
+                yield name, tensor
+
+
+def _load_part(
+    own: type[PreTrainedModel], pick: Callable[[Any], set[nn.Module]], source: str, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model of a class with some of its modules only, from a checkpoint, and what loading reports.
+
+    transformers itself finds the keys, converts and ties. Read in 5.23: what is tied is listed by the constructor.
+    """
 
     def construct(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        generating.__init__(self, config, *args, **kwargs)
-        kept = {self.get_input_embeddings(), self.get_output_embeddings()}
-        if None in kept:
-            raise ValueError(f"{generating.__name__} has no LM head of its own.")
+        own.__init__(self, config, *args, **kwargs)
+        kept = pick(self)
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if module not in kept and not kept & set(child.modules()):
                     delattr(module, name)
         left = {name for name, _ in self.named_parameters(remove_duplicate=False)}
-        # Before this the constructor has listed what is tied, the removed parts included.
         self.all_tied_weights_keys = {a: b for a, b in self.all_tied_weights_keys.items() if {a, b} <= left}
 
-    # Key conversions go by the names of class and module.
     members = {
         "__init__": construct,
-        "__module__": generating.__module__,
+        "__module__": own.__module__,  # key conversions go by the names of class and module
         "_keys_to_ignore_on_load_unexpected": [".*"],
+        "_initialize_missing_keys": lambda self, is_quantized: None,  # it would look for what was taken out
     }
-    return type(generating.__name__, (generating,), members)
+    part: Any = type(own.__name__, (own,), members)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return part.from_pretrained(source, output_loading_info=True, **options)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def without_adapter(model: nn.Module, name: str) -> Tensor:
+    """A weight by the name that it has without adapters.
+
+    Args:
+        model: With or without adapters.
+        name: As in the state dict of the bare model.
+
+    Returns:
+        The weight itself, not a copy.
+    """
+    *path, leaf = name.split(".")
+    for part in path:
+        model = bare_module(getattr(model, part))
+    return getattr(model, leaf)
+
+
+def bare_module(module: nn.Module) -> nn.Module:
+    """The module that peft's adapters stand around; the module itself where there are none. Read in peft 0.21."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    return module
 
 
 def commit_of(config: PreTrainedConfig) -> str | None:
     """The commit that a config was loaded from on the hub; None for a local folder. Read in transformers 5.23."""
     return getattr(config, "_commit_hash", None)
+
+
+def supports_sdpa(model: PreTrainedModel) -> bool:
+    """Whether a backbone has SDPA attention, which masks of one's own are built on. Read in transformers 5.23."""
+    return getattr(model, "_supports_sdpa", True)
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """The attention implementation that a config names; empty for none. Read in transformers 5.23."""
+    return config._attn_implementation or ""
+
+
+@contextmanager
+def attention_set(name: str, *configs: PreTrainedConfig) -> Iterator[None]:
+    """Have configs name an attention implementation for a while, without any check. Read in transformers 5.23.
+
+    Args:
+        name: Of transformers' attention interface.
+        *configs: Outer ones before those inside them: setting one sets those inside it.
+
+    Yields:
+        Nothing.
+    """
+    previous = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, before in zip(configs, previous, strict=True):
+            config._attn_implementation = before
+
+
+def forget_adapters(model: PreTrainedModel) -> None:
+    """Have a model save as one that never had an adapter, once its adapters are merged. Read in transformers 5.23."""
+    del model.peft_config
+    model._hf_peft_config_loaded = False
 
 
 def media_tokens(transformer: Transformer) -> dict[str, int]:

@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 # A line of config.json: vLLM refuses the model where no plugin of the name that it gives is installed.
 ENGINE_PLUGIN = "io_processor_plugin"
+# Ids behind the tokenizer's last that a saved model of `mean` has weights (of 0) for, as tokens may be added later.
+SPARE_TOKENS = 1024
 
 Readout = Literal["mean", "last", "attention", "vectors"]
 
@@ -113,7 +115,7 @@ class BTokPooling(Module):
         features["sentence_embedding"] = embedding
         return features
 
-    def stock_modules(self, tokenizer: PreTrainedTokenizerBase) -> list[nn.Module]:
+    def stock_modules(self, tokenizer: PreTrainedTokenizerBase, rows: int = 0) -> list[nn.Module]:
         """Modules of sentence-transformers itself that compute the same embedding.
 
         `mean`: `WordWeights` gives 1 to the BTok ids and 0 to every other id; `Pooling("mean")` divides by the sum of
@@ -123,6 +125,8 @@ class BTokPooling(Module):
 
         Args:
             tokenizer: The tokenizer whose ids the weights are for.
+            rows: Rows of the embedding matrix: there is room for as many ids, and for `SPARE_TOKENS` more than the
+                tokenizer has, so that tokens can be added later. Default 0.
 
         Returns:
             `[WordWeights, Pooling]` or `[Pooling]`.
@@ -139,7 +143,8 @@ class BTokPooling(Module):
             return [Pooling(self.embedding_dimension, "lasttoken")]
         # WordWeights looks up by position in `vocab`: one entry for each id, in id order, also where ids have gaps.
         names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-        vocab = _Vocabulary(names.get(token_id, f"<unused {token_id}>") for token_id in range(max(names) + 1))
+        size = max(max(names) + 1 + SPARE_TOKENS, rows)
+        vocab = _Vocabulary(names.get(token_id, f"<unused {token_id}>") for token_id in range(size))
         weights = WordWeights(vocab, {vocab[token_id]: 1.0 for token_id in self.btok_ids}, unknown_word_weight=0.0)
         return [weights.requires_grad_(False), Pooling(self.embedding_dimension, "mean")]
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 
+from st_btok.adapters import base_change
 from st_btok.model import build_model
 from st_btok.model_parts import find_btoks
 from st_btok.tools.invariants import (
@@ -66,7 +67,8 @@ def check(
     """Measure every invariant on one model.
 
     Args:
-        backbone: Anything that `build_model` takes, or a finished BTok model, of which a copy is measured.
+        backbone: Anything that `build_model` takes, the checkpoint of an adapter, or a finished BTok model, of which a
+            copy is measured.
         progress: Called with each verdict as soon as it is there.
         **options: For `build_model`, such as `processor`, `template` or `max_pixels`.
 
@@ -85,6 +87,10 @@ def check(
         # A copy, because everything is measured in float32 and in evaluation mode.
         if isinstance(backbone, SentenceTransformer):
             model = copy.deepcopy(backbone)
+        elif isinstance(backbone, str | Path) and Path(backbone, "adapter_config.json").exists():
+            model = SentenceTransformer(str(backbone), device=options.get("device"))
+            change = base_change(model)
+            add(Verdict("base of the adapter", "failed" if change else "ok", note=change or ""))
         else:
             model = build_model(backbone, **options)
         transformer, _ = find_btoks(model)

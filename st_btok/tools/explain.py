@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from st_btok.model_parts import find_btoks, tokenizer_of
+from st_btok.model_parts import attention_set, find_btoks, tokenizer_of
 from st_btok.pooling import check_btoks
 from st_btok.training.content import closing_token
 from st_btok.training.lm_head import output_embeddings
@@ -271,14 +271,8 @@ def btok_attention(
 def _eager(model: PreTrainedModel) -> Iterator[None]:
     """Eager attention in every part of the model: the only kind that returns its weights."""
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    previous = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, _ in previous:
-            config._attn_implementation = "eager"
+    with attention_set("eager", *configs.values()):
         yield
-    finally:
-        for config, name in previous:  # outer ones first: setting one sets those inside it
-            config._attn_implementation = name
 
 
 def find_media(transformer: Transformer, features: dict[str, Any]) -> list[Medium]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from st_btok.adapters import btok_lora_config, merge_adapters
 from st_btok.limits import UNLIMITED
-from st_btok.model_parts import embedding_matrix, find_btoks, media_tokens
+from st_btok.model_parts import attention_of, embedding_matrix, find_btoks, media_tokens, supports_sdpa
 from st_btok.training.cached_loss import CachedBTokLoss
 from st_btok.training.loss import BTokLoss
 from st_btok.training.routes import ROUTES
@@ -217,9 +217,9 @@ def _reload(subject: Subject) -> Measured:
 def _implementations(subject: Subject) -> Measured:
     backbone: Any = find_btoks(subject.model)[0].model
     config = backbone.config.get_text_config(decoder=True)
-    if not backbone._supports_sdpa:
+    if not supports_sdpa(backbone):
         raise NotApplicable("the backbone has one implementation")
-    before, found = config._attn_implementation, []
+    before, found = attention_of(config), []
     samples = subject.samples["text"] + (subject.samples["image"] if "image" in subject.single else [])
     try:
         for name in ("eager", "sdpa"):

@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, sdpa_mask
 
+from st_btok.model_parts import CHECKPOINTING, attention_set, supports_sdpa
+
 CONDENSATION_ATTENTION = "btok_condensation"
 # What a position is; padding needs no segment of its own, the backbone's padding mask covers it.
 INPUT, BTOK, TARGET = 0, 1, 2
@@ -76,37 +78,27 @@ def condensation_attention(model: PreTrainedModel, segments: Tensor) -> Iterator
         ValueError: If the backbone can't use SDPA attention, which the mask is built on.
     """
     config = model.config.get_text_config(decoder=True)
-    if not getattr(model, "_supports_sdpa", True):
+    if not supports_sdpa(model):
         raise ValueError(
             f"the attention route needs a backbone that supports SDPA attention, {type(model).__name__} does not."
         )
     register_condensation_attention()
     token = _SEGMENTS.set(segments)
     try:
-        with _named(config), _recomputed_alike(model, config):
+        with attention_set(CONDENSATION_ATTENTION, config), _recomputed_alike(model, config):
             yield
     finally:
         _SEGMENTS.reset(token)
 
 
 @contextmanager
-def _named(config: PreTrainedConfig) -> Iterator[None]:
-    previous = config._attn_implementation
-    config._attn_implementation = CONDENSATION_ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = previous
-
-
-@contextmanager
 def _recomputed_alike(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
     """What is checkpointed inside this block is recomputed behind it, under the name that it was computed under."""
-    name = "_gradient_checkpointing_func"
+    name = CHECKPOINTING
     functions = [(module, vars(module)[name]) for module in model.modules() if name in vars(module)]
 
     def under_the_name(layer: Callable, *args: Any, **kwargs: Any) -> Any:
-        with _named(config):
+        with attention_set(CONDENSATION_ATTENTION, config):
             return layer(*args, **kwargs)
 
     def checkpoint(function: Callable, layer: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from st_btok.limits import UNLIMITED
-from st_btok.model_parts import embedding_matrix, tokenizer_of
+from st_btok.model_parts import attention_of, embedding_matrix, supports_sdpa, tokenizer_of
 from st_btok.pooling import check_btoks
 from st_btok.training.mask import BTOK, INPUT, TARGET, condensation_attention
 from st_btok.training.splitting import Part
@@ -316,7 +316,7 @@ def choose_route(call: Call, end: int, route: Route | Literal["auto"]) -> tuple[
         return route, None
     backbone = type(transformer.model).__name__
     leak, reason = None, "it has no SDPA attention"
-    if getattr(transformer.model, "_supports_sdpa", True):
+    if supports_sdpa(transformer.model):
         leak = find_leak(transformer, join_targets(features, [target], call.btoks))
         reason = f"a gradient of {leak:.2g} passed around the mask, which must be 0"
     if route == "attention" and leak != 0.0:
@@ -326,7 +326,7 @@ def choose_route(call: Call, end: int, route: Route | Literal["auto"]) -> tuple[
         )
     chosen: Route = "attention"
     checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in transformer.model.modules())
-    flash = "flash" in (transformer.model.config.get_text_config(decoder=True)._attn_implementation or "")
+    flash = "flash" in attention_of(transformer.model.config.get_text_config(decoder=True))
     if leak != 0.0:
         chosen = "prefix"
     elif route == "auto" and flash and not checkpointing:  # checkpointing leaves no cache to read

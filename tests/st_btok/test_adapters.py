@@ -16,8 +16,16 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
 from st_btok import BTokLoss, build_model
-from st_btok.adapters import base_gap, btok_lora_config, language_model_linears, merge_adapters, save_trained
-from st_btok.model_parts import embedding_matrix, find_btoks
+from st_btok.adapters import (
+    base_change,
+    base_gap,
+    btok_lora_config,
+    language_model_linears,
+    merge_adapters,
+    save_trained,
+)
+from st_btok.model_parts import checkpoint_tensors, embedding_matrix, find_btoks
+from st_btok.tools.check import check
 from tests.backbones import build, llama, picture, takes
 
 
@@ -156,9 +164,7 @@ def test_rows_beyond_the_base_vocabulary(tmp_path):
         part.save_pretrained(tmp_path / "backbone")
     grown = build_model(str(tmp_path / "backbone"), device="cpu")
     rows = len(tokenizer)
-    assert base_gap(grown[0].model).endswith(
-        f"has {rows} embedding rows, the model with its bottleneck tokens has {rows + 4}"
-    )
+    assert base_gap(grown).endswith(f"has {rows} embedding rows, the model with its bottleneck tokens has {rows + 4}")
     expected = adapted(copy.deepcopy(grown)).encode(["a", "b"])
     assert "merged" in save_trained(adapted(copy.deepcopy(grown)), tmp_path / "merged")
     assert "alone" in save_trained(adapted(grown, base=tmp_path / "base"), tmp_path / "adapter")
@@ -173,9 +179,9 @@ def test_spare_rows_of_the_base_need_nothing(tmp_path):
     for part in (model, processor):
         part.save_pretrained(tmp_path / "backbone")
     built = build_model(str(tmp_path / "backbone"), device="cpu", init="random", seed=3)
-    assert base_gap(built[0].model) is None
+    assert base_gap(built) is None
     plain = adapted(copy.deepcopy(built), trainable_token_indices=None)
-    assert "don't hold the rows" in base_gap(plain[0].model)
+    assert "don't hold the rows" in base_gap(plain)
     expected = plain.encode(["a"])
     assert "merged" in save_trained(plain, tmp_path / "plain")
     np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "plain")).encode(["a"]), expected, atol=1e-5)
@@ -191,9 +197,109 @@ def test_spare_rows_of_the_base_need_nothing(tmp_path):
 def test_a_merged_model_trains_on(qwen):
     adapted(qwen, use_dora=True)
     merge_adapters(qwen)
-    assert base_gap(qwen[0].model) and merge_adapters(qwen) is qwen
+    assert base_gap(qwen) and merge_adapters(qwen) is qwen
     adapted(qwen)
     assert any("lora_A" in name for name in trained(qwen))
+
+
+@pytest.fixture
+def from_disk(tmp_path):
+    """A model whose backbone lies on disk, with spare rows: adapters of it need no `base`."""
+    for part in build("qwen2_vl"):
+        part.save_pretrained(tmp_path / "backbone")
+    return build_model(str(tmp_path / "backbone"), device="cpu")
+
+
+def test_a_second_adapter_stands_on_what_the_first_left(from_disk, tmp_path, caplog):
+    """The origin's weights are not the base any more, though the model still bears its name."""
+    merge_adapters(adapted(from_disk))
+    with caplog.at_level(logging.WARNING):
+        adapted(from_disk)
+    assert "can't be loaded or resumed" in caplog.text and "were adapters merged into it?" in caplog.text
+    expected = from_disk.encode(["a", "b"])
+    from_disk.save_pretrained(str(tmp_path / "checkpoint"))  # as the Trainer does
+    with pytest.raises(Exception, match="changed in memory: pass base= to btok_lora_config"):
+        SentenceTransformer(str(tmp_path / "checkpoint"))
+    assert "adapters merged" in save_trained(from_disk, tmp_path / "saved")
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "saved")).encode(["a", "b"]), expected, atol=1e-5)
+    adapted(from_disk, base=tmp_path / "second")
+    expected = from_disk.encode(["a", "b"])
+    assert "alone" in save_trained(from_disk, tmp_path / "third")
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "third")).encode(["a", "b"]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["visual.blocks.0.mlp.fc1.bias", "language_model.embed_tokens.weight"])
+def test_an_adapter_after_training_in_memory(from_disk, tmp_path, caplog, name):
+    with torch.no_grad():
+        from_disk[0].model.get_parameter(name)[5] += 0.01
+    assert f"no longer those of their base '{tmp_path / 'backbone'}' ({name} differs)" in base_gap(from_disk)
+    adapted(from_disk)
+    assert f"{name} differs" in caplog.text
+    expected = from_disk.encode(["a", {"image": picture(28, 28, 2)}])
+    assert "adapters merged" in save_trained(from_disk, tmp_path / "saved")
+    found = SentenceTransformer(str(tmp_path / "saved")).encode(["a", {"image": picture(28, 28, 2)}])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_another_type_is_no_other_base(from_disk):
+    assert base_gap(from_disk) is None
+    from_disk.bfloat16()
+    assert base_gap(from_disk) is None
+
+
+def test_every_weight_of_a_checkpoint_is_read_in_parts(family, tmp_path):
+    """Under the names of the class and part by part, as the whole class loads it."""
+    model, _ = build(family)
+    model.save_pretrained(tmp_path)
+    expected = AutoModel.from_pretrained(tmp_path)
+    found = dict(checkpoint_tensors(type(expected), str(tmp_path), most=4000))
+    assert found.keys() == expected.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.state_dict().items())
+
+
+def test_a_relative_base_is_found_from_anywhere(qwen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapted(qwen, base="base")
+    expected = qwen.encode(["a"])
+    save_trained(qwen, "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    np.testing.assert_allclose(SentenceTransformer("../adapter").encode(["a"]), expected, atol=1e-6)
+
+
+def test_an_overwritten_base_is_noticed(qwen, tmp_path):
+    other = copy.deepcopy(qwen)
+    adapted(qwen, base=tmp_path / "base")
+    save_trained(qwen, tmp_path / "adapter")
+    assert base_change(SentenceTransformer(str(tmp_path / "adapter"))) is None
+    first = check(tmp_path / "adapter", device="cpu")[0]
+    assert (first.name, first.status) == ("base of the adapter", "ok")
+    with torch.no_grad():
+        embedding_matrix(other[0].model)[65] += 0.5
+    other.save_pretrained(str(tmp_path / "base"))
+    assert "overwritten since" in base_change(SentenceTransformer(str(tmp_path / "adapter")))
+    first = check(tmp_path / "adapter", device="cpu")[0]
+    assert first.status == "failed" and str(tmp_path / "base") in first.note
+    assert base_change(merge_adapters(SentenceTransformer(str(tmp_path / "adapter")))) is None
+
+
+@pytest.mark.parametrize("form", ["list", "dict"])
+def test_own_tokens_train_beside_the_btoks(from_disk, tmp_path, form):
+    own, (_, ids) = [65, 66], find_btoks(from_disk)
+    adapted(from_disk, trainable_token_indices=own if form == "list" else {"embed_tokens": own})
+    rows = next(value for name, value in trained(from_disk).items() if "trainable_tokens_delta" in name)
+    assert len(rows) == len(ids) + len(own)
+    expected = from_disk.encode(["ABBA"])
+    assert "alone" in save_trained(from_disk, tmp_path / "saved")
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "saved")).encode(["ABBA"]), expected, atol=1e-6)
+
+
+def test_resuming_without_the_rows_is_told(from_disk, tmp_path, caplog):
+    btok_lora_config(from_disk)
+    assert "not exact to the last bit" in caplog.text
+    caplog.clear()
+    btok_lora_config(from_disk, base=tmp_path / "base")
+    assert not caplog.text
 
 
 def test_nested_models_keep_their_own_layers():

@@ -470,3 +470,24 @@ def test_engines_that_skip_word_weights_refuse_the_saved_model(btok_model, tmp_p
     for folder in ("once", "twice"):
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert (config.get("io_processor_plugin") == "st_btok") == named
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+def test_tokens_can_be_added_after_building(family, tmp_path, btok_model):
+    """In sentence-transformers' documented way; the weights of the readout have room for them."""
+    model = btok_model(family)
+    transformer, ids = find_btoks(model)
+    names = [f"[NEW{number}]" for number in range(100)]
+    tokenizer = transformer.tokenizer
+    tokenizer.add_tokens(names, special_tokens=True)
+    transformer.auto_model.resize_token_embeddings(len(tokenizer))
+    text = f"{names[-1]} opens"
+    features = model.preprocess([text])
+    assert int(features["input_ids"].max()) == len(tokenizer) - 1
+    states = transformer(dict(features))["token_embeddings"][0]
+    expected = torch.nn.functional.normalize(
+        states[torch.isin(features["input_ids"][0], torch.tensor(ids))].mean(0), dim=0
+    )
+    np.testing.assert_allclose(model.encode(text), expected.detach().numpy(), atol=1e-6)
+    model.save_pretrained(str(tmp_path))
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path)).encode(text), model.encode(text), atol=1e-6)
