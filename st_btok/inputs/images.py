@@ -30,7 +30,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageColor
+from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from st_btok.inputs.fetch import MediaOptions, Opened, open_source
 
@@ -197,7 +197,8 @@ def _identified(opened: Opened, file: IO[bytes]) -> Image.Image:
             return _identified(opened, bare)
         if start[4:8] == b"ftyp" and start[8:] in _HEIF_BRANDS:
             return _identified_heif(opened, file)
-        raise ValueError(f"{opened.name} is not an image that can be opened: {error}. Convert it to PNG") from error
+        why = "its content is of no known kind" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{opened.name} is not an image that can be opened: {why}. Convert it to PNG") from error
 
 
 def _identified_heif(opened: Opened, file: IO[bytes]) -> Image.Image:
@@ -212,7 +213,7 @@ def _identified_heif(opened: Opened, file: IO[bytes]) -> Image.Image:
     try:
         return Image.open(file, formats=("HEIF",))
     except Exception as error:
-        raise ValueError(f"{opened.name} can't be opened as HEIC: {error}. Convert it to PNG") from error
+        raise ValueError(f"{opened.name} is HEIC that can't be opened. Make the file again") from error
 
 
 def _without_metadata(file: IO[bytes]) -> IO[bytes] | None:

@@ -480,7 +480,8 @@ def _container(opened: Opened, file: IO[bytes]) -> Iterator[Any]:
 
 
 def _no_video(opened: Opened, error: Exception) -> ValueError:
-    return ValueError(f"{opened.name} can't be decoded as a video: {error}. Make the file again")
+    why = getattr(error, "strerror", None) or error
+    return ValueError(f"{opened.name} can't be decoded as a video: {why}. Make the file again")
 
 
 def _pyav() -> Any:
