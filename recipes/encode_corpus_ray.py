@@ -1,7 +1,7 @@
 """`encode_corpus.py` on many devices: one Ray actor per device, each taking the next missing shard.
 
     pip install -e ".[ray]"
-    python -m recipes.encode_corpus_ray --model out/model --corpus c.parquet --output embeddings --actors 8 --gpus 1
+    python -m recipes.encode_corpus_ray --model out/model --data c.parquet --output_dir embeddings --actors 8 --gpus 1
 
 Corpus and output must be on a file system that all nodes see. A lost actor or an interrupted run costs the shards in
 work: the command goes on with the missing ones.
@@ -9,29 +9,30 @@ work: the command goes on with the missing ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from transformers import HfArgumentParser
 
+from recipes.command_line import option, parse, run
 from recipes.data.corpus import open_corpus
-from recipes.encode_corpus import EncodeConfig, Shard, encode_shard, int8_ranges, load_model, plan
+from recipes.data.shards import Shard, encode_shard, int8_ranges, load_model, plan
+from recipes.encode_corpus import EncodeConfig
 
 
 @dataclass
 class RayEncodeConfig(EncodeConfig):
     """Settings of the encoding and of its actors."""
 
-    actors: int = field(default=1, metadata={"help": "Actors; each holds the model."})
-    gpus: float = field(default=0.0, metadata={"help": "GPUs of an actor; 0: CPU."})
+    actors: int = option(1, "Actors; each holds the model.")
+    gpus: float = option(0.0, "GPUs of an actor; 0: CPU.")
 
 
 class Encoder:
     """An actor: loads the model once, then encodes one shard per call."""
 
     def __init__(self, config: RayEncodeConfig) -> None:
-        self.config, self.model, self.corpus = config, load_model(config), open_corpus(config.corpus)
+        self.config, self.model, self.corpus = config, load_model(config), open_corpus(config.data)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Encode the shard of a row; adds the number of rows that could not be read."""
@@ -47,10 +48,10 @@ def encode(config: RayEncodeConfig) -> tuple[int, int]:
     Returns:
         Shards written, and rows in them that could not be read.
     """
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.data)
     if corpus.num_rows is None:
         raise ValueError(
-            f"actors share a corpus by its row numbers, but {config.corpus[0]!r} is a stream, which has to be read in "
+            f"actors share a corpus by its row numbers, but {config.data[0]!r} is a stream, which has to be read in "
             "order. Save it first: datasets.load_dataset(...).save_to_disk(folder), or use recipes.encode_corpus."
         )
     model = load_model(config)
@@ -70,11 +71,16 @@ def encode(config: RayEncodeConfig) -> tuple[int, int]:
     return len(shards), sum(row["broken"] for row in done.iter_rows())
 
 
+def encode_and_report(config: RayEncodeConfig) -> None:
+    """Encode, and say what was written."""
+    shards, broken = encode(config)
+    print(f"{shards} shards written to {config.output_dir}; {broken} rows in them could not be read (column error).")
+
+
 def main() -> None:
     """Encode with the settings of the command line."""
-    (config,) = HfArgumentParser(RayEncodeConfig).parse_args_into_dataclasses()
-    shards, broken = encode(config)
-    print(f"{shards} shards written to {config.output}; {broken} rows in them could not be read (column error).")
+    config = parse(RayEncodeConfig, description=__doc__)
+    run(lambda: encode_and_report(config))
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ ROOMS = {
     # What users run stands at the top, each with a room for what it rests on; maintainers' rooms import them. `study`
     # is research too, and stays beside that room: `python -m recipes.study` is the command that the findings name.
     "recipes": {
-        "": {"data", "toy", "training", "research"},
-        "data": set(),
-        "toy": {"data"},
-        "training": {"data"},
-        "search": {"toy", "data"},
-        "research": {"data", "toy", "training"},
-        "study": {"data", "training", "research"},
+        "": {"data", "toy", "training", "research"},  # settings and a `main` each; the work is done in the rooms
+        "data": {""},
+        "toy": {"", "data", "research"},
+        "training": {"", "data"},
+        "search": {"", "toy", "data"},
+        "research": {"", "data", "toy", "training"},
+        "study": {"", "data", "training", "research"},
         "bench": {"", "data", "toy"},
     },
 }

@@ -1,4 +1,4 @@
-"""The benchmarks by name: each is a module of this folder with a `main()` and its own `--help`.
+"""The benchmarks by name: each is a module of this folder with a `main` that takes its settings (`settings.py`).
 
 `python -m recipes.bench step` times a training step, `python -m recipes.bench encode` the encoding; `encode_scale`
 shows that time per row and memory stay flat, `encode_cost` what the BToks cost, `preprocess` what the chat template
@@ -7,22 +7,20 @@ costs, and `crash_test` kills corpus jobs.
 
 from __future__ import annotations
 
-import importlib
 import sys
-from pathlib import Path
+from importlib import import_module
 
-
-def names() -> list[str]:
-    """What can be measured: the modules that stand beside this one."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+from recipes.bench.settings import BENCHMARKS
+from recipes.command_line import parse, run
 
 
 def main() -> None:
-    """Hand the command line on to the benchmark that its first word names."""
-    if len(sys.argv) < 2 or sys.argv[1] not in names():
-        sys.exit(f"usage: python -m recipes.bench {{{','.join(names())}}} [--help]")
-    name = sys.argv.pop(1)
-    importlib.import_module(f"recipes.bench.{name}").main()
+    """Hand the flags on to the benchmark that the first word names."""
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        sys.exit(f"usage: python -m recipes.bench {{{','.join(BENCHMARKS)}}} [--help]")
+    name = sys.argv[1]
+    config = parse(BENCHMARKS[name], sys.argv[2:])
+    run(lambda: import_module(f"recipes.bench.{name}").main(config))
 
 
 if __name__ == "__main__":

@@ -17,36 +17,25 @@ import random
 import signal
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import HfArgumentParser
 
 from recipes.bench.encode import load_model
 from recipes.bench.encode_scale import rows_of
+from recipes.bench.settings import KillsConfig
 from recipes.data.corpus import open_corpus
-from recipes.encode_corpus import EncodeConfig, encode_shard, plan
+from recipes.data.shards import encode_shard, plan
+from recipes.encode_corpus import EncodeConfig
 
 _SHARDS = 6  # that a killed job could write at most
 
 
-@dataclass
-class KillsConfig:
-    """How often, and what."""
-
-    kills: int = field(default=20, metadata={"help": "Jobs that are killed."})
-    together: int = field(default=1, metadata={"help": "Jobs that run at a time."})
-    rows: int = field(default=600, metadata={"help": "Rows of the corpus."})
-    shard_size: int = field(default=20, metadata={"help": "Rows of a shard."})
-    seed: int = field(default=0, metadata={"help": "Of the times."})
-
-
 def job(config: EncodeConfig, model: SentenceTransformer) -> None:
     """What `recipes.encode_corpus` does once its model is loaded."""
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.data)
     for shard in plan(config, corpus, model):
         if not Path(shard.path).exists():
             encode_shard(model, corpus, shard, config)
@@ -98,7 +87,7 @@ def kill_often(
             time.sleep(draw.uniform(0, work / 4))
             other.kill()  # or the corpus would be done before the next kill
             other.join()
-    written = len(list(Path(config.output).glob("shard-*.parquet")))
+    written = len(list(Path(config.output_dir).glob("shard-*.parquet")))
     last = start(config, model)
     last.join()
     if last.exitcode:
@@ -120,9 +109,8 @@ def same_shards(first: Path, second: Path) -> int:
     return len(names[0])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(config: KillsConfig) -> None:
     """Kill and compare."""
-    (config,) = HfArgumentParser(KillsConfig).parse_args_into_dataclasses(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         corpus = Path(place) / "corpus.jsonl"
@@ -137,12 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
             seconds.append(time.monotonic() - begun)
         work = _SHARDS * (seconds[0] - seconds[1]) * config.shard_size / config.rows
         hit, written = kill_often(broken, model, config.kills, config.together, seconds[1], work, config.seed)
-        shards = same_shards(Path(broken.output), Path(whole.output))
+        shards = same_shards(Path(broken.output_dir), Path(whole.output_dir))
     print(
         f"{hit} kills, {config.together} at a time; {written} of {shards} shards were written after the last; all "
         f"{shards} are equal to those of an unbroken run, bit by bit."
     )
-
-
-if __name__ == "__main__":
-    main()

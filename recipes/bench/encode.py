@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +29,16 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
+from recipes.bench.settings import EncodeBenchmarkConfig
 from recipes.data.corpus import open_corpus
-from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
+from recipes.data.shards import encode_shard, plan, read_embeddings
+from recipes.encode_corpus import EncodeConfig
 from st_btok import build_model, encode_checked
 
 _HERE = Path(__file__).parent.parent
 _SIZES = ((28, 28), (56, 56), (112, 84), (224, 224), (320, 96), (640, 480))
 WAYS = ("encode", "encode_checked", "encode_corpus")
-
-
-@dataclass
-class EncodeBenchmarkConfig:
-    """Sizes of the benchmark."""
-
-    rows: int = field(default=600, metadata={"help": "Rows of the mixed corpus."})
-    short: int = field(default=1000, metadata={"help": "Short texts; then up to ten times as many."})
-    rounds: int = field(default=3, metadata={"help": "Paired repetitions."})
-    output: str = field(default="recipes/results/encode.md", metadata={"help": "Where the table goes."})
-    worker: str = field(default="", metadata={"help": "Used by the command itself: one way to run in this process."})
 
 
 def load_model() -> SentenceTransformer:
@@ -121,7 +111,7 @@ def run_way(way: str, model: SentenceTransformer, rows: list[Any], corpus: Path)
         return encode_checked(model, rows).embeddings
     with tempfile.TemporaryDirectory() as folder:
         config = EncodeConfig("", [str(corpus)], folder)
-        opened = open_corpus(config.corpus)
+        opened = open_corpus(config.data)
         for shard in plan(config, opened, model):
             encode_shard(model, opened, shard, config)
         return np.array([row["embedding"] for row in read_embeddings(folder)], np.float32)
@@ -170,7 +160,7 @@ def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows:
         counted.padded = counted.real = 0
         vectors[way] = run_way(way, model, rows, corpus)
         padding[way] = counted.padded / counted.real
-        command = [sys.executable, "-m", "recipes.bench.encode", "--worker", way, "--rows", str(config.rows)]
+        command = [sys.executable, "-m", "recipes.bench", "encode", "--worker", way, "--rows", str(config.rows)]
         memory[way] = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
     del model.forward
     seconds = rounds_of(config, {way: (lambda way=way: run_way(way, model, rows, corpus)) for way in WAYS})
@@ -213,9 +203,8 @@ def short_tables(config: EncodeBenchmarkConfig, model: SentenceTransformer) -> l
     return lines
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(config: EncodeBenchmarkConfig) -> None:
     """Run the benchmark and write its tables."""
-    (config,) = HfArgumentParser(EncodeBenchmarkConfig).parse_args_into_dataclasses(arguments)
     with tempfile.TemporaryDirectory() as folder:
         rows, corpus = mixed_rows(config.rows, Path(folder)), Path(folder) / "corpus.parquet"
         as_corpus(rows, corpus)
@@ -228,7 +217,3 @@ def main(arguments: list[str] | None = None) -> None:
         lines += mixed_table(config, model, rows, corpus) + short_tables(config, model)
     Path(config.output).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,43 +12,29 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from recipes.bench.encode import spread, texts
 from recipes.bench.preprocess import own_template
+from recipes.bench.settings import BACKBONE, CostConfig
 from st_btok import build_model
 
-_BACKBONE = Path(__file__).parent.parent / "backbone"
 _LIMIT = 2048
 _BATCH = 16
-
-
-@dataclass
-class CostConfig:
-    """Sizes of the benchmark."""
-
-    hidden: list[int] = field(default_factory=lambda: [448, 768], metadata={"help": "Widths of the backbones."})
-    layers: int = field(default=12, metadata={"help": "Layers of the backbones."})
-    lengths: list[int] = field(default_factory=lambda: [65, 128], metadata={"help": "L, tokens of an input."})
-    btoks: int = field(default=4, metadata={"help": "K."})
-    rows: int = field(default=32, metadata={"help": "Inputs, in batches of 16."})
-    rounds: int = field(default=5, metadata={"help": "Paired repetitions."})
-    output: str = field(default="recipes/results/encode_cost.md", metadata={"help": "Where the table goes."})
 
 
 def pair(hidden: int, layers: int, btoks: int, folder: Path) -> tuple[SentenceTransformer, SentenceTransformer, float]:
     """The stock embedder, the BTok model, and the backbone's parameters in millions."""
     # The shipped tokenizer alone, without the image processor that its own class would ask for.
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(_BACKBONE / "tokenizer.json"), **special)
-    tokenizer.chat_template = (_BACKBONE / "chat_template.jinja").read_text()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(BACKBONE / "tokenizer.json"), **special)
+    tokenizer.chat_template = (BACKBONE / "chat_template.jinja").read_text()
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": layers, "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
     config = Qwen2Config(vocab_size=len(tokenizer) + 8, hidden_size=hidden, intermediate_size=4 * hidden, **sizes)
@@ -75,9 +61,8 @@ def seconds(model: SentenceTransformer, rows: list[str]) -> float:
     return time.process_time() - start
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(config: CostConfig) -> None:
     """Run the benchmark and write its table."""
-    (config,) = HfArgumentParser(CostConfig).parse_args_into_dataclasses(arguments)
     torch.set_num_threads(1)
     lines = [
         f"`python -m recipes.bench encode_cost`, K = {config.btoks}, {config.rows} inputs, {config.rounds} paired "
@@ -107,7 +92,3 @@ def main(arguments: list[str] | None = None) -> None:
             )
             print(lines[-1], flush=True)
     Path(config.output).write_text("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,31 +16,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import HfArgumentParser
 
 from recipes.bench.encode import load_model, resident, texts
+from recipes.bench.settings import ScaleConfig
 from recipes.data.corpus import open_corpus
-from recipes.encode_corpus import EncodeConfig, encode_shard, plan
+from recipes.data.shards import encode_shard, plan
+from recipes.encode_corpus import EncodeConfig
 from st_btok import encode_checked
 
 _PICTURES = 100
-_WAYS = ("encode_checked", "encode_corpus")
-
-
-@dataclass
-class ScaleConfig:
-    """Sizes of the benchmark."""
-
-    rows: list[int] = field(default_factory=lambda: [1000, 10_000, 50_000], metadata={"help": "Numbers of rows."})
-    ways: list[str] = field(default_factory=lambda: list(_WAYS), metadata={"help": "What is measured."})
-    output: str = field(default="recipes/results/encode_scale.md", metadata={"help": "Where the table goes."})
-    worker: str = field(default="", metadata={"help": "Used by the command itself: one way to run in this process."})
 
 
 def rows_of(count: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -64,7 +53,7 @@ def prepare(way: str, model: Any, rows: Iterator[dict[str, Any]], folder: Path) 
 
     def embed() -> float:
         config = EncodeConfig("", [str(path)], str(folder / "embeddings"))
-        corpus = open_corpus(config.corpus)
+        corpus = open_corpus(config.data)
         for shard in plan(config, corpus, model):
             encode_shard(model, corpus, shard, config)
         return 0.0
@@ -87,9 +76,8 @@ def measure(way: str, count: int) -> tuple[float, float, float]:
     return 1000 * seconds / count, highest / 2**10 - before, returned
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(config: ScaleConfig) -> None:
     """Run the benchmark and write its table."""
-    (config,) = HfArgumentParser(ScaleConfig).parse_args_into_dataclasses(arguments)
     if config.worker:
         print(*measure(config.worker, config.rows[0]))
         return
@@ -101,13 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     for way in config.ways:
         for count in config.rows:
-            command = [sys.executable, "-m", "recipes.bench.encode_scale", "--worker", way, "--rows", str(count)]
+            command = [sys.executable, "-m", "recipes.bench", "encode_scale", "--worker", way, "--rows", str(count)]
             out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             took, peak, returned = map(float, out.split()[-3:])
             lines.append(f"| {way} | {count:,} | {took:.2f} | {peak:.0f} | {returned:.0f} |")
             print(lines[-1], flush=True)
     Path(config.output).write_text("\n".join(lines) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,6 @@ a call has it for a backbone of this size; GradCache runs mini-batches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,15 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import HfArgumentParser
 
-from recipes.bench.step import BACKBONE, OneWidth, total
+from recipes.bench.settings import BACKBONE, OperationsConfig
+from recipes.bench.step import OneWidth, total
 from recipes.toy import pairs
 from st_btok import CachedBTokLoss, build_model
 
 # Operations whose result the host needs before it can go on.
 _HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select")
 _INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
-
-
-@dataclass
-class OperationsConfig:
-    """What is counted."""
-
-    batches: str = field(default="16,64", metadata={"help": "Pairs per step."})
-    mini_batch_size: int = field(default=8, metadata={"help": "Rows per pass of the cached losses."})
-    output: str = field(default="recipes/results/operations.md", metadata={"help": "Where the table goes."})
 
 
 class Count(TorchDispatchMode):
@@ -117,13 +107,8 @@ def table(config: OperationsConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(config: OperationsConfig) -> None:
     """Count and write the table."""
-    (config,) = HfArgumentParser(OperationsConfig).parse_args_into_dataclasses()
     text = table(config)
     Path(config.output).write_text(text)
     print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,14 +9,13 @@ and the same limit. A BTok model's inputs are K tokens longer; that is in the ra
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
-from pathlib import Path
 
 from sentence_transformers.base.modules.transformer import ModalityParams, Transformer
 
+from recipes.bench.settings import PreprocessConfig
 from st_btok import build_model
 
 _WORDS = "a cat on the mat reads some long paper about tokens and limits every day of the summer".split()
@@ -40,21 +39,16 @@ def _seconds(transformer: Transformer, texts: list[str]) -> float:
     return time.process_time() - start
 
 
-def main() -> None:
+def main(config: PreprocessConfig) -> None:
     """Print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default=str(Path(__file__).parent.parent / "backbone"), help="name or path")
-    parser.add_argument("--max-seq-length", type=int, default=512, help="limit of both, in tokens (default 512)")
-    parser.add_argument("--rounds", type=int, default=9, help="paired rounds (default 9)")
-    options = parser.parse_args()
-    own = own_template(options.backbone, options.max_seq_length)
-    btok = build_model(options.backbone, device="cpu", max_seq_length=options.max_seq_length)[0]
+    own = own_template(config.backbone, config.max_seq_length)
+    btok = build_model(config.backbone, device="cpu", max_seq_length=config.max_seq_length)[0]
     draw = random.Random(0)
     short = [" ".join(draw.choices(_WORDS, k=draw.randint(5, 20))) for _ in range(1000)]
     long = [" ".join(draw.choices(_WORDS, k=5000))[:20_000] for _ in range(8)]
     for name, texts in (("1,000 short texts", short), ("8 texts of 20,000 characters", long)):
         ratios, times = [], []
-        for number in range(options.rounds + 1):  # the first round warms both up
+        for number in range(config.rounds + 1):  # the first round warms both up
             both = {side: _seconds(side, texts) for side in ((own, btok) if number % 2 else (btok, own))}
             if number:
                 ratios.append(both[btok] / both[own])
@@ -64,7 +58,3 @@ def main() -> None:
             f"{name}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), "
             f"{ours:.2f} against {theirs:.2f} ms of CPU a row"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import (
     AutoProcessor,
-    HfArgumentParser,
     LlamaConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
@@ -50,34 +49,11 @@ from transformers import (
     Qwen2VLModel,
 )
 
+from recipes.bench.settings import BACKBONE, BenchmarkConfig
 from recipes.toy import pairs
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 
-BACKBONE = Path(__file__).parent.parent / "backbone"
 WAYS = ("mnrl", "explained", "btok", "one width", "frozen", "cached mnrl", "cached", "naive")
-
-
-@dataclass
-class BenchmarkConfig:
-    """Sizes of the benchmark."""
-
-    backbones: str = field(default="qwen2_vl,llama", metadata={"help": "Of qwen2_vl and llama."})
-    batch_size: int = field(default=16, metadata={"help": "Pairs per step."})
-    mini_batch_size: int = field(default=4, metadata={"help": "Rows per pass of the cached loss."})
-    target_words: int = field(
-        default=4,
-        metadata={
-            "help": "Mean number of words of a target, which has 1 to twice as many less 1; about 7 tokens each."
-        },
-    )
-    vocab_size: int = field(default=151_936, metadata={"help": "Rows of the embedding matrix; Qwen2-VL's by default."})
-    hidden_size: int = field(default=192, metadata={"help": "Width of the backbone."})
-    steps: int = field(default=3, metadata={"help": "Timed steps of a run, after one that is not timed."})
-    rounds: int = field(default=5, metadata={"help": "Paired repetitions."})
-    batches: str = field(default="16,32,64", metadata={"help": "Batch sizes of the table of memory, one run each."})
-    memory: bool = field(default=True, metadata={"help": "False: time only, all ways in one process: minutes less."})
-    output: str = field(default="recipes/results/benchmark.md", metadata={"help": "Where the table goes."})
-    worker: str = field(default="", metadata={"help": "Used by the command itself: one way to run in this process."})
 
 
 def backbone(config: BenchmarkConfig, family: str) -> SentenceTransformer:
@@ -270,7 +246,7 @@ def run_worker(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]
 def run(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
     """`run_worker` in a process of its own."""
     options = [f"--{key}={value}" for key, value in asdict(config).items() if key != "worker"]
-    command = [sys.executable, "-m", "recipes.bench.step", *options, f"--worker={family}:{way}"]
+    command = [sys.executable, "-m", "recipes.bench", "step", *options, f"--worker={family}:{way}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{family}, {way} failed:\n{done.stderr}")
@@ -332,9 +308,8 @@ def memory_table(config: BenchmarkConfig, family: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(config: BenchmarkConfig) -> None:
     """Run all rounds and write the tables, or one worker."""
-    (config,) = HfArgumentParser(BenchmarkConfig).parse_args_into_dataclasses()
     if config.worker:
         print(json.dumps(run_worker(config, *config.worker.split(":"))))
         return
@@ -346,7 +321,3 @@ def main() -> None:
     text = "\n".join(tables)
     Path(config.output).write_text(text)
     print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -57,7 +57,8 @@ from transformers import (
 from recipes.data.real import DEFAULT_CACHE, SAME_PICTURE, difference_hash, write_corpus
 from recipes.data.user_data import load_user_data
 from recipes.research.smollm2 import smollm2_folder
-from recipes.research.variants import Variant, VariantSettings, build_variant, fit_variant, quiet
+from recipes.research.variant import Variant, VariantSettings
+from recipes.research.variants import build_variant, fit_variant, quiet
 from st_btok import merge_adapters
 
 CONNECTOR = Path(__file__).parent / "connector"

@@ -22,6 +22,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy import stats
 
+from evaluation import markdown
+
 
 def measures(ranks: np.ndarray) -> dict[str, float]:
     """hit@1, hit@10 and MRR over the whole corpus, in per cent."""
@@ -34,7 +36,7 @@ class Run:
     """One training.
 
     Args:
-        pooling: Name of the variant.
+        variant: Its name.
         seed: Seed.
         before: Ranks by search, untrained.
         after: Ranks by search, trained.
@@ -44,7 +46,7 @@ class Run:
         log: Loss and its parts by step.
     """
 
-    pooling: str
+    variant: str
     seed: int
     before: Mapping[str, np.ndarray]
     after: Mapping[str, np.ndarray]
@@ -94,11 +96,7 @@ def paired_difference(values: np.ndarray) -> Difference:
     Returns:
         Mean and interval, in the unit of `values`.
     """
-    seeds, queries = values.shape
-    parts = []  # (variance of the mean, degrees of freedom)
-    for means in (values.mean(1), values.mean(0)):
-        if len(means) > 1:
-            parts.append((means.var(ddof=1) / len(means), len(means) - 1))
+    parts = _variances(values)
     variance = sum(part for part, _ in parts)
     mean = float(values.mean())
     if not variance:
@@ -108,77 +106,163 @@ def paired_difference(values: np.ndarray) -> Difference:
     return Difference(mean, mean - half, mean + half)
 
 
+def _variances(values: np.ndarray) -> list[tuple[float, int]]:
+    """Variance of the mean over seeds and over queries, each with its degrees of freedom; none over a single one."""
+    means = [values.mean(axis) for axis in (1, 0)]
+    return [(float(part.var(ddof=1)) / len(part), len(part) - 1) for part in means if len(part) > 1]
+
+
+def queries_that_show(values: np.ndarray, points: float) -> int | None:
+    """How many queries show a difference of so many points: 95 % confidence, in four of five comparisons.
+
+    The variance over queries falls with their number, that over seeds does not: with n queries, SE^2 = var(m_s) / S +
+    var(m_q) / n must be (points / (1.96 + 0.84))^2.
+
+    Args:
+        values: (S, Q) differences of a comparison that was made.
+        points: The difference to be shown, in the unit of `values`.
+
+    Returns:
+        The number; None if no number does, because the seeds differ too much.
+    """
+    allowed = (points / (stats.norm.ppf(0.975) + stats.norm.ppf(0.8))) ** 2
+    between = values.mean(1)
+    # Seeds are scored on the same queries, so part of what they differ by is the queries' noise within a seed.
+    own = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    queries = values.shape[1]
+    noise = float((own**2).sum() / max(1, (len(values) - 1) * (queries - 1)) / queries) if len(values) > 1 else 0.0
+    seeds = max(0.0, float(between.var(ddof=1)) - noise) / len(values) if len(values) > 1 else 0.0
+    if seeds >= allowed:
+        return None
+    return int(np.ceil(values.mean(0).var(ddof=1) / (allowed - seeds)))
+
+
+def verdicts(runs: Sequence[Run], baseline: str, pairs: int, points: float = 3.0) -> list[str]:
+    """What the comparison shows, in a sentence for each variant; over all searches together.
+
+    Args:
+        runs: All runs.
+        baseline: The variant that the others are compared with.
+        pairs: Number of held-out pairs.
+        points: The difference (MRR, in points) that the sentence on too few pairs speaks of.
+
+    Returns:
+        A sentence for each variant but the baseline.
+    """
+    groups = by_variant(runs)
+    lines = []
+    for variant, mine in groups.items():
+        values = _paired(mine, groups.get(baseline, []), list(runs[0].after))
+        if variant == baseline or values is None:
+            continue
+        found = paired_difference(values)
+        span = f"{found.mean:+.1f} points of MRR, 95 % interval {found.low:+.1f} to {found.high:+.1f}"
+        seeds = f"{len(values)} seed{'s' * (len(values) > 1)}"
+        if found.low > 0 or found.high < 0:
+            word = "better" if found.mean > 0 else "worse"
+            lines.append(f"{variant} is {word} than {baseline} on {pairs} held-out pairs, {seeds}: {span}.")
+            continue
+        wanted = queries_that_show(values, points)
+        if wanted is None:
+            more = f"more seeds are needed to show {points:g} points"
+        elif wanted <= values.shape[1]:
+            more = f"a difference of {points:g} points would probably have shown"
+        else:
+            more = f"about {_round(wanted * pairs / values.shape[1])} pairs would show {points:g} points"
+        lines.append(
+            f"No difference shown between {variant} and {baseline} with {pairs} held-out pairs, {seeds} ({span}); "
+            f"{more}."
+        )
+    return lines
+
+
+def _round(number: float) -> int:
+    """To two digits."""
+    step = 10 ** max(0, int(np.log10(max(1, number))) - 1)
+    return int(np.ceil(number / step) * step)
+
+
 def reciprocal_ranks(runs: Sequence[Run], search: str, kind: str = "after") -> np.ndarray:
     """(S, Q) reciprocal ranks in per cent, seeds in order."""
     ordered = sorted(runs, key=lambda run: run.seed)
     return np.stack([100 / getattr(run, kind)[search] for run in ordered])
 
 
-def by_pooling(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of every pooling, in order of appearance."""
+def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of every variant, in order of appearance."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.pooling, []).append(run)
+        found.setdefault(run.variant, []).append(run)
     return found
 
 
-def table(runs: Sequence[Run], baseline: str, documents: Mapping[str, int]) -> str:
+def table(runs: Sequence[Run], baseline: str, documents: Mapping[str, int], pairs: int | None = None) -> str:
     """Markdown: MRR before and after, hit@1 and hit@10, the paired difference, and the cost.
 
     Args:
         runs: All runs.
-        baseline: The pooling that the others are compared with, on the seeds that both have.
+        baseline: The variant that the others are compared with, on the seeds that both have.
         documents: Number of documents of every search, for the level of chance.
+        pairs: Number of held-out pairs, for the head.
 
     Returns:
-        A table and a line that says how to read it.
+        A head that names held-out pairs, candidates, chance and seeds; the table; and a line that says how to read it.
     """
-    groups = by_pooling(runs)
-    head = [
-        "search",
-        "pooling",
-        "MRR before",
-        "MRR after",
-        f"against {baseline}",
-        "hit@1",
-        "hit@10",
-        "steps",
-        "s/step",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    groups = by_variant(runs)
+    head = ["search", "variant", "MRR before", "MRR after", f"against {baseline}"]
+    head += ["hit@1", "hit@10", "steps", "s/step"]
+    rows = []
     for search in runs[0].after:
-        for pooling, mine in groups.items():
+        for variant, mine in groups.items():
             scores = reciprocal_ranks(mine, search)
             ranks = np.stack([run.after[search] for run in mine])
             cells = [
                 f"{reciprocal_ranks(mine, search, 'before').mean():.1f}",
                 _spread(scores.mean(1)),
-                "" if pooling == baseline else _against(mine, groups.get(baseline, []), search),
+                "" if variant == baseline else _against(mine, groups.get(baseline, []), search),
                 f"{100 * (ranks <= 1).mean():.1f}",
                 f"{100 * (ranks <= 10).mean():.1f}",
                 f"{np.mean([run.steps for run in mine]):.0f}",
                 _cost(mine, groups.get(baseline, [])),
             ]
-            lines.append(f"| {search} | {pooling} | " + " | ".join(cells) + " |")
+            rows.append([search, variant, *cells])
         size = documents[search]
-        chance = (100 * np.mean(1 / np.arange(1, size + 1)), 100 / size, 100 * min(1, 10 / size))
-        lines.append(f"| {search} | chance | | {chance[0]:.1f} | | {chance[1]:.1f} | {chance[2]:.1f} | | |")
+        rows.append([search, "chance", "", f"{_chance(size):.1f}", "", f"{100 / size:.1f}"])
+        rows[-1] += [f"{100 * min(1, 10 / size):.1f}", "", ""]
     seeds = len({run.seed for run in runs})
     over = "seeds and queries" if seeds > 1 else "queries alone: one seed says nothing about the next"
-    lines += ["", f"In %; mean of {seeds} seeds ± half their range; in brackets the 95 % interval over {over}."]
+    levels = {size: f"MRR {_chance(size):.1f} among {size} candidates" for size in documents.values()}
+    held_out = f"{pairs} held-out pairs; chance" if pairs else "Chance"
+    lines = [f"{held_out} is {', '.join(levels.values())}; {seeds} seed{'s' * (seeds > 1)}.", ""]
+    lines += [markdown.table(head, rows, numbers=True), ""]
+    lines.append(f"In %; mean of {seeds} seeds ± half their range; in brackets the 95 % interval over {over}.")
     return "\n".join(lines)
+
+
+def _chance(documents: int) -> float:
+    """Mean reciprocal rank of a blind guess, in per cent."""
+    return 100 * float(np.mean(1 / np.arange(1, documents + 1)))
 
 
 def _spread(values: np.ndarray) -> str:
     return f"{values.mean():.1f} ± {np.ptp(values) / 2:.1f}"
 
 
-def _against(mine: Sequence[Run], baseline: Sequence[Run], search: str) -> str:
+def _paired(mine: Sequence[Run], baseline: Sequence[Run], searches: Sequence[str]) -> np.ndarray | None:
+    """(S, Q) differences over the seeds that both have, the queries of all searches in a row; None without seeds."""
     shared = {run.seed for run in mine} & {run.seed for run in baseline}
     if not shared:
+        return None
+    both = [[run for run in runs if run.seed in shared] for runs in (mine, baseline)]
+    first, second = (np.concatenate([reciprocal_ranks(runs, name) for name in searches], axis=1) for runs in both)
+    return first - second
+
+
+def _against(mine: Sequence[Run], baseline: Sequence[Run], search: str) -> str:
+    values = _paired(mine, baseline, [search])
+    if values is None:
         return ""
-    pair = [reciprocal_ranks([run for run in runs if run.seed in shared], search) for runs in (mine, baseline)]
-    found = paired_difference(pair[0] - pair[1])
+    found = paired_difference(values)
     return f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 
@@ -197,7 +281,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         runs: All runs.
         path: Where the picture goes.
     """
-    groups = by_pooling(runs)
+    groups = by_variant(runs)
     searches = list(runs[0].after)
     figure, axes = plt.subplots(1, len(searches) + 1, figsize=(4 * len(searches) + 5, 4.2), layout="constrained")
     for axis, search in zip(axes, searches, strict=False):
@@ -210,11 +294,11 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         axis.set_xticklabels(list(groups), rotation=20, ha="right")
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("MRR, %: before (hollow) and after, a point each seed")
-    for place, (pooling, mine) in enumerate(groups.items()):
+    for place, (variant, mine) in enumerate(groups.items()):
         for run in mine:
             values = [row.get("ranking", row["loss"]) for row in run.log]
             seconds = np.arange(1, len(values) + 1) * run.step_seconds
-            axes[-1].plot(seconds, values, color=f"C{place}", lw=1, label=pooling if run is mine[0] else None)
+            axes[-1].plot(seconds, values, color=f"C{place}", lw=1, label=variant if run is mine[0] else None)
     axes[-1].set(title="ranking loss", xlabel="seconds of training")
     axes[-1].legend()
     figure.savefig(path, dpi=110)

@@ -1,23 +1,17 @@
 """Models that differ in how they pool, trained on the same pairs in the same order, scored on the same searches.
 
-A variant is named on the command line: `btok`, `lasttoken` or `mean`, with options behind a colon that reach
-`build_model` and the loss by their own names: `btok:condensation_weight=0`, `btok:readout=last,num_btoks=1`. Two more
-are for controls: `train_btoks=false` keeps the rows of the BToks as they start, and `row_lr=10` multiplies the
-learning rate of the rows (with LoRA, where they are parameters of their own). With `opened=true` the
-BToks, or the token that is read, stand in the assistant's opened turn; `lasttoken` and `mean` also take a prompt as
-plain text, `lasttoken:prompt= The topic is the`: see `prompted.py`.
+How a variant is named on the command line stands in `variant.py`.
 """
 
 from __future__ import annotations
 
 import gc
 import inspect
-import json
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -42,68 +36,8 @@ from recipes.data.searches import Search
 from recipes.research.controls import btok_loss
 from recipes.research.prompted import prompted_model
 from recipes.research.significance import Run
+from recipes.research.variant import Variant, VariantSettings
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, language_model_linears
-
-POOLINGS = ("btok", "lasttoken", "mean")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of the models that are compared.
-
-    Args:
-        pooling: `btok`, `lasttoken` (the state of the last ordinary token) or `mean` (of all tokens).
-        options: Values for `build_model` and the loss, by their names.
-    """
-
-    pooling: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        """Read `pooling` or `pooling:name=value,name=value`; values are JSON, or text where they are not."""
-        pooling, _, rest = text.partition(":")
-        if pooling not in POOLINGS:
-            raise ValueError(f"a pooling must be one of {POOLINGS}, with options behind a colon, got {text!r}.")
-        options = {}
-        for part in filter(None, rest.split(",")):
-            name, equals, value = part.partition("=")
-            if not equals:
-                raise ValueError(f"an option of a pooling must be name=value, got {part!r} in {text!r}.")
-            try:
-                options[name] = json.loads(value)
-            except ValueError:
-                options[name] = value
-        return cls(pooling, options)
-
-
-@dataclass(frozen=True)
-class VariantSettings:
-    """What all variants share.
-
-    Args:
-        backbone: Hub name or path.
-        steps: Optimizer steps.
-        batch_size: Pairs a step, each the others' negative.
-        mini_batch_size: Rows in memory at a time (GradCache); 0: the whole batch.
-        learning_rate: Peak; cosine decay.
-        warmup_steps: Steps of linear warm-up; None: a tenth of the steps, at most 100.
-        tuning: `full`, or `lora` with the recipe's r 16, alpha 32, dropout 0.05.
-        build: For `build_model`, as far as the plain poolings know it too: `max_seq_length`, `model_kwargs`.
-        device: Where to train; None: what the Trainer picks.
-        bf16: Autocast to bfloat16.
-    """
-
-    backbone: str
-    steps: int
-    batch_size: int = 64
-    mini_batch_size: int = 0
-    learning_rate: float = 5e-5
-    warmup_steps: int | None = None
-    tuning: str = "lora"
-    build: Mapping[str, Any] = field(default_factory=dict)
-    device: str | None = None
-    bf16: bool = False
 
 
 def build_variant(
@@ -131,7 +65,8 @@ def build_variant(
         model = build_model(settings.backbone, device=settings.device, **own)
         trained = variant.options.get("train_btoks", True)
         if settings.tuning == "lora":
-            model.add_adapter(btok_lora_config(model, **({} if trained else {"trainable_token_indices": None})))
+            rows = {} if trained else {"trainable_token_indices": None}
+            model.add_adapter(btok_lora_config(model, **settings.lora, **rows))
         loss = btok_loss(model, **cached, **rest)
         if settings.tuning != "lora" and not trained:
             _freeze_btoks(loss)
@@ -139,7 +74,8 @@ def build_variant(
     if own:
         raise ValueError(f"{variant.pooling} has no bottleneck tokens, so {sorted(own)} mean nothing to it.")
     place = {name: rest.pop(name) for name in ("prompt", "opened") if name in rest}
-    model = prompted_model(settings.backbone, variant.pooling, device=settings.device, **settings.build, **place)
+    plain = {name: value for name, value in settings.build.items() if not name.endswith("_pixels")}
+    model = prompted_model(settings.backbone, variant.pooling, device=settings.device, **plain, **place)
     if "image" in model[0].modalities:  # a BTok model says how large pictures are, so that all variants agree
         template = template_of(settings.backbone)
         other = build_model(settings.backbone, device="cpu", **{"template": template, **settings.build})
@@ -147,9 +83,10 @@ def build_variant(
             model[0].processing_kwargs = {**model[0].processing_kwargs, "image": other[0].processing_kwargs["image"]}
     if settings.tuning == "lora":
         layers = language_model_linears(model[0].model)  # those that `btok_lora_config` adapts
-        model.add_adapter(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=layers))
-    plain = CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss
-    return model, plain(model, **{"scale": 50.0, **cached, **rest})
+        lora = {"r" if name == "r" else f"lora_{name}": value for name, value in settings.lora.items()}
+        model.add_adapter(LoraConfig(**lora, target_modules=layers))
+    ranking = CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss
+    return model, ranking(model, **{"scale": 50.0, **cached, **rest})
 
 
 def template_of(backbone: str) -> str:

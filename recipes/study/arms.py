@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from recipes.research.variants import Variant
+from recipes.research.variant import Variant
 
 BASELINE = "last token"
 PROMPTED = "last token, prompt"  # the fair baseline: the BToks' first rows as plain text

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from recipes.research.variants import VariantSettings, build_variant, fit_variant
+from recipes.research.variant import VariantSettings
+from recipes.research.variants import build_variant, fit_variant
 from recipes.study.arms import ARMS, BASELINE
 from recipes.study.inputs import Corpus
 from recipes.study.runs import Log, Wanted, unlabelled_loss

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from recipes.research.variants import VariantSettings, quiet
+from recipes.research.variant import VariantSettings
+from recipes.research.variants import quiet
 from recipes.study.inputs import Corpus, backbone_folder, load_corpus
 from recipes.study.runs import Wanted, make_run
 from recipes.study.settings import StudyConfig
@@ -41,7 +42,7 @@ class Job:
     @property
     def settings(self) -> VariantSettings:
         """What it shares with the other arms."""
-        config, folder = self.config, Path(self.config.to)
+        config, folder = self.config, Path(self.config.output_dir)
         return VariantSettings(
             backbone_folder(self.wanted.backbone, folder),
             self.wanted.steps,
@@ -58,7 +59,7 @@ class Job:
         """Its corpus, read once by each process."""
         config = self.config
         limits = config.limit, config.candidates
-        return _corpus(self.wanted.corpus, Path(config.to) / "corpora", Path(config.cache), *limits)
+        return _corpus(self.wanted.corpus, Path(config.output_dir) / "corpora", Path(config.cache), *limits)
 
     def make(self) -> dict[str, Any]:
         """Train and score; the line for the log."""

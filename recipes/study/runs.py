@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from recipes.data.searches import Search
 from recipes.research.controls import ControlLoss
-from recipes.research.variants import Training, VariantSettings, build_variant, fit_variant
+from recipes.research.variant import VariantSettings
+from recipes.research.variants import Training, build_variant, fit_variant
 from recipes.study.arms import ARMS
 from recipes.study.inputs import Corpus
 from recipes.study.probes import Conflict, information

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from recipes.command_line import option
 from recipes.data.debian import CORPORA
 from recipes.data.real import DEFAULT_CACHE
 from recipes.study.arms import ARMS, BASELINE, HEADLINES
@@ -33,36 +34,31 @@ QUICK_PICTURES: dict[str, Any] = {
 PICTURES = {"stamps", "clipart", "emoji"}
 
 
-def _option(default: Any, text: str) -> Any:
-    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text}, **make)
-
-
 @dataclass
 class StudyConfig:
     """Settings of the study."""
 
-    to: str = _option("study", "Folder of runs, tables, figures, corpora and cut backbones.")
-    quick: bool = _option(False, "A few arms: two corpora of texts, or what pictures --corpora names; 15 minutes.")
-    only: str = _option("", "plan: print it and stop; costs: time the arms and stop; table: from what was run.")
-    backbones: list[str] = _option(["smollm2:12"], "shipped, smollm2[:LAYERS or :chat], seeing, a name or path.")
-    corpora: list[str] = _option(["packages", "words", "languages@250"], f"{', '.join(CORPORA)}; NAME@N: N pairs.")
-    arms: list[str] = _option(list(ARMS), f"Of: {', '.join(ARMS)}. The baseline is always run.")
-    seeds: int = _option(2, "Seeds 0 to N-1 of each arm; 5 for finals.")
-    steps: int = _option(100, "Training steps of a run; 0: untrained models.")
-    workers: int = _option(1, "Runs at a time, each in a process of its own: for a GPU with room for several.")
-    cost_rounds: int = _option(2, "How often a step of every arm is timed, for the runs at equal time.")
-    rates: list[float] = _option([1e-3], "Peak learning rates; of several the best on validation, for each arm.")
-    rate_steps: int = _option(50, "Training steps of a run that chooses a rate.")
-    batch_size: int = _option(32, "Pairs a step.")
-    tuning: str = _option("lora", "lora or full.")
-    dtype: str = _option("float32", "Type of the backbone's weights; adapters stay float32.")
-    max_seq_length: int = _option(64, "Longest text in tokens.")
-    equal_time: bool = _option(True, "Also run every arm for the baseline's time.")
-    limit: int = _option(4000, "Pairs read of each corpus.")
-    candidates: int = _option(400, "Pairs searched.")
-    cache: str = _option(str(DEFAULT_CACHE), "Unpacked packages.")
-    device: str | None = _option(None, "cpu, cuda, ...; by default what is there.")
+    output_dir: str = option("study", "Folder of runs, tables, figures, corpora and cut backbones.", "--to")
+    quick: bool = option(False, "A few arms: two corpora of texts, or what pictures --corpora names; 15 minutes.")
+    only: str = option("", "plan: print it and stop; costs: time the arms and stop; table: from what was run.")
+    backbones: list[str] = option(["smollm2:12"], "shipped, smollm2[:LAYERS or :chat], seeing, a name or path.")
+    corpora: list[str] = option(["packages", "words", "languages@250"], f"{', '.join(CORPORA)}; NAME@N: N pairs.")
+    arms: list[str] = option(list(ARMS), f"Of: {', '.join(ARMS)}. The baseline is always run.")
+    seeds: int = option(2, "Seeds 0 to N-1 of each arm; 5 for finals.")
+    steps: int = option(100, "Training steps of a run; 0: untrained models.")
+    workers: int = option(1, "Runs at a time, each in a process of its own: for a GPU with room for several.")
+    cost_rounds: int = option(2, "How often a step of every arm is timed, for the runs at equal time.")
+    rates: list[float] = option([1e-3], "Peak learning rates; of several the best on validation, for each arm.")
+    rate_steps: int = option(50, "Training steps of a run that chooses a rate.")
+    batch_size: int = option(32, "Pairs a step.")
+    tuning: str = option("lora", "lora or full.")
+    dtype: str = option("float32", "Type of the backbone's weights; adapters stay float32.")
+    max_seq_length: int = option(64, "Longest text in tokens.")
+    equal_time: bool = option(True, "Also run every arm for the baseline's time.")
+    limit: int = option(4000, "Pairs read of each corpus.")
+    candidates: int = option(400, "Pairs searched.")
+    cache: str = option(str(DEFAULT_CACHE), "Unpacked packages.")
+    device: str | None = option(None, "cpu, cuda, ...; by default what is there.")
 
     def __post_init__(self) -> None:
         """Refuse what can't run before anything is loaded."""

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_4_available
 
-from recipes.bench.step import BenchmarkConfig, make_step
+from recipes.bench.settings import BenchmarkConfig
 from recipes.bench.step import backbone as backbone_of
 from recipes.bench.step import batch as batch_of
+from recipes.bench.step import make_step
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 from tests.backbones import build, picture
 from tests.gpu.sharding import one_process, sharded

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from recipes import compare as recipe
-from recipes.compare import CompareConfig, compare
+from recipes.compare import CompareConfig
+from recipes.research import comparison as recipe
 from recipes.research import variants
+from recipes.research.comparison import compare
 from recipes.research.significance import Run
-from recipes.research.variants import Variant
+from recipes.research.variant import Variant
 from st_btok.model_parts import find_btoks
 from tests.backbones import build
 
@@ -38,10 +39,10 @@ def folder(tmp_path_factory):
 
 
 def config(folder, output, **options):
-    defaults = {"steps": 3, "seeds": 2, "batch_size": 4, "learning_rate": 1e-2, "tuning": "full", "device": "cpu"}
-    options = {"poolings": ["btok", "lasttoken"], **defaults, **options}
+    defaults = {"max_steps": 3, "seeds": 2, "batch_size": 4, "learning_rate": 1e-2, "tuning": "full", "device": "cpu"}
+    options = {"variants": ["btok", "lasttoken"], **defaults, **options}
     return CompareConfig(
-        data=[str(folder / "pairs.jsonl")], backbone=str(folder / "backbone"), output=str(output), **options
+        data=[str(folder / "pairs.jsonl")], backbone=str(folder / "backbone"), output_dir=str(output), **options
     )
 
 
@@ -71,7 +72,7 @@ def test_variants_see_the_same_batches_and_a_second_call_trains_nothing(folder, 
     assert first[:3] == first[3:] and second[:3] == second[3:] and first != second
     assert "| pairs: query → positive | btok |" in text and "| pairs: positive → query | lasttoken |" in text
     lines = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").read_text().splitlines()]
-    assert [(line["pooling"], line["seed"]) for line in lines] == [
+    assert [(line["variant"], line["seed"]) for line in lines] == [
         ("btok", 0), ("lasttoken", 0), ("btok", 1), ("lasttoken", 1)
     ]  # fmt: skip
     assert any(line["before"] != line["after"] for line in lines) and (tmp_path / "out/comparison.png").exists()
@@ -81,7 +82,7 @@ def test_variants_see_the_same_batches_and_a_second_call_trains_nothing(folder, 
     steps = len(losses)
     # A torn run is made again, and a pooling can be added; finished runs are not repeated.
     (tmp_path / "out/runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
-    assert compare(config(folder, tmp_path / "out", poolings=["btok", "lasttoken", "mean"])).count("mean") >= 2
+    assert compare(config(folder, tmp_path / "out", variants=["btok", "lasttoken", "mean"])).count("mean") >= 2
     assert len(losses) - steps == 9, "lasttoken of seed 1 and two of mean"
 
 
@@ -95,9 +96,9 @@ def test_equal_time_gives_a_slower_variant_fewer_steps(folder, tmp_path, monkeyp
         return None, Run(name, seed, ranks, ranks, settings.steps, pace[name], 1.0, [{"step": 1, "loss": 1.0}])
 
     monkeypatch.setattr(recipe, "train_variant", train)
-    compare(config(folder, tmp_path, equal="time", steps=20, seeds=1))
+    compare(config(folder, tmp_path, equal="time", max_steps=20, seeds=1))
     assert made == [("btok", recipe.CALIBRATION), ("lasttoken", recipe.CALIBRATION), ("btok", 10), ("lasttoken", 20)]
-    compare(config(folder, tmp_path, equal="time", steps=20, seeds=1))
+    compare(config(folder, tmp_path, equal="time", max_steps=20, seeds=1))
     assert len(made) == 4
 
 
@@ -160,18 +161,18 @@ def test_options_of_a_variant_reach_the_builder_and_the_loss(folder):
 def test_what_cannot_run_is_refused_first(folder, tmp_path):
     with pytest.raises(ValueError, match="pass --data"):
         CompareConfig()
-    with pytest.raises(ValueError, match="must be one of --poolings"):
-        config(folder, tmp_path, poolings=["btok"])
+    with pytest.raises(ValueError, match="must be one of --variants"):
+        config(folder, tmp_path, variants=["btok"], baseline="lasttoken")
     with pytest.raises(ValueError, match="pooling must be one of"):
-        config(folder, tmp_path, poolings=["cls", "lasttoken"])
+        config(folder, tmp_path, variants=["cls", "lasttoken"])
     with pytest.raises(ValueError, match="must be name=value"):
         Variant.parse("btok:readout")
     with pytest.raises(ValueError, match="a batch needs 64 pairs of one data set, but pairs trains on 24"):
         compare(config(folder, tmp_path / "a", batch_size=64))
     with pytest.raises(ValueError, match="mean nothing to it"):
-        compare(config(folder, tmp_path / "b", poolings=["lasttoken:num_btoks=2"], baseline="lasttoken:num_btoks=2"))
+        compare(config(folder, tmp_path / "b", variants=["lasttoken:num_btoks=2"], baseline="lasttoken:num_btoks=2"))
 
 
 def test_comparing_does_not_wait_for_mteb():
-    command = "import sys, recipes.compare, recipes.study.__main__; sys.exit('mteb' in sys.modules)"
+    command = "import sys, recipes.research.comparison, recipes.study.study; sys.exit('mteb' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[2], check=True)

@@ -23,10 +23,11 @@ from PIL import Image as PILImage
 from sentence_transformers.util import quantize_embeddings
 
 from evaluation.atomic_write import atomic_write
-from recipes import encode_corpus
 from recipes.bench.crash_test import kill_often, same_shards, start
+from recipes.data import shards
 from recipes.data.corpus import open_corpus
-from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
+from recipes.data.shards import encode_shard, plan, read_embeddings
+from recipes.encode_corpus import EncodeConfig
 from tests.backbones import picture
 from tests.mmeb_train_files import jpeg
 from tests.st_btok.inputs.test_images import png_header
@@ -54,14 +55,14 @@ def config_for(tmp_path, *corpus, **options) -> EncodeConfig:
 
 
 def run(config, model, limit=None):
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.data)
     return [encode_shard(model, corpus, shard, config) for shard in islice(plan(config, corpus, model), limit)]
 
 
 def test_shards_hold_what_encode_document_gives_and_name_broken_rows(corpus, tmp_path, qwen):
     config = config_for(tmp_path, corpus)
     assert run(config, qwen) == [1, 1, 0]
-    rows = list(read_embeddings(config.output))
+    rows = list(read_embeddings(config.output_dir))
     assert [row["id"] for row in rows] == [f"d{i}" for i in range(11)]
     assert {row["id"]: bool(row["error"]) for row in rows if row["embedding"] is None} == {"d3": True, "d6": True}
     assert "truncated" in rows[3]["error"] and "empty" in rows[6]["error"]
@@ -86,7 +87,7 @@ def test_every_form_of_a_corpus_gives_the_same_vectors(tmp_path, qwen):
     for number, name in enumerate(("c.jsonl", "c.csv", "c.parquet", "saved")):
         config = EncodeConfig("m", [str(tmp_path / name)], str(tmp_path / f"out{number}"), shard_size=1)
         assert run(config, qwen) == [0, 0]
-        rows = list(read_embeddings(config.output))
+        rows = list(read_embeddings(config.output_dir))
         assert [row["id"] for row in rows] == ["x", "y"]
         np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-5, err_msg=name)
 
@@ -103,7 +104,7 @@ def test_tables_as_excel_and_others_write_them(tmp_path, qwen):
     for number, name in enumerate(("c.csv", "c.jsonl", "c.json", "c.parquet", "files")):
         config = EncodeConfig("m", [str(tmp_path / name)], str(tmp_path / f"out{number}"))
         assert run(config, qwen) == [0]
-        rows = list(read_embeddings(config.output))
+        rows = list(read_embeddings(config.output_dir))
         assert [row["id"] for row in rows] == (["007", "8"] if name != "files" else ["007.txt"])
         np.testing.assert_allclose([row["embedding"] for row in rows], expected[: len(rows)], atol=1e-5, err_msg=name)
 
@@ -113,7 +114,7 @@ def test_binary_that_is_no_text(tmp_path, qwen):
     pq.write_table(pa.table(columns), tmp_path / "c.parquet")
     config = config_for(tmp_path, tmp_path / "c.parquet")
     assert run(config, qwen) == [1]
-    rows = list(read_embeddings(config.output))
+    rows = list(read_embeddings(config.output_dir))
     assert [row["id"] for row in rows] == ["ff00", "ä"] and "text must be UTF-8" in rows[1]["error"]
 
 
@@ -125,7 +126,7 @@ def test_a_folder_of_files(tmp_path, qwen):
     (folder / "c.bin").write_bytes(b"\0")
     config = config_for(tmp_path, folder)
     assert run(config, qwen) == [1]
-    rows = {row["id"]: row for row in read_embeddings(config.output)}
+    rows = {row["id"]: row for row in read_embeddings(config.output_dir)}
     assert list(rows) == ["b.txt", "c.bin", "deep/a.png"] and "tells no image" in rows["c.bin"]["error"]
     np.testing.assert_allclose(rows["deep/a.png"]["embedding"], qwen.encode(picture(56, 28, 1)), atol=1e-5)
 
@@ -156,23 +157,23 @@ def test_a_hub_data_set_is_streamed(tmp_path, qwen, monkeypatch):
     monkeypatch.setattr("recipes.data.corpus.load_dataset_builder", builder)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("downloaded whole"))
     config = config_for(tmp_path, "someone/pages:part", shard_size=4)
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.data)
     corpus._start = counting = Counting(corpus._start)
     assert corpus.num_rows is None and asked == ["someone/pages"]
     shards = plan(config, corpus, qwen)
     encode_shard(qwen, corpus, next(shards), config)
     assert counting.read <= 5, "a shard is all that was read"
     assert run(config, qwen) == [0, 0] and run(config, qwen) == []
-    found = list(read_embeddings(config.output))
+    found = list(read_embeddings(config.output_dir))
     assert [row["id"] for row in found] == rows["id"]
     pages = [Image().decode_example({"bytes": jpeg(i), "path": None}) for i in range(10)]
     np.testing.assert_allclose([row["embedding"] for row in found], qwen.encode_document(pages), atol=1e-5)
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.data)
     corpus._start = counting = Counting(corpus._start)
     assert not list(plan(config, corpus, qwen)) and not counting.read, "where it ends is known"
     digest = corpus.digest
     os.utime(tmp_path / "hub.parquet", (1, 1))  # on the hub: another revision
-    assert open_corpus(config.corpus).digest != digest
+    assert open_corpus(config.data).digest != digest
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved", "folder"])
@@ -240,7 +241,7 @@ def test_a_corpus_that_shrinks_while_it_is_embedded_is_an_error(tmp_path, qwen):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
     config = config_for(tmp_path, path, shard_size=1)
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.data)
     shards = plan(config, corpus, qwen)
     path.write_text('{"text": "one"}\n')
     encode_shard(qwen, corpus, next(shards), config)
@@ -278,7 +279,7 @@ def test_no_row_ends_the_job(tmp_path, qwen):
     (tmp_path / "c.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     config = config_for(tmp_path, tmp_path / "c.jsonl", shard_size=100)
     run(config, qwen)
-    rows = list(read_embeddings(config.output))
+    rows = list(read_embeddings(config.output_dir))
     assert len(rows) == len(lines) + 1 and "not UTF-8" in rows[-1]["error"] and rows[5]["id"] == "\\ud800"
     for (line, reason), row in zip(lines.items(), rows, strict=False):
         good = line in ('{"id": "good", "text": "a"}',) or 'good.png", "good' in line or "line.png" in line
@@ -291,13 +292,13 @@ def test_an_interrupted_run_goes_on_with_the_missing_shards(corpus, tmp_path, qw
     run(config, qwen, limit=1)
     first = (tmp_path / "out" / "shard-000000.parquet").stat().st_mtime_ns
     with monkeypatch.context() as patch:  # the machine goes down while a shard is written
-        patch.setattr(encode_corpus.os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(config, qwen)
     assert [path.name for path in sorted((tmp_path / "out").glob("*.parquet*"))] == ["shard-000000.parquet"]
     assert len(run(config, qwen)) == 2 and run(config, qwen) == []
     assert (tmp_path / "out" / "shard-000000.parquet").stat().st_mtime_ns == first
-    assert len(list(read_embeddings(config.output))) == 11
+    assert len(list(read_embeddings(config.output_dir))) == 11
 
 
 def test_a_full_disk_leaves_nothing_and_killed_processes_are_cleaned_up_after(corpus, tmp_path, qwen, monkeypatch):
@@ -308,11 +309,11 @@ def test_a_full_disk_leaves_nothing_and_killed_processes_are_cleaned_up_after(co
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode_corpus.pq, "write_table", full)
+        patch.setattr(shards.pq, "write_table", full)
         with pytest.raises(OSError, match="No space left"):
             run(config, qwen)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["corpus.json"]
-    host = encode_corpus.socket.gethostname()
+    host = shards.socket.gethostname()
     dead = tmp_path / "out" / f"shard-000001.parquet.{host}.999999999.unfinished"
     alive = tmp_path / "out" / f"shard-000002.parquet.{host}.1.unfinished"
     elsewhere = tmp_path / "out" / "shard-000002.parquet.other.999999999.unfinished"
@@ -380,7 +381,7 @@ def folders(tmp_path, qwen):
     torch.set_num_threads(1)  # forked processes have no threads of their own pool
     begun = time.monotonic()
     run(whole, qwen)
-    return whole, dataclasses.replace(whole, output=str(tmp_path / "broken")), time.monotonic() - begun
+    return whole, dataclasses.replace(whole, output_dir=str(tmp_path / "broken")), time.monotonic() - begun
 
 
 @pytest.mark.parametrize("together", [1, 2])
@@ -418,7 +419,7 @@ def test_the_command(tmp_path, qwen, monkeypatch, capsys):
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--model", "model", "--corpus", "c.jsonl", "--output", "out"])
-    encode_corpus.main()
+    shards.main()
     assert "1 shards written to out; 0 rows" in capsys.readouterr().out
     rows = list(read_embeddings(str(tmp_path / "out")))
     np.testing.assert_allclose([row["embedding"] for row in rows], qwen.encode_document(["one", "two"]), atol=1e-5)
@@ -465,5 +466,5 @@ def test_ray_actors_write_the_same_shards_though_one_is_killed(tmp_path, qwen):
         killer.join()
         ray.shutdown()
     assert killed
-    rows = [row["embedding"] for row in read_embeddings(config.output)]
+    rows = [row["embedding"] for row in read_embeddings(config.output_dir)]
     np.testing.assert_allclose(rows, qwen.encode_document([f"row {i}" for i in range(40)]), atol=1e-5)

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageOps, features
 
 from recipes.data.corpus import open_corpus
+from recipes.data.shards import encode_shard, plan, read_embeddings
 from recipes.data.user_data import load_user_data
-from recipes.encode_corpus import EncodeConfig, encode_shard, plan, read_embeddings
+from recipes.encode_corpus import EncodeConfig
 from recipes.search.folder import KIND_OF_SUFFIX
 from recipes.search.index import update
 from recipes.search.store import LanceStore
@@ -138,10 +139,10 @@ def test_corpus_encoding(odd, tmp_path):
     rows = [json.dumps({"id": name, kind_of(name): str(folder / name)}) for name in shown]
     (tmp_path / "odd.jsonl").write_text("\n".join(rows))
     config = EncodeConfig("m", [str(tmp_path / "odd.jsonl")], str(tmp_path / "out"))
-    corpus = open_corpus(config.corpus)
+    corpus = open_corpus(config.data)
     for shard in plan(config, corpus, model):
         encode_shard(model, corpus, shard, config)
-    found = {row["id"]: row["error"] or row["embedding"] for row in read_embeddings(config.output)}
+    found = {row["id"]: row["error"] or row["embedding"] for row in read_embeddings(config.output_dir)}
     agrees(shown, vectors, found)
 
 

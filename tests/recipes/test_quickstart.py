@@ -9,12 +9,13 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from recipes import quickstart
+from recipes.toy.quickstart import plain_embeddings
 
 
 @pytest.mark.slow
 def test_quickstart_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    options = "--steps 2 --batch_size 4 --seeds 1 --max_candidates 80 --output out"
+    options = "--steps 2 --batch_size 4 --seeds 1 --max_candidates 80 --output_dir out"
     monkeypatch.setattr(sys, "argv", ["quickstart", *options.split()])
     quickstart.main()
     printed = capsys.readouterr().out
@@ -28,7 +29,7 @@ def test_quickstart_runs(tmp_path, monkeypatch, capsys):
 
 def test_a_model_that_does_not_load_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="could not load"):
-        quickstart.plain_embeddings(tmp_path, ["a"])
+        plain_embeddings(tmp_path, ["a"])
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from recipes import train as recipe
 from recipes.data.mmeb_train_sources import MMEB_TRAIN
-from recipes.train import TrainConfig, parse, train
+from recipes.train import check_flags
+from recipes.training import run as recipe
+from recipes.training.config import TrainConfig, parse
 from recipes.training.presets import PRESETS
+from recipes.training.run import train
+from recipes.training.settings import trainer_flags
 from tests.backbones import build
 from tests.mmeb_train_files import jpeg, put, write_all
 
@@ -212,7 +215,7 @@ def test_the_command_line_wins_over_the_preset_and_the_preset_over_defaults(tmp_
     assert (plain.per_device_train_batch_size, plain.mini_batch_size, plain.logging_steps) == (64, 8, 10)
     assert plain.tuning == "lora" and plain.block_size == 0
     with pytest.raises(SystemExit):
-        parse([*given[:-1], "qwen9"])
+        check_flags([*given[:-1], "qwen9"])
 
 
 def test_presets_name_settings_that_exist():
@@ -252,13 +255,16 @@ def test_prompts_reach_the_model():
     assert prompts(same) == {"a-document": "page: ", "b-document": "text: ", "query": "find: "}
 
 
-def test_help_shows_our_settings_first(capsys):
+def test_help_shows_our_settings_first_and_every_argument_of_the_trainer(capsys):
     with pytest.raises(SystemExit):
-        parse(["--help"])
+        check_flags(["--help"])
     shown = capsys.readouterr().out
     places = [shown.index(f"\n{name}:\n") for name in ("run", "data", "model", "loss")]
     assert places == sorted(places) and places[-1] < shown.index("training arguments of sentence-transformers")
     assert shown.index("--condensation_weight") < shown.index("--weight_decay")
+    names = {field.name for field in dataclasses.fields(TrainConfig) if field.init}
+    assert trainer_flags().keys() <= names, "read from the sources, and nothing that is no argument"
+    assert all(f"--{name}" in shown for name in names)
 
 
 def test_a_model_is_saved_with_its_prompts_and_says_how_many_pairs_mining_lost(backbone, pairs, tmp_path, caplog):

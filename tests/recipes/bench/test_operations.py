@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from recipes.bench.operations import Count, OperationsConfig, table
+from recipes.bench.operations import Count, table
+from recipes.bench.settings import OperationsConfig
 
 
 def test_host_reads_are_seen():

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recipes.bench.step import WAYS, BenchmarkConfig, backbone, batch, make_step, measure_together, table
+from recipes.bench.settings import BenchmarkConfig
+from recipes.bench.step import WAYS, backbone, batch, make_step, measure_together, table
 
 CONFIG = BenchmarkConfig(batch_size=4, mini_batch_size=2, vocab_size=400, hidden_size=192, target_words=2, rounds=2)
 

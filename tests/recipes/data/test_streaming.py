@@ -11,7 +11,7 @@ from PIL import Image
 
 from recipes.data import streaming
 from recipes.data.streaming import open_streams
-from recipes.train import train
+from recipes.training.run import train
 from tests.mmeb_train_files import jpeg
 from tests.recipes.test_train import backbone, cache, config, log_of, weights  # noqa: F401
 

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from recipes.research.prompted import prompted_model
-from recipes.research.variants import Variant, VariantSettings, build_variant
+from recipes.research.variant import Variant, VariantSettings
+from recipes.research.variants import build_variant
 from tests.backbones import build
 
 PROMPT = " The topic is the"

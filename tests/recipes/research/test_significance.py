@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from recipes.data.searches import Search
-from recipes.research.significance import Run, draw, paired_difference, table
+from recipes.research.significance import Run, draw, paired_difference, queries_that_show, table, verdicts
 
 
 def test_the_interval_of_one_seed_is_the_paired_t_interval():
@@ -68,8 +69,8 @@ def test_ranks_take_the_best_right_document_and_count_ties_against_it():
     assert search.ranks(model).tolist() == [2, 2, 1]
 
 
-def run(pooling, seed, ranks):
-    return Run(pooling, seed, {"a → b": np.array([4, 4])}, {"a → b": np.array(ranks)}, 10, 0.5, 5.0, [{"loss": 1.0}])
+def run(variant, seed, ranks):
+    return Run(variant, seed, {"a → b": np.array([4, 4])}, {"a → b": np.array(ranks)}, 10, 0.5, 5.0, [{"loss": 1.0}])
 
 
 def test_table_and_figure(tmp_path):
@@ -81,7 +82,9 @@ def test_table_and_figure(tmp_path):
         f"| a → b | btok | 25.0 | 87.5 ± 12.5 | +25.0 ({interval.low:+.1f} to {interval.high:+.1f}) | 75.0 |" in text
     )
     assert "| a → b | lasttoken | 25.0 | 62.5 ± 12.5 |  | 25.0 | 100.0 | 10 | 0.50 |" in text
-    assert f"| a → b | chance | | {100 * np.mean([1, 1 / 2, 1 / 3, 1 / 4]):.1f} | | 25.0 | 100.0 | | |" in text
+    assert f"| a → b | chance |  | {100 * np.mean([1, 1 / 2, 1 / 3, 1 / 4]):.1f} |  | 25.0 | 100.0 |  |  |" in text
+    head = table(runs, "lasttoken", {"a → b": 4}, pairs=2).splitlines()[0]
+    assert head == "2 held-out pairs; chance is MRR 52.1 among 4 candidates; 2 seeds."
     assert "seeds and queries" in text and "queries alone" in table(runs[::2], "lasttoken", {"a → b": 4})
     draw(runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
@@ -91,3 +94,35 @@ def test_runs_survive_a_line_of_json():
     before = run("btok", 0, [1, 2])
     after = Run.from_json(json.loads(json.dumps(before.to_json())))
     assert after.to_json() == before.to_json() and after.after["a → b"].tolist() == [1, 2]
+
+
+def test_the_number_of_queries_shows_the_difference_in_four_of_five_comparisons():
+    """Against a simulation: three seeds that differ, and so many queries, with a true difference of 3."""
+    rng = np.random.default_rng(3)
+
+    def comparison(queries, mean):
+        return mean + rng.normal(0, 0.4, (3, 1)) + rng.normal(0, 12, (1, queries)) + rng.normal(0, 9, (3, queries))
+
+    wanted = int(np.median([queries_that_show(comparison(60, 0), 3.0) or 0 for _ in range(200)]))
+    shown = np.mean([paired_difference(comparison(wanted, 3.0)).low > 0 for _ in range(400)])
+    assert 100 < wanted < 400 and 0.7 < shown < 0.9
+    apart = np.array([[-9.0], [0.0], [9.0]]) + rng.normal(0, 1, (3, 500))
+    assert queries_that_show(apart, 3.0) is None, "no number of queries makes up for seeds that differ"
+
+
+def ranked(variant, seed, ranks):
+    return Run(variant, seed, {"s": ranks}, {"s": ranks}, 1, 1.0, 1.0, [])
+
+
+def test_the_verdict_says_better_worse_or_how_many_pairs_would_show_it():
+    rng = np.random.default_rng(0)
+    base = [rng.integers(1, 20, 60) for _ in range(3)]
+    runs = [ranked("lasttoken", seed, ranks) for seed, ranks in enumerate(base)]
+    runs += [ranked("best", seed, np.ones(60, int)) for seed in range(3)]
+    runs += [ranked("worst", seed, np.full(60, 99)) for seed in range(3)]
+    runs += [ranked("other", seed, rng.permutation(ranks)) for seed, ranks in enumerate(base)]
+    best, worst, other = verdicts(runs, "lasttoken", pairs=60)
+    assert best.startswith("best is better than lasttoken on 60 held-out pairs, 3 seeds: +")
+    assert worst.startswith("worst is worse than lasttoken on 60 held-out pairs, 3 seeds: -")
+    assert other.startswith("No difference shown between other and lasttoken with 60 held-out pairs, 3 seeds (")
+    assert re.search(r"; about \d+0 pairs would show 3 points\.$", other)

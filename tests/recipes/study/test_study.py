@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from recipes.research.prompted import prompted_model
-from recipes.research.variants import Variant
+from recipes.research.variant import Variant
 from recipes.study import jobs
-from recipes.study.__main__ import Study
 from recipes.study.arms import ARMS, BASELINE, HEADLINES
 from recipes.study.costs import Costs
 from recipes.study.jobs import Job
 from recipes.study.report import groups_of, table
 from recipes.study.runs import Log, Wanted, best_rate
 from recipes.study.settings import StudyConfig
+from recipes.study.study import Study
 from tests.backbones import build
 
 
@@ -55,7 +55,7 @@ def config(folder, **options):
         "rates": [1e-2],
     }
     options = {"arms": ["BToks, term 0.2"], "corpora": ["words"], "tuning": "full", **defaults, **options}
-    return StudyConfig(to=str(folder / "study"), backbones=[str(folder / "backbone")], **options)
+    return StudyConfig(output_dir=str(folder / "study"), backbones=[str(folder / "backbone")], **options)
 
 
 def test_every_arm_is_one_that_can_be_built():
@@ -119,7 +119,9 @@ def test_runs_are_made_once_and_in_a_comparable_order(folder, capsys):
 
 
 def test_a_failed_run_takes_no_other_along(folder, tmp_path, monkeypatch):
-    study = Study(StudyConfig(**(asdict(config(folder)) | {"to": str(tmp_path), "seeds": 1, "equal_time": False})))
+    study = Study(
+        StudyConfig(**(asdict(config(folder)) | {"output_dir": str(tmp_path), "seeds": 1, "equal_time": False}))
+    )
     monkeypatch.setattr(jobs, "make_run", fails_for_the_baseline)
     monkeypatch.setattr(Job, "corpus", lambda self: None)
     with pytest.raises(RuntimeError, match="1 runs failed. The first: .*last token.*no memory"):
@@ -161,7 +163,7 @@ def test_what_cannot_run_is_refused_first(folder, options, message):
 
 
 def test_quick_is_the_headlines(folder):
-    quick = StudyConfig(to=str(folder / "other"), quick=True)
+    quick = StudyConfig(output_dir=str(folder / "other"), quick=True)
     assert quick.arms == HEADLINES and quick.backbones == ["shipped"] and quick.seeds == 2
 
 

@@ -24,7 +24,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from recipes.data.user_data import load_user_data
-from recipes.train import TrainConfig, train
+from recipes.training.config import TrainConfig
 from recipes.training.resume import (
     LOCK,
     check_identity,
@@ -34,6 +34,7 @@ from recipes.training.resume import (
     what_is_torn,
     write_identity,
 )
+from recipes.training.run import train
 from st_btok import build_model
 from tests.backbones import build
 
@@ -193,7 +194,7 @@ def settings(folder, out, resume=False):
 CHILD = """
 import sys
 from pathlib import Path
-from recipes.train import train
+from recipes.training.run import train
 from tests.recipes.training.test_resume import settings
 train(settings(Path(sys.argv[1]), "out"))
 """

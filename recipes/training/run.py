@@ -1,0 +1,272 @@
+"""One training, from checked data to a saved model: what `recipes.train` does once its flags are read."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import DatasetDict, IterableDataset
+from huggingface_hub import constants
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+)
+from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
+
+from evaluation.mini import evaluator_for
+from recipes.data.blocks import distinct_rows, weighted_blocks
+from recipes.data.hard_negatives import with_mined_negatives
+from recipes.data.holdout import hold_out, mean_of_sources
+from recipes.data.mmeb_train import load_mmeb_train
+from recipes.data.streaming import open_streams
+from recipes.data.training_card import describe_data, write_card, write_skipped
+from recipes.data.training_pairs import Source
+from recipes.data.user_data import load_user_data
+from recipes.training.config import TrainConfig, parse
+from recipes.training.resume import check_identity, identity_of, newest_complete, only_training_in, write_identity
+from recipes.training.validation import WriteScores
+from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
+
+logger = logging.getLogger(__name__)
+
+
+def read_sources(config: TrainConfig) -> list[Source]:
+    """All sources of the training, checked."""
+    check = {
+        "on_error": config.on_error,
+        "check_media": config.check_media,
+        "num_proc": config.check_processes,
+        "recheck": config.recheck,
+    }
+    sources: list[Source] = []
+    # One process reads and writes the cache, then the others read it.
+    with config.main_process_first(desc="check of the data"):
+        if config.mmeb_root:
+            options = {"offline": constants.HF_HUB_OFFLINE, "max_rows": config.max_rows, **check}
+            sources += load_mmeb_train(config.mmeb_root, config.mmeb_sources, **options)
+        sources += load_user_data(config.data, config.data_weights, **check)
+    if not sources:
+        raise ValueError("there is nothing to train on: pass --data or --mmeb_root.")
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sources need different names, got {names}. Rename your data files.")
+    return sources
+
+
+def build(config: TrainConfig) -> SentenceTransformer:
+    """The model, with adapters if it is tuned by them; their base is saved, so that checkpoints can be loaded."""
+    model = build_model(
+        config.backbone,
+        config.num_btoks,
+        config.readout,
+        config.template,
+        max_seq_length=config.max_seq_length,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+        prompts=config.model_prompts() or None,
+        device=str(config.device),
+        model_kwargs={"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation},
+    )
+    if config.tuning != "full":
+        lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+        # Checkpoints refer to it; one process writes both.
+        base = Path(config.output_dir) / "base" if config.process_index == 0 else None
+        model.add_adapter(btok_lora_config(model, **lora, use_dora=config.tuning == "dora", base=base))
+    return model
+
+
+def losses(config: TrainConfig, model: SentenceTransformer, sources: Sequence[Source]) -> dict[str, torch.nn.Module]:
+    """A loss for every source, shared among those with the same generated side."""
+    options = {
+        "scale": config.scale,
+        "condensation_weight": config.condensation_weight,
+        "condensation_steps": config.condensation_steps,
+        "max_target_tokens": config.max_target_tokens,
+        "route": config.route,
+        "false_negative_margin": config.false_negative_margin,
+        "gather_across_devices": config.gather_across_devices,
+        "instructions": [text for source in sources for text in source.instructions],
+    }
+    cls = BTokLoss
+    if config.mini_batch_size:
+        cls, options["mini_batch_size"] = CachedBTokLoss, config.mini_batch_size
+    targets = {source.name: config.target or source.target for source in sources}
+    made = {target: cls(model, target=target, **options) for target in sorted(set(targets.values()))}
+    return {name: made[target] for name, target in targets.items()}
+
+
+def validation(config: TrainConfig, held_out: Sequence[Source]) -> BaseEvaluator | None:
+    """What scores the model in training; `None` if there is nothing held out."""
+    evaluators: list[BaseEvaluator] = []
+    if held_out:
+        evaluators.append(mean_of_sources(held_out, config.per_device_eval_batch_size))
+    if config.validation_suite:
+        evaluators.append(evaluator_for(config.validation_suite, batch_size=config.per_device_eval_batch_size))
+    return SequentialEvaluator(evaluators) if evaluators else None
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a training reads.
+
+    Attributes:
+        rows: Inputs of sentence-transformers: by source, or streamed.
+        sources: All sources as they were read; the first rows of streamed ones.
+        training: Their training rows.
+        held_out: Their validation rows.
+        files: Names of the files of streamed sources.
+    """
+
+    rows: DatasetDict | IterableDataset
+    sources: Sequence[Source]
+    training: Sequence[Source]
+    held_out: Sequence[Source]
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def checked(config: TrainConfig) -> Data:
+    """Sources whose every row is checked before training."""
+    # 1. Data.
+    sources = read_sources(config)
+    if config.process_index == 0:
+        write_skipped(Path(config.output_dir) / "skipped_rows.jsonl", sources)
+    if config.hard_negatives != "data":
+        sources = [source.without_negatives() for source in sources]
+    # 2. Validation rows.
+    training, held_out = hold_out(sources, config.validation_size, config.seed)
+    # 3. Hard negatives.
+    if config.hard_negatives == "mine":
+        miner = SentenceTransformer(config.miner, device=str(config.device))
+        options = {"batch_size": config.per_device_eval_batch_size}
+        training = [with_mined_negatives(source, miner, config.num_negatives, **options) for source in training]
+    rows = DatasetDict({source.name: source.dataset() for source in training})
+    return Data(rows, sources, training, held_out)
+
+
+def streamed(config: TrainConfig) -> Data:
+    """Sources that are read and checked while training."""
+    skipped = Path(config.output_dir) / "skipped_rows.jsonl"
+    found = open_streams(
+        config.data,
+        config.data_weights,
+        held_out=config.validation_size,
+        buffer=config.shuffle_buffer,
+        seed=config.seed,
+        skipped=skipped,
+        negatives=config.hard_negatives == "data",
+        on_error=config.on_error,
+        check_media=config.check_media,
+    )
+    if config.process_index == 0 and not config.resume:
+        write_skipped(skipped, found.heads)
+    return Data(found.rows, found.heads, found.heads, found.held_out, found.files)
+
+
+def begin(config: TrainConfig, training: Sequence[Source], files: Mapping[str, Sequence[str]]) -> Path | None:
+    """The checkpoint to go on from, if any, once it is sure to belong to the same training."""
+    model = ("num_btoks", "readout", "template", "tuning", "lora_r", "max_seq_length", "min_pixels", "max_pixels")
+    order = ("seed", "data_seed", "mix", "block_size", "distinct", "per_device_train_batch_size", "world_size")
+    stream = ("stream", "shuffle_buffer")
+    settings = {name: getattr(config, name) for name in (*model, *stream, *order, "gradient_accumulation_steps")}
+    settings |= {f"files of {name}": "; ".join(names) for name, names in files.items()}
+    identity = identity_of(training, config.backbone, settings)
+    last = newest_complete(config.output_dir) if config.resume else None
+    if last and not config.allow_changes:
+        check_identity(config.output_dir, identity)
+    if config.resume:
+        logger.info("Training goes on from %s.", last.name if last else "the start: there is no whole checkpoint")
+    if config.process_index == 0:
+        write_identity(config.output_dir, identity)
+    return last
+
+
+def train(config: TrainConfig) -> Path:
+    """Run the whole training.
+
+    Args:
+        config: The settings.
+
+    Returns:
+        The folder of the trained model.
+
+    Raises:
+        ValueError: No data or no backbone, broken data with `on_error="raise"`, a used `output_dir`, or resuming
+            another training than the one that was interrupted.
+        RuntimeError: Another process trains in `output_dir`.
+    """
+    if not config.backbone:
+        raise ValueError("pass --backbone or --preset.")
+    if config.process_index:  # the first process holds the folder for all of them
+        return _train(config)
+    with only_training_in(config.output_dir):
+        return _train(config)
+
+
+def _train(config: TrainConfig) -> Path:
+    started = sorted(Path(config.output_dir).glob("checkpoint-*"))
+    if started and not config.resume:
+        raise ValueError(f"{config.output_dir} holds {started[-1].name}. Pass --resume, or another --output_dir.")
+    transformers.set_seed(config.seed)
+    data = streamed(config) if config.stream else checked(config)
+    # 4. Training.
+    last = begin(config, data.training, data.files)
+    model = build(config)
+    describe_data(model, data.training)
+    arguments = copy.copy(config)
+    loss: Any = losses(config, model, data.training)
+    if config.stream:
+        loss = next(iter(loss.values()))
+        # accelerate would cut every tensor of a batch at as many rows as it has pairs, pictures' patches too.
+        arguments.accelerator_config = replace(arguments.accelerator_config, dispatch_batches=False)
+    elif config.mix == "weighted":
+        weights = {source.name: source.weight for source in data.training}
+        arguments.multi_dataset_batch_sampler = weighted_blocks(weights, config.block_size)
+        arguments.dataloader_drop_last = True
+    else:
+        arguments.multi_dataset_batch_sampler = config.mix
+    if config.distinct:
+        arguments.batch_sampler = distinct_rows
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data.rows,
+        loss=loss,
+        evaluator=validation(config, data.held_out),
+        callbacks=[BTokCallback(), WriteScores(Path(config.output_dir) / "validation.jsonl")],
+    )
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    scored = any(
+        "eval_runtime" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
+    )
+    if trainer.evaluator is not None and not scored:
+        trainer.evaluate()
+    # 5. Model, card, skipped rows.
+    path = Path(config.output_dir) / "model"
+    if trainer.is_world_process_zero():
+        merge_adapters(model).save_pretrained(str(path))
+        write_card(path, data.sources, data.held_out, config.target)
+    return path
+
+
+def main() -> None:
+    """Train with the settings of the command line."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # What says nothing: a warning for every word without a weight, one bar inside another, every request to the hub.
+    logging.getLogger("sentence_transformers.sentence_transformer.modules.word_weights").setLevel(logging.ERROR)
+    for name in ("httpx", "sentence_transformers.sentence_transformer.evaluation"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.logging.disable_progress_bar()  # of loading weights; the Trainer's own stays
+    config = parse()
+    path = train(config)
+    trust = ", trust_remote_code=True" if config.readout == "attention" else ""
+    print(f"The model is in {path}: SentenceTransformer({str(path)!r}{trust})")
+
+
+if __name__ == "__main__":
+    main()
