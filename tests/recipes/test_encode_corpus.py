@@ -23,8 +23,8 @@ from PIL import Image as PILImage
 from sentence_transformers.util import quantize_embeddings
 
 from evaluation.atomic_write import atomic_write
+from recipes import encode_corpus
 from recipes.bench.crash_test import kill_often, same_shards, start
-from recipes.data import shards
 from recipes.data.corpus import open_corpus
 from recipes.data.shards import encode_shard, plan, read_embeddings
 from recipes.encode_corpus import EncodeConfig
@@ -428,7 +428,7 @@ def test_the_command(tmp_path, qwen, monkeypatch, capsys):
 def test_the_command_says_a_users_mistake_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "c.json").write_text('[{"text": "one",}]')
     monkeypatch.setattr(sys, "argv", ["x", "--model", "gone", "--corpus", str(tmp_path / "c.json"), "--output", "out"])
-    with pytest.raises(SystemExit, match="^encode_corpus: c.json is no JSON list in line 1: a comma stands before"):
+    with pytest.raises(SystemExit, match="^st_btok: c.json is no JSON list in line 1: a comma stands before"):
         encode_corpus.main()
 
 
