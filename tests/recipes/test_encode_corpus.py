@@ -25,6 +25,7 @@ from sentence_transformers.util import quantize_embeddings
 from evaluation.atomic_write import atomic_write
 from recipes import encode_corpus
 from recipes.bench.crash_test import kill_often, same_shards, start
+from recipes.data import shards
 from recipes.data.corpus import open_corpus
 from recipes.data.shards import encode_shard, plan, read_embeddings
 from recipes.encode_corpus import EncodeConfig
@@ -419,7 +420,7 @@ def test_the_command(tmp_path, qwen, monkeypatch, capsys):
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--model", "model", "--corpus", "c.jsonl", "--output", "out"])
-    shards.main()
+    encode_corpus.main()
     assert "1 shards written to out; 0 rows" in capsys.readouterr().out
     rows = list(read_embeddings(str(tmp_path / "out")))
     np.testing.assert_allclose([row["embedding"] for row in rows], qwen.encode_document(["one", "two"]), atol=1e-5)
