@@ -15,7 +15,8 @@ is trained:
    the", where the bottleneck tokens stand. Pictures: the training splits of stamps, clip art and emoji. Classes count
    as pictures that need no pixels.
 
-Committed are the connector, `connector/`, and the record of its training; the rest comes from the packages.
+Committed are a connector, `connector/`, and its record; the rest comes from the packages. The committed one is the
+closed form: it has not been trained on captions yet, and misses the gates (the record says at which step it was kept).
 """
 
 from __future__ import annotations
