@@ -59,9 +59,27 @@ def test_every_public_name_and_command_is_documented():
         assert f"st-btok {command}" in text, command
 
 
+def pages_of(menu: Any) -> list[str]:
+    """The files of mkdocs' menu, whose entries are pages, titles with a page, or titles with a menu."""
+    if isinstance(menu, str):
+        return [menu]
+    return [page for entry in (menu.values() if isinstance(menu, dict) else menu) for page in pages_of(entry)]
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    """Messages of other packages name their package; all others stand in our own code, as they are printed."""
+    sources = [path.read_text() for room in ("st_btok", "recipes", "evaluation") for path in (ROOT / room).rglob("*.py")]
+    code = re.sub(r"[\"']\s*\n\s*f?[\"']", "", "\n".join(sources))  # a literal that goes on in the next line
+    table = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(quoted) >= 15
+    missing = [text for text in quoted if text not in code]
+    assert not missing
+
+
 def test_every_page_is_in_the_menu():
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    listed = {entry for item in menu for entry in (item.values() if isinstance(item, dict) else [item])}
+    listed = set(pages_of(menu))
     written = {str(page.relative_to(ROOT / "docs")) for page in PAGES}
     assert listed == {page for page in written if not page.startswith("results/")}, (
         "results/ holds what commands wrote"

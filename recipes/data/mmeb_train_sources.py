@@ -4,7 +4,7 @@ Taken from the configurations of the two public trainings on this mix: VLM2Vec-V
 commit 6e1e1d4, `experiments/public/train/train_alltasks.yaml`) and the BToks release (github siryuson/
 BottleneckTokens, commit 896c2df, `configs/datasets/btoks_mmeb_train.yaml`). Both use the same weights; the generated
 sides are the latter's `ntp_side`. Row counts are those of the release after its leak filter, for orientation only.
-Where the two trainings differ, ours follows the release; docs/evaluation.md has the table.
+Where the two trainings differ, ours follows the release; docs/evaluate.md has the table.
 """
 
 from __future__ import annotations

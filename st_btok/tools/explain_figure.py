@@ -24,7 +24,7 @@ from st_btok.tools.explain import BTokAttention, btok_attention, decode_btoks
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError("drawing needs matplotlib, an extra of this package: pip install 'st_btok[train]'") from error
+    raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
 
 _LINE = 48  # tokens of text in one strip
 _WIDTH = 2.4  # inches of a panel
