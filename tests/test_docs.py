@@ -68,7 +68,8 @@ def pages_of(menu: Any) -> list[str]:
 
 def test_troubleshooting_quotes_messages_that_exist():
     """Messages of other packages name their package; all others stand in our own code, as they are printed."""
-    sources = [path.read_text() for room in ("st_btok", "recipes", "evaluation") for path in (ROOT / room).rglob("*.py")]
+    rooms = ("st_btok", "recipes", "evaluation")
+    sources = [path.read_text() for room in rooms for path in (ROOT / room).rglob("*.py")]
     code = re.sub(r"[\"']\s*\n\s*f?[\"']", "", "\n".join(sources))  # a literal that goes on in the next line
     table = (ROOT / "docs" / "troubleshooting.md").read_text()
     quoted = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)

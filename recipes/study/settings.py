@@ -27,7 +27,6 @@ QUICK_PICTURES: dict[str, Any] = {
     "seeds": 1,
     "steps": 20,
     "batch_size": 16,
-    "dtype": "bfloat16",
     "max_seq_length": 512,
     "equal_time": False,
 }
@@ -52,7 +51,7 @@ class StudyConfig:
     rate_steps: int = option(50, "Training steps of a run that chooses a rate.")
     batch_size: int = option(32, "Pairs a step.")
     tuning: str = option("lora", "lora or full.")
-    dtype: str = option("float32", "Type of the backbone's weights; adapters stay float32.")
+    dtype: str = option("float32", "Type of the weights; bfloat16 for untrained models, --steps 0, only.")
     max_seq_length: int = option(64, "Longest text in tokens.")
     equal_time: bool = option(True, "Also run every arm for the baseline's time.")
     limit: int = option(4000, "Pairs read of each corpus.")
@@ -66,6 +65,8 @@ class StudyConfig:
             raise ValueError(f"only must be plan, costs or table, got {self.only!r}.")
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0 (untrained models), got {self.steps}.")
+        if self.dtype != "float32" and self.steps:
+            raise ValueError(f"training needs float32 weights, got dtype {self.dtype!r}: it is for --steps 0.")
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}.")
         if unknown := [arm for arm in self.arms if arm not in ARMS]:

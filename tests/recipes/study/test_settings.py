@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from recipes.study.arms import BASELINE
 from recipes.study.settings import StudyConfig
 
@@ -12,3 +14,9 @@ def test_quick_takes_the_pictures_that_are_named():
     pictures = StudyConfig(quick=True, corpora=["stamps@250"])
     assert pictures.corpora == ["stamps@250"] and pictures.backbones == ["seeing"]
     assert pictures.arms[0] == BASELINE and "last token, prompt" in pictures.arms
+
+
+def test_half_precision_is_for_untrained_models():
+    assert StudyConfig(dtype="bfloat16", steps=0).dtype == "bfloat16"
+    with pytest.raises(ValueError, match="training needs float32 weights, got dtype 'bfloat16'"):
+        StudyConfig(dtype="bfloat16")
