@@ -125,6 +125,7 @@ def read_budget(model: SentenceTransformer, num_btoks: int) -> SentenceTransform
             owner.chat_template = append_btoks(owner.chat_template.replace(whole, part), num_btoks)
     number = next(i for i, module in enumerate(result) if isinstance(module, WordWeights))
     pooling = BTokPooling(transformer.get_embedding_dimension(), ids[:num_btoks], "mean")
-    weights, _ = pooling.stock_modules(tokenizer, len(result[number].vocab))
+    present: Any = result[number]
+    weights, _ = pooling.stock_modules(tokenizer, len(present.vocab))
     result[number] = weights.to(result.device)
     return result
