@@ -32,7 +32,7 @@ _SUFFIXES = {
     "image": "png jpg jpeg jpe jfif webp bmp dib gif tif tiff avif avifs heic heif psd tga ico icns jp2 j2k jpx ppm "
     "pgm pbm pnm pcx dds qoi sgi xbm xpm apng",
     "page": "pdf",
-    "video": "mp4 m4v mov webm mkv avi mts m2ts mpg mpeg wmv flv ogv 3gp vob mxf",
+    "video": "mp4 m4v mov webm mkv avi mts m2ts mpg mpeg wmv flv ogv 3gp vob mxf h264 h265 hevc ivf",
 }
 KIND_OF_SUFFIX = {f".{suffix}": kind for kind, names in _SUFFIXES.items() for suffix in names.split()}
 KIND_OF_SUFFIX |= dict.fromkeys(TABLES, "text")
