@@ -15,7 +15,8 @@ together from the files of `templates/`, in the order in which an input passes t
 * `shorten`: no more than `max_chars` characters of text are rendered, which bounds the work. The exact limit of an
   input that is text alone is sentence-transformers' own: it cuts by tokens and writes the template's tail, closing
   and BToks, back over the end;
-* the backbone's own template;
+* `adapt`, where the backbone's own template needs it: instructions for one without a system role, text as parts;
+* the backbone's own template, on one date for ever: see `pin_date`;
 * `bound`: what sentence-transformers does not cut so, above all inputs with media, is kept within `max_tokens` by an
   upper bound: text gives way, media, instructions (system turns) and BToks never, and what can't fit is refused;
 * the BToks, after the last turn.
@@ -27,13 +28,28 @@ call; rendered without them, as by bare transformers, nothing is cut.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from st_btok.tokens import BTOK_PATTERN, btok_tokens
 
+# What a backbone's own template can't take: instructions (a system turn), a turn's text as a string, or as parts.
+Lack = Literal["system", "strings", "parts"]
+# The date that templates write. Llama 3.1 and 3.2 fall back to it where there is no clock.
+DATE = datetime(2024, 7, 26)  # noqa: DTZ001  (a day, nowhere)
+# Where `adapt` would change nothing, as Jinja.
+_UNADAPTED: dict[Lack, str] = {
+    "system": "\"'role': 'system'\" not in shown",
+    "strings": "not messages | map(attribute='content') | select('string') | list",
+    "parts": "\"'type': 'text'\" not in shown",
+}
 
-def append_btoks(chat_template: str, num_btoks: int, control_tokens: Sequence[str] = ()) -> str:
+
+def append_btoks(
+    chat_template: str, num_btoks: int, control_tokens: Sequence[str] = (), lacks: Collection[Lack] = ()
+) -> str:
     """Make a chat template end with the K bottleneck tokens; a template that has them is returned as it is.
 
     Args:
@@ -41,6 +57,7 @@ def append_btoks(chat_template: str, num_btoks: int, control_tokens: Sequence[st
         num_btoks: K, at least 1.
         control_tokens: Further names that an input's text must not turn into tokens; see `control_tokens` in
             `tokens.py`. The K bottleneck tokens are always among them.
+        lacks: What the template can't take. Inputs are then rewritten before they come to it.
 
     Returns:
         The template with the guard and the limits around it and the K tokens behind the last turn.
@@ -63,10 +80,12 @@ def append_btoks(chat_template: str, num_btoks: int, control_tokens: Sequence[st
     control = [*names, *control_tokens]
     return "".join(
         [
-            _quick(control),
+            pin_date(chat_template),
+            _quick(control, lacks),
             # A macro, because `bound` renders an input that is too long a second time.
-            f"{{%- macro turns(messages) -%}}{chat_template}{{%- endmacro -%}}\n",
-            "{%- if quick -%}{{- turns(messages) -}}{%- else -%}\n",
+            f"{{%- macro own(messages) -%}}{chat_template}{{%- endmacro -%}}\n",
+            f"{{%- macro turns(messages) -%}}{_adapt(lacks)}{{{{- own(messages) -}}}}{{%- endmacro -%}}\n",
+            "{%- if quick -%}{{- own(messages) -}}{%- else -%}\n",
             _control(control),
             *map(template_part, ("look", "unwrap", "guard", "shorten")),
             "{%- if max_chars is defined and max_chars is not none -%}\n"
@@ -95,12 +114,37 @@ def template_part(name: str) -> str:
     return re.sub(r"\{#-.*?-#\}\n", "", text, flags=re.DOTALL)
 
 
-def _quick(names: Sequence[str]) -> str:
+def pin_date(chat_template: str) -> str:
+    """A `strftime_now` of the template's own: the embedding of an input must not change with the day.
+
+    Args:
+        chat_template: A Jinja chat template.
+
+    Returns:
+        Jinja text that goes before it and sets the date to `DATE`; empty for a template that asks for none.
+    """
+    if "strftime_now" not in chat_template:
+        return ""
+    directives = [f"%{flag}{letter}" for letter in "aAbBdmyYHIMSfpjUWwuGV" for flag in ("", "-")]
+    replaced = "".join(f".replace('{name}', '{DATE.strftime(name)}')" for name in directives)
+    return f"{{%- macro strftime_now(format) -%}}{{{{- format{replaced} -}}}}{{%- endmacro -%}}\n"
+
+
+def _adapt(lacks: Collection[Lack]) -> str:
+    """What rewrites `messages` for a template that lacks something."""
+    if not lacks:
+        return ""
+    return f"{{%- set lacks = {sorted(lacks)} -%}}{template_part('adapt')}"
+
+
+def _quick(names: Sequence[str], lacks: Collection[Lack]) -> str:
     """The question whether an input needs no more than the backbone's own template, as Jinja."""
     starts = sorted({name[0] for name in names})
     # What Python would write as an escape can't be looked for in what it writes.
     sure = all(start.isascii() and start.isprintable() for start in starts)
-    condition = " and ".join(f"{ascii(start)} not in shown" for start in starts) if sure else "false"
+    conditions = [f"{ascii(start)} not in shown" for start in starts] if sure else ["false"]
+    conditions += [_UNADAPTED[lack] for lack in lacks]
+    condition = " and ".join(conditions)
     return template_part("quick").replace("set quick = STARTS", f"set quick = {condition}")
 
 

@@ -10,6 +10,7 @@ With `readout="last"` it is `Transformer`, `Pooling("lasttoken")`, `Normalize`. 
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +22,19 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import ModalityParams, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util.distributed import get_world_size
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.image_utils import SizeDict
 from transformers.utils import quantization_config
 
 from st_btok.bare_text import frame_bare_text
-from st_btok.chat_template import append_btoks, plain_template
+from st_btok.chat_template import DATE, Lack, append_btoks, pin_date, plain_template
 from st_btok.limits import set_max_seq_length
 from st_btok.model_parts import GENERATING, checkpoint_head, tokenizer_of
 from st_btok.pooling import ENGINE_PLUGIN, BTokPooling
@@ -99,6 +107,8 @@ def build_model(
     if num_btoks < 1:
         raise ValueError(f"num_btoks must be at least 1, got {num_btoks}. The paper uses 4.")
     model_kwargs, processor_kwargs, config_kwargs = _gguf(model_kwargs, processor_kwargs, config_kwargs)
+    if not isinstance(backbone, PreTrainedModel) and processor is None:
+        backbone, processor = _thinker(str(backbone), model_kwargs, processor_kwargs, config_kwargs)
     with _as_path(backbone, processor) as path:
         _check_config(AutoConfig.from_pretrained(path, **(config_kwargs or {})), str(path))
         transformer = Transformer(
@@ -111,8 +121,9 @@ def build_model(
         _check_weights(transformer.model, path, model_kwargs or {})
         _settle_tying(transformer.model.config, path, model_kwargs or {})
     tokenizer = tokenizer_of(transformer)
+    _check_pad_token(tokenizer)
     ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)
-    _set_template(transformer, template, num_btoks)
+    _set_template(transformer, template, num_btoks, (processor_kwargs or {}).get("chat_template"))
     _set_processing(transformer, max_seq_length, min_pixels, max_pixels)
     _check_rows(transformer, ids)
     frame_bare_text(transformer)
@@ -170,6 +181,29 @@ def _gguf(model_kwargs: dict[str, Any] | None, *others: dict[str, Any] | None) -
         if hasattr(quantization_config, "GgufConfig"):  # older transformers always unpack
             kwargs[0].setdefault("quantization_config", quantization_config.GgufConfig(dequantize=True))
     return tuple(kwargs)
+
+
+def _thinker(path: str, *kwargs: dict[str, Any]) -> tuple[str | PreTrainedModel, ProcessorMixin | None]:
+    """The part of an any-to-any model that reads: of a Qwen2.5-Omni its thinker, with the processor; else the path."""
+    model_kwargs, processor_kwargs, config_kwargs = kwargs
+    config = AutoConfig.from_pretrained(path, **config_kwargs)
+    part: Any = getattr(config, "thinker_config", None)
+    kind: Any = type(part)
+    cls: Any = next((mapping[kind] for mapping in GENERATING if kind in mapping), None)
+    if cls is None:
+        return path, None
+    model = cls.from_pretrained(path, config=part, **model_kwargs)
+    return model, AutoProcessor.from_pretrained(path, **processor_kwargs)
+
+
+def _check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Batches are padded; which token does it is for the user to say, who may have trained with one."""
+    if tokenizer.pad_token is None:
+        token = tokenizer.eos_token or "<|endoftext|>"
+        raise ValueError(
+            "the tokenizer needs a pad_token, and this one has none. Name a token of its vocabulary: "
+            f'build_model(..., processor_kwargs={{"pad_token": "{token}"}}).'
+        )
 
 
 def _check_config(config: PreTrainedConfig, name: str) -> None:
@@ -245,10 +279,11 @@ def _hub_arguments(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: model_kwargs[name] for name in names if name in model_kwargs}
 
 
-def _set_template(transformer: Transformer, template: str, num_btoks: int) -> None:
+def _set_template(transformer: Transformer, template: str, num_btoks: int, given: str | None) -> None:
     """Put the BTok template on processor and tokenizer, and make every input a chat message that goes through it."""
     tokenizer = tokenizer_of(transformer)
-    own = getattr(transformer.processor, "chat_template", None) or tokenizer.chat_template
+    # A GGUF file's own template comes before the one that was asked for.
+    own = given or getattr(transformer.processor, "chat_template", None) or tokenizer.chat_template
     if isinstance(own, dict):
         own = own["default"]
     if template == "chat" and own is None:
@@ -256,10 +291,19 @@ def _set_template(transformer: Transformer, template: str, num_btoks: int) -> No
             'template="chat" needs a backbone with a chat template, this one has none (a base model?). '
             'Pass template="plain".'
         )
+    lacks: list[Lack] = []
     if template == "plain":
-        own = plain_template(*(_placeholder(transformer, modality) for modality in ("image", "video", "audio")))
+        own = plain_template(*(_placeholder(transformer, own, kind) for kind in ("image", "video", "audio")))
         transformer.input_formatter.message_format = "structured"
-    text = append_btoks(own, num_btoks, control_tokens(tokenizer, own))
+    else:
+        lacks = _lacks(transformer, own)
+        if pin_date(own):
+            logger.warning(
+                "The chat template writes today's date, so vectors would change with the day. The model keeps %s. To "
+                "write another, pass the template with it: processor_kwargs={'chat_template': ...}.",
+                f"{DATE:%d %B %Y}",
+            )
+    text = append_btoks(own, num_btoks, control_tokens(tokenizer, own), lacks)
     transformer.processor.chat_template = text
     tokenizer.chat_template = text
     if _replaces_template(transformer):
@@ -281,15 +325,49 @@ def _replaces_template(transformer: Transformer) -> bool:
     return False
 
 
-def _placeholder(transformer: Transformer, modality: str) -> str:
+def _lacks(transformer: Transformer, own: str) -> list[Lack]:
+    """What the backbone's own template can't take: it raises, or leaves it out in silence."""
+    structured = transformer.input_formatter.message_format == "structured"
+
+    def render(*turns: tuple[str, str], parts: bool = structured) -> str:
+        return _render(
+            transformer,
+            own,
+            [{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in turns],
+        )
+
+    user = ("user", "KITE")
+    lacks: list[Lack] = []
+    if "BOATS" not in render(("system", "BOATS"), user):
+        lacks.append("system")
+    if render(user, parts=not structured) != render(user):
+        lacks.append("strings" if structured else "parts")
+    return lacks
+
+
+def _render(transformer: Transformer, own: str | None, turns: list[Any]) -> str:
+    """A conversation in the backbone's own template; empty where it raises."""
+    try:
+        return str(transformer.processor.apply_chat_template(turns, chat_template=own, tokenize=False))
+    except Exception:  # a template raises what it likes
+        return ""
+
+
+def _placeholder(transformer: Transformer, own: str | None, modality: str) -> str:
     """What stands for one medium in the backbone's own chat template; empty where it has no such modality."""
     if modality not in transformer.modality_config:
         return ""
-    if getattr(transformer.processor, "chat_template", None) is None:
+    if own is None:
         return _token_placeholder(transformer, modality)
-    parts = [{"type": "text", "text": "BEFORE"}, {"type": modality}, {"type": "text", "text": "AFTER"}]
-    rendered = transformer.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
-    return rendered.split("BEFORE")[1].split("AFTER")[0].strip()
+    text = {"type": "text", "text": "AFTER"}
+    without, with_one = (
+        _render(transformer, own, [{"role": "user", "content": content}])
+        for content in ([text], [{"type": modality}, text])
+    )
+    start = len(os.path.commonprefix([without, with_one]))
+    rest = with_one[start:]
+    end = len(os.path.commonprefix([without[start:][::-1], rest[::-1]]))
+    return rest[: len(rest) - end].strip()
 
 
 def _token_placeholder(transformer: Transformer, modality: str) -> str:

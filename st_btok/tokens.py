@@ -7,6 +7,7 @@ where adding tokens resizes nothing, and an initialisation that hangs on the res
 
 from __future__ import annotations
 
+import logging
 import re
 from weakref import WeakKeyDictionary
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
 BTOK_PATTERN = re.compile(r"<\|btok_(\d+)\|>")
 # Vocabulary size and BTok ids of each tokenizer that was asked. Reading a vocabulary takes 26 ms at 49,152 tokens, and
 # the losses ask at each pass through the model.
@@ -168,6 +170,12 @@ def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str, num_btoks: int) -
         raise ValueError(
             f"init={init!r} has no tokens. Pass 'prompt', 'newline', 'eos', 'mean', 'random' or a text to start from."
         )
+    if len(ids) not in (1, num_btoks):
+        logger.warning(
+            "init=%r has %d tokens, and there are %d bottleneck tokens: all of their rows start from the mean of the "
+            "text's rows. For one row from each token, pass a text of %d tokens.",
+            init, len(ids), num_btoks, num_btoks,
+        )  # fmt: skip
     return ids
 
 

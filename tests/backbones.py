@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.published_templates import PUBLISHED
 from tests.tiny_qwen import qwen2_5_omni, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from tests.tiny_text import gemma, gemma2, llama, mamba, mistral, qwen3
 from tests.tiny_tokenizer import LLAMA_TEMPLATE, QWEN_TEMPLATE, SPECIAL, TEXT, tokenizer
-from tests.tiny_vision import gemma3, idefics3, internvl, llava_onevision, paligemma, smolvlm
+from tests.tiny_vision import gemma3, idefics3, internvl, llava, llava_onevision, paligemma, smolvlm
 
 __all__ = [
     "BUILDERS", "LLAMA_TEMPLATE", "MODALITIES", "QWEN_TEMPLATE", "SPECIAL", "TEXT", "build", "clip", "inputs",
-    "llama", "paligemma", "picture", "qwen2_vl", "qwen3_vl", "sound", "takes", "tokenizer", "total", "videos",
+    "llama", "paligemma", "picture", "published", "qwen2_vl", "qwen3_vl", "sound", "takes", "tokenizer", "total",
+    "videos",
 ]  # fmt: skip
 
 BUILDERS = {
@@ -47,19 +49,32 @@ MODALITIES = {
     "qwen2_5_omni": ("image", "video", "audio"),
     "idefics3": ("image",),
     "gemma3": ("image",),
+    "llava": ("image",),
 }
 
 
 def build(name: str, **options: object) -> tuple[torch.nn.Module, object]:
     """Model in eval mode and processor of one family, the same weights at every call."""
     torch.manual_seed(0)
-    builder = paligemma if name == "paligemma" else BUILDERS[name]  # the one that is refused
+    # PaliGemma is the one that is refused; LLaVA stands for its templates.
+    builder = {**BUILDERS, "paligemma": paligemma, "llava": llava}[name]
     model, processor = builder(**options)
     with torch.no_grad():
         for parameter in model.parameters():  # vision towers that ignore initializer_range
             if parameter.dim() > 1 and parameter.std() < 0.1:
                 parameter.normal_(0, 0.2)
     return model.eval(), processor
+
+
+def published(name: str) -> tuple[torch.nn.Module, object, str]:
+    """Model and processor of one family with a template of its published shape, and the token that closes a reply."""
+    family, template, control, end = PUBLISHED[name]
+    model, processor = build(family)
+    own = getattr(processor, "tokenizer", processor)
+    own.add_special_tokens({"additional_special_tokens": [*control]}, replace_extra_special_tokens=False)
+    own.bos_token = "<|im_start|>"
+    processor.chat_template = template
+    return model, processor, end
 
 
 def takes(name: str, modality: str) -> bool:

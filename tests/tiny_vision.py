@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from transformers import (
+    CLIPImageProcessor,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
@@ -16,11 +17,14 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLProcessor,
     InternVLVideoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
@@ -177,3 +181,27 @@ def paligemma(tied: bool = True) -> tuple[PreTrainedModel, ProcessorMixin]:
     images = SiglipImageProcessor(size=SQUARE)
     images.image_seq_length = 4
     return PaliGemmaForConditionalGeneration(config), PaliGemmaProcessor(images, own)
+
+
+def llava(tied: bool = True) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA 1.5: one square picture, four tokens."""
+    own = tokenizer(image_token="<image>")
+    config = LlavaConfig(
+        text_config={**TEXT, "model_type": "llama", "tie_word_embeddings": tied},
+        vision_config={**SIGLIP, "model_type": "clip_vision_model", "projection_dim": 16},
+        image_token_index=own.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=tied,
+    )
+    images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=SQUARE)
+    processor = LlavaProcessor(
+        images,
+        own,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=typed_template(image="<image>"),
+    )
+    return LlavaForConditionalGeneration(config), processor

@@ -1,0 +1,196 @@
+"""Chat templates of the shapes that families publish, written for the tests: roles, instructions, media, turn ends.
+
+What they share with the published ones is the layout of a rendered row, blanks and line breaks included.
+"""
+
+from __future__ import annotations
+
+
+def _loop(turn: str, before: str = "", after: str = "") -> str:
+    """`before` once, `turn` for every message, `after` once."""
+    return before + "{%- for message in messages -%}" + turn + "{%- endfor -%}" + after
+
+
+def _parts(text: str = "{{- part.text -}}", **media: str) -> str:
+    """A message's content, a string or parts, in the order in which they come."""
+    kinds = "".join(
+        f"{{%- elif part.type == '{kind}' -%}}{{{{- '{placeholder}' -}}}}" for kind, placeholder in media.items()
+    )
+    return (
+        "{%- if message.content is string -%}"
+        + text.replace("part.text", "message.content")
+        + "{%- else -%}{%- for part in message.content -%}{%- if part.type == 'text' -%}"
+        + text
+        + kinds
+        + "{%- endif -%}{%- endfor -%}{%- endif -%}"
+    )
+
+
+def _first(*kinds: str, placeholder: str = "{kind}") -> str:
+    """All media of each kind before any text."""
+    return "".join(
+        "{%- for part in message.content if part.type == '"
+        + kind
+        + "' -%}{{- '"
+        + placeholder.format(kind=kind)
+        + "' -}}"
+        "{%- endfor -%}"
+        for kind in kinds
+    )
+
+
+_OPEN = "{%- if add_generation_prompt -%}{{- 'OPEN' -}}{%- endif -%}"
+# The instruction goes before the first turn's text; turns must alternate.
+_INSTRUCTION = (
+    "{%- set told = namespace(text='') -%}{%- set turns = messages -%}"
+    "{%- if messages[0].role == 'system' -%}{%- set system = messages[0].content -%}"
+    "{%- set told.text = (system if system is string else system[0].text) + '\\n\\n' -%}"
+    "{%- set turns = messages[1:] -%}{%- endif -%}"
+)
+_ALTERNATE = (
+    "{%- if (message.role == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}{%- endif -%}"
+)
+
+
+def _told(loop: str) -> str:
+    return _INSTRUCTION + loop.replace("in messages", "in turns")
+
+
+GEMMA3 = _told(
+    _loop(
+        _ALTERNATE
+        + "{{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' -}}"
+        + "{%- if loop.first -%}{{- told.text -}}{%- endif -%}"
+        + _parts("{{- part.text | trim -}}", image="<start_of_image>")
+        + "{{- '<end_of_turn>\\n' -}}",
+        before="{{- bos_token -}}",
+        after=_OPEN.replace("OPEN", "<start_of_turn>model\\n"),
+    )
+)
+# No instructions, and text as a string only.
+GEMMA = _loop(
+    _ALTERNATE
+    + "{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}"
+    + "{{- message['content'] | trim + '<end_of_turn>\\n' -}}",
+    before="{{- bos_token -}}{%- if messages[0]['role'] == 'system' -%}"
+    "{{- raise_exception('System role not supported') -}}{%- endif -%}",
+    after=_OPEN.replace("OPEN", "<start_of_turn>model\\n"),
+)
+# A system turn that is always there and writes today's date.
+LLAMA3 = (
+    "{{- bos_token -}}{%- if date_string is not defined -%}"
+    "{%- set date_string = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' -%}{%- endif -%}"
+    "{%- set told = '' -%}{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set told = messages[0]['content'] | trim -%}{%- set messages = messages[1:] -%}{%- endif -%}"
+    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: '"
+    " + date_string + '\\n\\n' + told + '<|eot_id|>' -}}"
+    "{%- for message in messages -%}"
+    "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}"
+    "{{- message['content'] | trim + '<|eot_id|>' -}}"
+    "{%- endfor -%}" + _OPEN.replace("OPEN", "<|start_header_id|>assistant<|end_header_id|>\\n\\n")
+)
+GRANITE = (
+    "{%- set told = 'Today is ' + strftime_now('%B %d, %Y') + '. You are Granite.' -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{%- set told = messages[0]['content'] -%}"
+    "{%- set messages = messages[1:] -%}{%- endif -%}"
+    "{{- '<|start_of_role|>system<|end_of_role|>' + told + '<|end_of_text|>\\n' -}}"
+    "{%- for message in messages -%}"
+    "{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' + message['content'] + '<|end_of_text|>\\n' -}}"
+    "{%- endfor -%}" + _OPEN.replace("OPEN", "<|start_of_role|>assistant<|end_of_role|>")
+)
+SMOLLM3 = (
+    "{{- '<|im_start|>system\\n## Metadata\\n\\nToday Date: ' + strftime_now('%d %B %Y') + '\\n\\n' -}}"
+    "{%- if messages[0]['role'] == 'system' -%}{{- messages[0]['content'] -}}{%- endif -%}{{- '<|im_end|>\\n' -}}"
+    "{%- for message in messages if message['role'] != 'system' -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}" + _OPEN.replace("OPEN", "<|im_start|>assistant\\n")
+)
+# Instructions before the first text, ends of replies only; `[INST]` is a token of newer vocabularies, text of older.
+MISTRAL = _told(
+    _loop(
+        _ALTERNATE
+        + "{%- if message['role'] == 'user' -%}{{- '[INST] ' -}}{%- if loop.first -%}{{- told.text -}}{%- endif -%}"
+        + "{{- message['content'] + '[/INST]' -}}{%- else -%}"
+        + "{{- ' ' + message['content'] + eos_token -}}{%- endif -%}",
+        before="{{- bos_token -}}",
+    )
+)
+PIXTRAL = _told(
+    _loop(
+        "{%- if message['role'] == 'user' -%}{{- '[INST]' -}}{%- if loop.first -%}{{- told.text -}}{%- endif -%}"
+        + _parts(image="[IMG]")
+        + "{{- '[/INST]' -}}{%- else -%}"
+        + _parts()
+        + "{{- eos_token -}}{%- endif -%}",
+        before="{{- bos_token -}}",
+    )
+)
+# Parts only: a string is left out in silence. Media first take the blank behind the role away.
+SMOLVLM = _loop(
+    "{{- message.role | capitalize -}}{%- if message.content[0].type in ('image', 'video') -%}{{- ':' -}}"
+    "{%- else -%}{{- ': ' -}}{%- endif -%}"
+    "{%- for part in message.content -%}{%- if part.type == 'text' -%}{{- part.text -}}"
+    "{%- elif part.type == 'image' -%}{{- '<image>' -}}{%- elif part.type == 'video' -%}{{- '<video>' -}}{%- endif -%}"
+    "{%- endfor -%}{{- '<end_of_utterance>\\n' -}}",
+    before="{{- '<|im_start|>' -}}",
+    after=_OPEN.replace("OPEN", "Assistant:"),
+)
+LLAVA_ONEVISION = _loop(
+    "{{- '<|im_start|>' + message.role + ' ' -}}"
+    + _first("image", "video", placeholder="<{kind}>")
+    + "{%- for part in message.content if part.type == 'text' -%}{{- '\\n' + part.text -}}{%- endfor -%}"
+    "{{- '<|im_end|>' -}}",
+    after=_OPEN.replace("OPEN", "<|im_start|>assistant\\n"),
+)
+# Plain words as roles, no end of a turn; an instruction without a role.
+LLAVA = _loop(
+    "{%- if message.role != 'system' -%}{{- message.role.upper() + ': ' -}}{%- endif -%}"
+    + _first("image", placeholder="<image>\\n")
+    + "{%- for part in message.content if part.type == 'text' -%}{{- part.text + ' ' -}}{%- endfor -%}",
+    after=_OPEN.replace("OPEN", "ASSISTANT:"),
+)
+LLAVA_NEXT = _loop(
+    "{%- if message.role == 'system' -%}{{- '<<SYS>>\\n' + message.content[0].text + '\\n<</SYS>>\\n\\n' -}}"
+    "{%- elif message.role == 'user' -%}{{- '[INST] ' -}}"
+    + _first("image", placeholder="<image>\\n")
+    + "{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}{{- ' [/INST]' -}}"
+    "{%- else -%}{{- ' ' + message.content[0].text + '</s> ' -}}{%- endif -%}"
+)
+# Placeholders with numbers, counted over the conversation.
+PHI3_VISION = "{%- set count = namespace(images=0) -%}" + _loop(
+    "{{- '<|' + message.role + '|>\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+    "{%- for part in message.content -%}{%- if part.type == 'image' -%}{%- set count.images = count.images + 1 -%}"
+    "{{- '<|image_' ~ count.images ~ '|>\\n' -}}{%- elif part.type == 'text' -%}{{- part.text -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}{{- '<|end|>\\n' -}}",
+    after=_OPEN.replace("OPEN", "<|assistant|>\\n"),
+)
+
+# Backbone, template, further control tokens, and the token that closes a reply.
+PUBLISHED = {
+    "gemma": ("gemma", GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+    "gemma2": ("gemma2", GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+    "gemma3": ("gemma3", GEMMA3, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+    "llama3": (
+        "llama",
+        LLAMA3,
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|eot_id|>",
+    ),
+    "granite": ("llama", GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"),
+    "smollm3": ("qwen3", SMOLLM3, (), "<|im_end|>"),
+    "mistral, old vocabulary": ("mistral", MISTRAL, (), "<|im_end|>"),
+    "mistral, new vocabulary": ("mistral", MISTRAL, ("[INST]", "[/INST]"), "<|im_end|>"),
+    "smolvlm": ("smolvlm", SMOLVLM, ("<end_of_utterance>",), "<end_of_utterance>"),
+    "idefics3": ("idefics3", SMOLVLM, ("<end_of_utterance>",), "<end_of_utterance>"),
+    "llava_onevision": ("llava_onevision", LLAVA_ONEVISION, (), "<|im_end|>"),
+    "llava 1.5": ("llava", LLAVA, (), "<|im_end|>"),
+    "llava 1.6": ("llava", LLAVA_NEXT, (), "<|im_end|>"),
+    "phi-3-vision": (
+        "llama",
+        PHI3_VISION,
+        ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
+        "<|end|>",
+    ),
+}
