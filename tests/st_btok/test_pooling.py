@@ -83,7 +83,7 @@ def test_stock_modules_compute_the_same(family, readout):
 def test_stock_weights_cover_every_id(qwen):
     weights = qwen[1].emb_layer.weight[:, 0]
     _, ids = find_btoks(qwen)
-    assert len(weights) == max(qwen.tokenizer.get_vocab().values()) + 1
+    assert len(weights) >= len(qwen[0].model.get_input_embeddings().weight), "also ids that are given out later"
     assert weights.nonzero()[:, 0].tolist() == ids and weights.sum() == len(ids)
     assert qwen[1].vocab[ids[-1]] == "<|btok_3|>"
     assert len(repr(qwen)) < 5000, "the vocabulary is not printed"
