@@ -37,6 +37,7 @@ ROOMS = {
         "research": {"", "data", "toy", "training"},
         "study": {"", "data", "training", "research"},
         "bench": {"", "data", "toy"},
+        "examples": set(),
     },
 }
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
