@@ -90,12 +90,13 @@ def table(config: OperationsConfig) -> str:
         "| loss | " + " | ".join(f"operations, {size} pairs | host reads, {size} pairs" for size in sizes) + " |",
         "|---|" + "---:|---:|" * len(sizes),
     ]
+    steps = ways(model, config.mini_batch_size)
     columns = {}
-    for size in sizes:
+    for size in sizes:  # behind the losses: from then on features carry what their rows generate
         images, texts = pairs.captions("train", size, seed=0)
         columns[size] = [model.preprocess(images), model.preprocess(texts)]
     base: dict[int, Count] = {}
-    for name, step in ways(model, config.mini_batch_size).items():
+    for name, step in steps.items():
         found = {size: count(step, columns[size]) for size in sizes}
         if "BTok" not in name:
             base = found

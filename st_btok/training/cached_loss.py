@@ -122,7 +122,7 @@ class CachedBTokLoss(nn.Module):
         self.loss.check(columns)
         self._fingerprints = self.loss.fingerprints(columns)
         weight = self.loss.weight()
-        targets = self.loss.targets(columns) if weight else [None] * len(columns)
+        targets: list[list[Tensor] | None] = self.loss.targets(columns) if weight else [None] * len(columns)
         batch = _GradCache(self, weight, sum(len(target) for column in targets if column for target in column))
         wholes = [Part(features, target) for features, target in zip(columns, targets, strict=True)]
         self._orders = [self._order(whole) for whole in wholes]

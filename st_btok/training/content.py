@@ -113,10 +113,10 @@ def read_content(features: dict[str, Any]) -> list[Content]:
             f"{sorted(features)}: they were made before the loss, or not by the preprocess of the loss' model. Make "
             "the loss first, then call model.preprocess."
         )
-    return [
-        Content(ids[ids != _NONE], int(media))
-        for ids, media in zip(features[_TEXT].cpu(), features[_MEDIA].tolist(), strict=True)
-    ]
+    # Lists, each with one wait for the device, whatever the number of rows.
+    rows, media = features[_TEXT].tolist(), features[_MEDIA].tolist()
+    texts = [torch.tensor([token for token in ids if token != _NONE], dtype=torch.long) for ids in rows]
+    return [Content(text, kinds) for text, kinds in zip(texts, media, strict=True)]
 
 
 def carry_content(transformer: Transformer) -> ContentCarrier:
@@ -172,6 +172,7 @@ class ContentCarrier:
             Features.
         """
         module = self.transformer
+        inputs = [without_missing(row) for row in inputs]
         features = type(module).preprocess(module, inputs, prompt=prompt, **options)  # type: ignore[arg-type]
         if not features or torch.is_inference_mode_enabled():  # `encode`
             return features
@@ -206,6 +207,21 @@ class ContentCarrier:
             if text.startswith(instruction) or text == instruction.rstrip():
                 return text[len(instruction) :].strip()
         return text
+
+
+def without_missing(row: Any) -> Any:
+    """A row without its missing parts: Arrow fills a struct column with None where one row has no image.
+
+    Args:
+        row: As `preprocess` takes it.
+
+    Returns:
+        A dict without the keys whose value is None, if it has any other; every other row as it is.
+    """
+    if not isinstance(row, dict) or "role" in row:
+        return row
+    given = {key: value for key, value in row.items() if value is not None}
+    return given or row
 
 
 def contents_of(transformer: Transformer, inputs: Sequence[Any]) -> list[tuple[str, int]]:

@@ -212,7 +212,7 @@ class BTokLoss(nn.Module):
         columns = list(sentence_features)
         self.check(columns)
         weight = self.weight()
-        targets = self.targets(columns) if weight else [None] * len(columns)
+        targets: list[list[Tensor] | None] = self.targets(columns) if weight else [None] * len(columns)
         embeddings, nll, tokens = self._embed_columns(columns, targets, weight)
         ranking = self.rank(embeddings, self.fingerprints(columns))
         nll, all_tokens = self.condense(nll, tokens, weight)

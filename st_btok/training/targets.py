@@ -11,8 +11,8 @@ from torch import Tensor
 from st_btok.training.content import Content
 from st_btok.training.mask import BTOK, INPUT, TARGET
 
-TargetSide = Literal["auto", "query", "positive", "both", "self", "none"]
-TARGET_SIDES = ("auto", "query", "positive", "both", "self", "none")
+TargetSide = Literal["auto", "query", "positive", "both", "none"]
+TARGET_SIDES = ("auto", "query", "positive", "both", "none")
 
 
 def choose_targets(
@@ -26,7 +26,7 @@ def choose_targets(
     Args:
         query: Contents of the first column.
         positive: Contents of the second column.
-        target: The side that is generated (the authors' `ntp_side`), `auto`, or `self`: every text from its own BToks.
+        target: The side that is generated (the authors' `ntp_side`), or `auto`.
         end: Id of the end-of-turn token that closes every target.
         max_target_tokens: Longest target, the closing token included (at least 1). A longer one is cut, not closed.
 
@@ -45,10 +45,6 @@ def choose_targets(
             else:
                 side = "query" if len(q.text) and p.has_media else "none"
         closed = {name: _close(content.text, end, max_target_tokens) for name, content in (("q", q), ("p", p))}
-        if side == "self":
-            from_query.append(closed["q"])
-            from_positive.append(closed["p"])
-            continue
         from_query.append(closed["p"] if side in ("positive", "both") else empty)
         from_positive.append(closed["q"] if side in ("query", "both") else empty)
     return from_query, from_positive
@@ -58,26 +54,6 @@ def _close(text: Tensor, end: int, max_target_tokens: int) -> Tensor:
     return text if not len(text) else torch.cat([text, text.new_tensor([end])])[:max_target_tokens]
 
 
-def first_btoks(btoks: list[int], number: int | None) -> list[int]:
-    """The bottleneck tokens that targets read: the first so many, or all.
-
-    Args:
-        btoks: The K token ids.
-        number: 1 to K, or None for all.
-
-    Returns:
-        Their ids.
-
-    Raises:
-        ValueError: If there are not so many.
-    """
-    if number is not None and not 1 <= number <= len(btoks):
-        raise ValueError(
-            f"condensation_btoks must be 1 to {len(btoks)}, the number of bottleneck tokens, got {number}."
-        )
-    return btoks[:number]
-
-
 @dataclass(frozen=True)
 class JointBatch:
     """Rows `[input][BToks][target]`, padded on the right.
@@ -85,7 +61,6 @@ class JointBatch:
     Attributes:
         features: Model inputs; per-token tensors have shape (B, T + N).
         segments: (B, T + N) `INPUT`, `BTOK` or `TARGET`.
-        original: The column's own features, (B, T).
         positions: (B, T) where each original position stands in the joint rows.
         predictors: (M, 2) row and position whose state predicts each target token.
         labels: (M,) the target tokens.
@@ -93,7 +68,6 @@ class JointBatch:
 
     features: dict[str, Any]
     segments: Tensor
-    original: dict[str, Any]
     positions: Tensor
     predictors: Tensor
     labels: Tensor
@@ -145,4 +119,4 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
     places = torch.tensor([place for count in counts for place in range(count)]).long().to(device)
     last = torch.where(is_btok, columns, -1).amax(1)  # (B,)
     predictors = torch.stack([rows_of, torch.where(places > 0, lengths[rows_of] + places - 1, last[rows_of])], 1)
-    return JointBatch(joint, segments, features, (mask.cumsum(1) - 1).clamp(min=0), predictors, labels)
+    return JointBatch(joint, segments, (mask.cumsum(1) - 1).clamp(min=0), predictors, labels)

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image, Value
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -203,3 +203,21 @@ def test_a_tokenizer_without_end_of_turn_is_refused():
     model.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end-of-turn token"):
         ContentReader(model[0])
+
+
+@pytest.mark.parametrize("kind", [BTokLoss, CachedBTokLoss])
+def test_struct_columns_with_missing_pictures_are_read(qwen, tmp_path, kind):
+    """What Arrow makes of rows of which one has no picture, or no text; as if the keys were not there."""
+    rows = [{"image": picture(28, 28, 1), "text": "what?"}, {"text": "a text"}, {"image": picture(56, 28, 2)}] * 4
+    data = Dataset.from_list([{"query": row, "positive": f"p{i}"} for i, row in enumerate(rows)])
+    data = data.cast_column("query", {"image": Image(), "text": Value("string")})
+    assert data[1]["query"]["image"] is None and data[2]["query"]["text"] is None
+    loss = kind(qwen)
+    found, expected = (qwen.preprocess(column) for column in (data[:3]["query"], rows[:3]))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items() if isinstance(value, torch.Tensor))
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=1, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    SentenceTransformerTrainer(model=qwen, args=args, train_dataset=data, loss=loss).train()

@@ -42,8 +42,6 @@ Q, P = [ord("q"), END], [ord("p"), END]
         (content("q"), content("p"), "both", (P, Q)),
         (content("q"), content("", True), "both", ([], Q)),
         (content("q"), content("p"), "none", ([], [])),
-        (content("q"), content("p"), "self", (Q, P)),
-        (content("", True), content("p", True), "self", ([], P)),
         (content("", True), content("p"), "query", ([], [])),
     ],
 )
