@@ -144,11 +144,13 @@ def table(groups: Sequence[Group]) -> str:
     """
     lines = []
     for group in groups:
+        prompted = PROMPTED in group.runs["steps"]
         lines += [
             f"### {group.title}\n",
             f"| arm | seeds | rate | MRR among {group.candidates} | above {BASELINE}, equal steps | equal time | "
-            f"above {PROMPTED} | cost of a step |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|",
+            + (f"above {PROMPTED} | " if prompted else "")
+            + "cost of a step |",
+            "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * prompted,
         ]
         for arm in ARMS:
             runs = group.runs["steps"].get(arm, {})
@@ -157,12 +159,13 @@ def table(groups: Sequence[Group]) -> str:
             rate = f"{next(iter(runs.values()))['rate']:g}"
             cells = [str(len(runs)), rate, _spread(group.scores(arm))]
             cells += ["" if arm == BASELINE else _shown(group.difference(arm, equal)) for equal in EQUAL]
-            cells.append("" if arm == PROMPTED else _shown(group.difference(arm, "steps", PROMPTED)))
+            if prompted:
+                cells.append("" if arm == PROMPTED else _shown(group.difference(arm, "steps", PROMPTED)))
             cost = f"{group.costs[arm]:.2f}x" if arm in group.costs else "not timed"
             lines.append(f"| {arm} | " + " | ".join(cells) + f" | {cost} |")
         for arm, other in PAIRS:
             if found := group.difference(arm, "steps", other):
-                lines.append(f"| {arm}, above {other} | | | | {_shown(found)} | | | |")
+                lines.append(f"| {arm}, above {other} | | | | {_shown(found)} | | |" + " |" * prompted)
         lines.append("")
     lines.append(
         "MRR in % over both directions of search, mean of the seeds ± half their range. In brackets the 95 % interval "
