@@ -29,8 +29,9 @@ from recipes.data.training_card import describe_data, write_card, write_skipped
 from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
 from recipes.training.config import TrainConfig, parse
+from recipes.training.interrupt import SaveOnInterrupt
 from recipes.training.resume import check_identity, identity_of, newest_complete, only_training_in, write_identity
-from recipes.training.validation import WriteScores
+from recipes.training.validation import SCORES, WriteScores, before_and_after
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
 
 logger = logging.getLogger(__name__)
@@ -208,6 +209,14 @@ def train(config: TrainConfig) -> Path:
         return _train(config)
 
 
+def how_to_go_on(config: TrainConfig) -> str:
+    """One line for who stopped a training."""
+    last = newest_complete(config.output_dir)
+    if last is None:
+        return "stopped before the first checkpoint. Start it again with the same command."
+    return f"stopped; everything up to {last} is saved. The same command with --resume goes on from there."
+
+
 def _train(config: TrainConfig) -> Path:
     started = sorted(Path(config.output_dir).glob("checkpoint-*"))
     if started and not config.resume:
@@ -238,9 +247,15 @@ def _train(config: TrainConfig) -> Path:
         train_dataset=data.rows,
         loss=loss,
         evaluator=validation(config, data.held_out),
-        callbacks=[BTokCallback(), WriteScores(Path(config.output_dir) / "validation.jsonl")],
+        callbacks=[BTokCallback(), WriteScores(Path(config.output_dir) / SCORES), interrupt := SaveOnInterrupt()],
     )
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on(config)) from None
+    if interrupt.stopped:
+        raise KeyboardInterrupt(how_to_go_on(config))
     scored = any(
         "eval_runtime" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
     )
@@ -265,6 +280,9 @@ def main() -> None:
     config = parse()
     path = train(config)
     trust = ", trust_remote_code=True" if config.readout == "attention" else ""
+    scores = Path(config.output_dir) / SCORES
+    if scores.is_file():
+        print(f"\n{before_and_after(scores)}\nScores of every evaluated step are in {scores}.")
     print(f"The model is in {path}: SentenceTransformer({str(path)!r}{trust})")
 
 

@@ -9,6 +9,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from evaluation import markdown
+
+SCORES = "validation.jsonl"
+_SHOWN = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "accuracy@1": "hit@1"}
 _NOISE = re.compile(r"_(runtime|samples_per_second|steps_per_second)$|^epoch$")
 
 
@@ -36,3 +40,35 @@ class WriteScores(TrainerCallback):
                 scores.setdefault(entry["step"], {}).update(found)
         lines = [json.dumps({"step": step, **found}) for step, found in sorted(scores.items())]
         self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def before_and_after(path: Path) -> str:
+    """The first and the last scores of the held-out rows, as a table.
+
+    Args:
+        path: The file of `WriteScores`.
+
+    Returns:
+        A line for every search with its scores in per cent, and a heading that names both steps.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first, last = lines[0], lines[-1]
+    searches = [name.removesuffix("_cosine_ndcg@10") for name in last if name.endswith("_cosine_ndcg@10")]
+    rows = []
+    for search in searches:
+        name, backwards = search.removesuffix("-backwards"), search.endswith("-backwards")
+        cells = [f"{name}: {'positive → query' if backwards else 'query → positive'}"]
+        for measure in _SHOWN:
+            before, after = (scores.get(f"{search}_cosine_{measure}") for scores in (first, last))
+            cells.append(f"{_percent(before)} → {_percent(after)}")
+        rows.append(cells)
+    if not rows:
+        rows = [["all", f"{_percent(first.get('sequential_score'))} → {_percent(last.get('sequential_score'))}"]]
+    head = ["held-out rows", *list(_SHOWN.values())[: len(rows[0]) - 1]]
+    return (
+        f"Before (step {first['step']}) → after (step {last['step']}), in %:\n\n" + markdown.table(head, rows) + "\n"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

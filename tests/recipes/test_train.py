@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import datasets
 import numpy as np
@@ -18,6 +20,7 @@ from recipes.training.config import TrainConfig, parse
 from recipes.training.presets import PRESETS
 from recipes.training.run import train
 from recipes.training.settings import trainer_flags
+from recipes.training.validation import before_and_after
 from tests.backbones import build
 from tests.mmeb_train_files import jpeg, put, write_all
 
@@ -275,3 +278,35 @@ def test_a_model_is_saved_with_its_prompts_and_says_how_many_pairs_mining_lost(b
     with pytest.raises(ValueError, match="no pair has 30 negatives"):
         train(config(backbone, tmp_path / "b", **miner, **options))
     assert "mine: 23 of 23 pairs are left out, because fewer than 30" in caplog.text
+
+
+def test_ctrl_c_saves_a_checkpoint_says_how_to_go_on_and_resuming_ends_like_an_unbroken_run(
+    backbone, pairs, tmp_path, monkeypatch
+):
+    options = {"data": [pairs], "warmup_steps": 1, "save_steps": 100}
+    whole = train(config(backbone, tmp_path / "whole", **options))
+    get = recipe.SentenceTransformerTrainer.get_batch_samples
+
+    def press(self, *args, **kwargs):
+        if self.state.global_step == 1:  # in the second step
+            os.kill(os.getpid(), signal.SIGINT)
+        return get(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.SentenceTransformerTrainer, "get_batch_samples", press)
+        with pytest.raises(KeyboardInterrupt, match="up to .*checkpoint-2 is saved. The same command with --resume"):
+            train(config(backbone, tmp_path / "parts", **options))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = weights(train(config(backbone, tmp_path / "parts", resume=True, **options)))
+    expected = weights(whole)
+    assert all(torch.equal(expected[name], value) for name, value in resumed.items()), "bit for bit"
+
+
+def test_scores_before_and_after(tmp_path):
+    names = {"mine_cosine_ndcg@10": 0.1, "mine_cosine_mrr@10": 0.2, "mine_cosine_accuracy@1": 0.0}
+    after = dict.fromkeys(names, 0.5)
+    lines = [{"step": 0, **names}, {"step": 3, **names}, {"step": 6, **after}]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = before_and_after(tmp_path / "v.jsonl")
+    assert "Before (step 0) → after (step 6), in %" in text
+    assert "| mine: query → positive | 10.0 → 50.0 | 20.0 → 50.0 | 0.0 → 50.0 |" in text
