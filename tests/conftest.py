@@ -46,7 +46,7 @@ def _built() -> dict:
     return {}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def btok_model(_built):
     """`btok_model(family, **options)`: a fresh model from `build_model`, built once per family and set of options."""
 

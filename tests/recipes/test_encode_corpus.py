@@ -394,7 +394,7 @@ def test_killed_jobs_leave_what_an_unbroken_one_does(folders, qwen, together):
     whole, broken, seconds = folders
     hit, written = kill_often(broken, qwen, kills=2, together=together, startup=seconds / 16, work=seconds / 16)
     assert hit == 2 and written < 120
-    assert same_shards(Path(broken.output), Path(whole.output)) == 120
+    assert same_shards(Path(broken.output_dir), Path(whole.output_dir)) == 120
 
 
 def test_two_processes_share_a_folder(folders, qwen):
@@ -404,7 +404,7 @@ def test_two_processes_share_a_folder(folders, qwen):
     for job in jobs:
         job.join()
     assert [job.exitcode for job in jobs] == [0, 0]
-    assert same_shards(Path(broken.output), Path(whole.output)) == 120
+    assert same_shards(Path(broken.output_dir), Path(whole.output_dir)) == 120
 
 
 def test_of_two_jobs_with_other_settings_in_a_folder_the_first_wins(tmp_path):
