@@ -48,15 +48,18 @@ class Parser(HfArgumentParser):
             for word in message.split():
                 near = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions, n=1)
                 message += f" (did you mean {near[0]}?)" if near and word.startswith("--") else ""
-        self.exit(2, f"st_btok: {message.rstrip('.')}. --help lists all flags.\n")
+        message = message if message.endswith(("?", ".")) else f"{message}."
+        self.exit(2, f"st_btok: {message} --help lists all flags.\n")
 
     def settings(self, cls: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
         """What the command line gives; a `ValueError` of the settings ends the process with its message."""
         given = vars(self.parse_args(arguments))
-        given.pop(TRACEBACK.strip("-"))
+        traced = given.pop(TRACEBACK.strip("-"))
         try:
             return cls(**given)
         except ValueError as error:
+            if traced:
+                raise
             self.error(str(error))
 
 

@@ -10,9 +10,14 @@ that is read, stand in the assistant's opened turn; `lasttoken` and `mean` also 
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 POOLINGS = ("btok", "lasttoken", "mean")
@@ -35,17 +40,65 @@ class Variant:
         """Read `pooling` or `pooling:name=value,name=value`; values are JSON, or text where they are not."""
         pooling, _, rest = text.partition(":")
         if pooling not in POOLINGS:
-            raise ValueError(f"a pooling must be one of {POOLINGS}, with options behind a colon, got {text!r}.")
-        options = {}
+            near = get_close_matches(pooling, POOLINGS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"a pooling must be one of {POOLINGS}, with options behind a colon, got {text!r}.{hint}")
+        options: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
             name, equals, value = part.partition("=")
             if not equals:
                 raise ValueError(f"an option of a pooling must be name=value, got {part!r} in {text!r}.")
+            known = options_of(pooling)
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                told = f"Did you mean {near[0]}?" if near else f"It takes {', '.join(sorted(known))}."
+                raise ValueError(f"{name!r} in {text!r} is no option of {pooling}. {told}")
             try:
                 options[name] = json.loads(value)
             except ValueError:
                 options[name] = value
         return cls(pooling, options)
+
+
+# What a comparison sets itself, so that no variant can.
+_GIVEN = {"self", "model", "backbone", "processor", "device", "mini_batch_size"}
+_RANKING = (
+    "sentence_transformers.sentence_transformer.losses.multiple_negatives_ranking",
+    "MultipleNegativesRankingLoss",
+)
+
+
+@cache
+def options_of(pooling: str) -> frozenset[str]:
+    """The options that a pooling takes, by the signatures of what they reach.
+
+    Args:
+        pooling: One of `POOLINGS`.
+
+    Returns:
+        Names.
+    """
+    names = {"opened"} | _arguments(*_RANKING)
+    if pooling == "btok":
+        names |= {"train_btoks", "row_lr"} | _arguments("st_btok.model", "build_model")
+        names |= _arguments("st_btok.training.loss", "BTokLoss")
+        names |= _arguments("recipes.research.controls", "ControlLoss")
+    else:
+        names |= {"prompt"}
+    return frozenset(names - _GIVEN)
+
+
+def _arguments(module: str, name: str) -> set[str]:
+    """Arguments of a function or a class, read from its source: importing these modules takes ten seconds."""
+    package, *parts = module.split(".")
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ImportError(f"{package} must be installed.")
+    source = Path(found.submodule_search_locations[0]).joinpath(*parts).with_suffix(".py").read_text(encoding="utf-8")
+    node: Any = next(node for node in ast.parse(source).body if getattr(node, "name", "") == name)
+    if isinstance(node, ast.ClassDef):
+        node = next(inner for inner in node.body if getattr(inner, "name", "") == "__init__")
+    return {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from st_btok.adapters import base_change
 from st_btok.model import build_model
 from st_btok.model_parts import find_btoks
+from st_btok.tools.given import near_path
 from st_btok.tools.invariants import (
     KINDS,
     MEASUREMENTS,
@@ -95,7 +96,8 @@ def check(
             model = build_model(backbone, **options)
         transformer, _ = find_btoks(model)
     except Exception as error:
-        add(Verdict("build", "failed", note=first_line(error)))
+        missing = isinstance(error, OSError) and isinstance(backbone, str)
+        add(Verdict("build", "failed", note=first_line(error) + (near_path(backbone) if missing else "")))
         return verdicts
     model.float().eval()
     found = [str(kind) for kind in ("text", "image", "video", "audio") if kind in transformer.modality_config]

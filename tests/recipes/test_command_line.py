@@ -40,6 +40,15 @@ def test_a_mistyped_flag_is_answered_before_torch_is_imported(command):
         assert "did you mean --batch_size?" in line
 
 
+def test_a_mistyped_option_of_a_variant_is_answered_before_torch_is_imported():
+    words = ["--data", "x", "--backbone", "y", "--variants", "btok:condensation_wieght=0"]
+    done = started("compare", *words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "torch: False" in done.stdout, done.stderr
+    assert done.stderr.startswith("st_btok: 'condensation_wieght'") and "mean condensation_weight? --h" in done.stderr
+    done = started("compare", *words, "--traceback")
+    assert "Traceback" in done.stderr and "ValueError: 'condensation_wieght'" in done.stderr
+
+
 def test_help_is_printed_before_torch_is_imported():
     done = started("train", "--help")
     assert done.returncode == 0 and "--condensation_weight" in done.stdout and "--weight_decay" in done.stdout

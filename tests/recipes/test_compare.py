@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -11,13 +12,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from recipes.compare import CompareConfig
 from recipes.research import comparison as recipe
 from recipes.research import variants
 from recipes.research.comparison import compare
+from recipes.research.controls import ControlLoss
+from recipes.research.prompted import prompted_model
 from recipes.research.significance import Run
-from recipes.research.variant import Variant
+from recipes.research.variant import Variant, options_of
+from st_btok import BTokLoss, build_model
 from st_btok.model_parts import find_btoks
 from tests.backbones import build
 
@@ -169,8 +174,42 @@ def test_what_cannot_run_is_refused_first(folder, tmp_path):
         Variant.parse("btok:readout")
     with pytest.raises(ValueError, match="a batch needs 64 pairs of one data set, but pairs trains on 24"):
         compare(config(folder, tmp_path / "a", batch_size=64))
+    settings = variants.VariantSettings(str(folder / "backbone"), 1, device="cpu")
     with pytest.raises(ValueError, match="mean nothing to it"):
-        compare(config(folder, tmp_path / "b", variants=["lasttoken:num_btoks=2"], baseline="lasttoken:num_btoks=2"))
+        variants.build_variant(Variant("lasttoken", {"num_btoks": 2}), settings, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "btok:condensation_wieght=0",
+            "'condensation_wieght' in .* no option of btok. Did you mean condensation_weig",
+        ),
+        ("btok:readout=last,num_btok=1", "Did you mean num_btoks?"),
+        ("lasttoken:promt= In short:", "Did you mean prompt?"),
+        ("lasttoken:num_btoks=2", "no option of lasttoken. It takes directions, .*prompt, scale"),
+        ("btok:prompt=x", "no option of btok. Did you mean prompts?"),
+        ("btok:device=cpu", "no option of btok"),
+        ("lastoken", "Did you mean lasttoken?"),
+    ],
+)
+def test_an_unknown_option_of_a_variant_is_refused_with_the_nearest_name(folder, tmp_path, text, told):
+    with pytest.raises(ValueError, match=told):
+        config(folder, tmp_path, variants=[text, "lasttoken"])
+
+
+def test_options_are_those_of_the_signatures():
+    """Read from the source by `options_of`; here from the imported functions."""
+
+    def names(*functions):
+        return {name for function in functions for name in inspect.signature(function).parameters}
+
+    given = {"model", "backbone", "processor", "device"}  # what a comparison sets itself
+    losses = names(BTokLoss, ControlLoss, MultipleNegativesRankingLoss) - {"ranking", "options"}
+    assert options_of("btok") == (names(build_model) | losses | {"opened", "train_btoks", "row_lr"}) - given
+    plain = names(MultipleNegativesRankingLoss) | (names(prompted_model) & {"prompt", "opened"})
+    assert options_of("lasttoken") == options_of("mean") == plain - given
 
 
 def test_comparing_does_not_wait_for_mteb():

@@ -33,7 +33,7 @@ def test_help_loads_nothing_heavy(name):
 def test_arguments_are_those_of_the_main_that_takes_them(name):
     describe, module = COMMANDS[name]
     commands = next(action for action in parser_of_all()._actions if action.dest == "command")
-    described = {action.dest for action in commands.choices[name]._actions} - {"help"}
+    described = {action.dest for action in commands.choices[name]._actions} - {"help", "traceback"}
     taken = inspect.signature(import_module(module).main).parameters
     assert described == set(taken)
     assert (describe.__doc__ or "").endswith(".") and "\n" not in describe.__doc__, "one line: it is the help"
@@ -49,16 +49,69 @@ def test_without_a_command_the_usage_names_them(capsys):
     assert all(name in printed for name in COMMANDS)
 
 
-def test_our_errors_are_one_line_and_others_keep_their_traceback(tmp_path, monkeypatch, capsys):
-    assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "dst")]) == 2
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A folder that looks like a model, from whose parent the commands are run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "final").mkdir(parents=True)
+    (tmp_path / "out" / "final" / "config.json").write_text("{}")
+    (tmp_path / "photograph.png").write_bytes(b"no picture")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("check ./typo", "an existing folder or a hub name, there is no ./typo (looked from"),
+        ("check ./out/finl", "there is no ./out/finl (did you mean out/final?)"),
+        ("check out", "must hold a config.json, out holds none: did you mean out/final?"),
+        ("check photograph.png", "photograph.png is a file: give its folder"),
+        ("check out/final --json nowhere/verdicts.json", "there is no nowhere: make it first"),
+        ("check out/final --templte=plain", "--templte=plain (did you mean --template?)"),
+        ("check out/final --template chet", "(did you mean chat?)"),
+        ("chekc out/final", "(did you mean check?)"),
+        ("explain out/final --image nope.png", "must be a file that exists, there is no nope.png (looked from"),
+        ("explain out/final --image photogaph.png", "there is no photogaph.png (did you mean photograph.png?)"),
+        ("explain out/final --image out", "out is a folder: name a file in it"),
+        ("explain out/final --image photograph.png --out out", "out is a folder: add a file name"),
+        ("convert nowhere dst", "must be a directory, nowhere does not exist"),
+    ],
+)
+def test_what_is_not_there_is_one_line_before_anything_heavy(words, said, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("st_btok.tools.command.import_module", lambda name: pytest.fail(f"{name} was imported"))
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
     error = capsys.readouterr().err
-    assert error.startswith("st-btok convert: SRC must be a directory") and error.count("\n") == 1
-    assert main(["explain", "model"]) == 2
+    assert ended.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("st_btok: ") and said in error and "--help` lists" in error
+
+
+def test_errors_for_the_user_are_one_line_and_others_keep_their_traceback(checkpoint, monkeypatch, capsys):
+    assert main(["explain", "out/final"]) == 2
     assert "Give an --image, a --text or both" in capsys.readouterr().err
+    assert main(["explain", "out/final", "--image", "photograph.png"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("st_btok: the file 'photograph.png' is not an image") and error.count("\n") == 1
+    with pytest.raises(ValueError, match="is not an image"):
+        main(["explain", "out/final", "--image", "photograph.png", "--traceback"])
 
     def fails_inside(*args, **kwargs):
         int("no number")
 
     monkeypatch.setattr("st_btok.tools.convert.convert", fails_inside)
     with pytest.raises(ValueError, match="no number"):  # raised here in the test, so it is nobody's message to a user
-        main(["convert", "src", "dst"])
+        main(["convert", "out", "dst"])
+
+    def not_on_the_hub(*args, **kwargs):
+        raise OSError("no model\nof this name")
+
+    monkeypatch.setattr("st_btok.tools.convert.convert", not_on_the_hub)
+    assert main(["convert", "out", "dst"]) == 2
+    assert capsys.readouterr().err == "st_btok: no model of this name\n"
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("st_btok.tools.convert.convert", stopped)
+    assert main(["convert", "out", "dst"]) == 130
+    assert capsys.readouterr().err == "\nst_btok: stopped\n"
