@@ -1,24 +1,30 @@
 """The models that are compared: SentenceTransformers by name, poolings on one backbone, and open_clip.
 
-All of them come back as a SentenceTransformer, so the same commands score them (see `wrapping`).
+All of them come back as a SentenceTransformer, or as the MultiVectorEncoder that a checkpoint was saved from, so the
+same commands score them (see `wrapping`).
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.util import load_file_path
 
 from evaluation.dataset import POOLINGS, PoolingName
 from evaluation.sum_of_parts import SumOfParts
 
 OPEN_CLIP = "open_clip:"
 """Prefix of open_clip models on the command line: `open_clip:ViT-B-32/laion2b_s34b_b79k`."""
+
+
+_MULTI_VECTOR = ("MultiVectorEncoder", "ColBERT")  # sentence-transformers' name, and PyLate's
 
 
 class OpenClip(SumOfParts):
@@ -95,11 +101,13 @@ def pooled_model(backbone: str | Path, pooling: PoolingName, device: str | None 
     return SentenceTransformer(modules=modules, device=device)
 
 
-def load_model(name: str, pooling: PoolingName | None = None, device: str | None = None) -> SentenceTransformer:
+def load_model(
+    name: str, pooling: PoolingName | None = None, device: str | None = None
+) -> SentenceTransformer | MultiVectorEncoder:
     """Any model of the command line.
 
     Args:
-        name: SentenceTransformer name or folder, or `open_clip:<architecture>/<weights>`.
+        name: SentenceTransformer or MultiVectorEncoder, name or folder, or `open_clip:<architecture>/<weights>`.
         pooling: Read `name` as a backbone and pool it this way.
         device: Device, default the best there is.
 
@@ -111,4 +119,14 @@ def load_model(name: str, pooling: PoolingName | None = None, device: str | None
         bare = ":" not in source
         architecture, _, weights = source.partition("/") if bare else (source, "", "")
         return open_clip_model(architecture, weights or None, device or "cpu")
-    return pooled_model(name, pooling, device) if pooling else SentenceTransformer(name, device=device)
+    if pooling:
+        return pooled_model(name, pooling, device)
+    if _saved_kind(name) in _MULTI_VECTOR:
+        return MultiVectorEncoder(name, device=device)
+    return SentenceTransformer(name, device=device)
+
+
+def _saved_kind(name: str) -> str:
+    """The class that a checkpoint was saved from, empty where it doesn't say."""
+    file = load_file_path(name, "config_sentence_transformers.json")
+    return json.loads(Path(file).read_text(encoding="utf-8")).get("model_type", "") if file else ""

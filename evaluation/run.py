@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m evaluation.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, help="SentenceTransformer name or folder, or open_clip:<architecture>/<weights>")
+    add("--model", required=True, help="sentence-transformers model, or open_clip:<architecture>/<weights>")
     add("--name", help="name to store results under (default: --model, or its last folder)")
     add("--pooling", choices=POOLINGS, help="read --model as a backbone and pool it this way")
     add("--suite", default="mini", help="mini, mmeb-v2 or mteb:<benchmark> (default: mini)")

@@ -22,14 +22,13 @@ from typing import Any
 import mteb
 import torch
 from mteb import Benchmark
-from mteb.models import SentenceTransformerEncoderWrapper
+from mteb.models import MultiVectorWrapper, SentenceTransformerEncoderWrapper
 from mteb.results import TaskResult
 from mteb.types import PromptType
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 from evaluation.atomic_write import atomic_write, read_json
 from evaluation.baselines import load_model
-from evaluation.embedding.encoding import MediaFirstEncoder
 from evaluation.embedding.store import EmbeddingStore
 from evaluation.mini import mini_benchmark
 from evaluation.mmeb_v2.sources import DataRoot
@@ -177,7 +176,9 @@ def unsupported(task: MMEBRetrieval, modalities: Collection[str]) -> str:
     return f"the model does not support {lacking}: it takes {sorted(modalities)}" if lacking else ""
 
 
-def describe_prompts(tasks: Iterable[MMEBRetrieval], wrapper: SentenceTransformerEncoderWrapper) -> list[str]:
+def describe_prompts(
+    tasks: Iterable[MMEBRetrieval], wrapper: SentenceTransformerEncoderWrapper | MultiVectorWrapper
+) -> list[str]:
     """What becomes of a model's own prompts in MMEB-V2.
 
     Args:
@@ -194,8 +195,7 @@ def describe_prompts(tasks: Iterable[MMEBRetrieval], wrapper: SentenceTransforme
     }
     lines: dict[str, str] = {}
     for task in tasks:
-        prompts = task.prompts_of(MediaFirstEncoder(wrapper, task.store, task.instructed))
-        for side, entry in prompts.items():
+        for side, entry in task.prompts_of(wrapper).items():
             if entry["model"]:
                 line = f"the model's own {side} prompt {entry['model']!r} {fates[entry['shown']]}"
                 example = f", as in {task.row.name}: {entry['task']!r}" if entry["task"] else ""
@@ -203,7 +203,7 @@ def describe_prompts(tasks: Iterable[MMEBRetrieval], wrapper: SentenceTransforme
     return list(lines.values())
 
 
-def variants(model: SentenceTransformer, sizes: Sequence[int] | None) -> list[dict[str, int]]:
+def variants(model: SentenceTransformer | MultiVectorEncoder, sizes: Sequence[int] | None) -> list[dict[str, int]]:
     """What to score of one checkpoint.
 
     Args:
@@ -214,10 +214,12 @@ def variants(model: SentenceTransformer, sizes: Sequence[int] | None) -> list[di
         One `{"truncate_dim": size}` for each size, empty for the whole embedding.
 
     Raises:
-        ValueError: A size beyond the embedding's.
+        ValueError: A size beyond the embedding's, or a model with many vectors per input.
     """
     if not sizes:
         return [{}]
+    if isinstance(model, MultiVectorEncoder):
+        raise ValueError("--truncate_dims is for models with one vector per input, this one has many: leave it out")
     with model.truncate_embeddings(None):
         width = model.get_embedding_dimension() or 0
     if sizes[-1] > width:
@@ -225,7 +227,9 @@ def variants(model: SentenceTransformer, sizes: Sequence[int] | None) -> list[di
     return [{} if size == width else {"truncate_dim": size} for size in sizes]
 
 
-def run(options: argparse.Namespace, command: str, model: SentenceTransformer | None = None) -> Outcome:
+def run(
+    options: argparse.Namespace, command: str, model: SentenceTransformer | MultiVectorEncoder | None = None
+) -> Outcome:
     """Evaluate, and write what was asked for.
 
     Args:
@@ -265,7 +269,7 @@ def run(options: argparse.Namespace, command: str, model: SentenceTransformer | 
     pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
     try:
         for experiment in asked if tasks else ():
-            if options.truncate_dims:
+            if options.truncate_dims and isinstance(model, SentenceTransformer):
                 model.truncate_dim = experiment.get("truncate_dim")
             _score(options, model, experiment, tasks, pool, outcome)
     finally:
@@ -284,7 +288,7 @@ def run(options: argparse.Namespace, command: str, model: SentenceTransformer | 
 
 def _score(
     options: argparse.Namespace,
-    model: SentenceTransformer,
+    model: SentenceTransformer | MultiVectorEncoder,
     experiment: Mapping[str, int],
     tasks: Sequence[Any],
     pool: Any,

@@ -23,12 +23,12 @@ import numpy as np
 from mteb import Benchmark
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.models import SentenceTransformerEncoderWrapper
+from mteb.models import MultiVectorWrapper, SentenceTransformerEncoderWrapper
 from mteb.types import Modalities, PromptType
 
 from evaluation.chance import chance_level
 from evaluation.dataset import InputSettings, PageSplit, Protocol
-from evaluation.embedding.encoding import MediaFirstEncoder
+from evaluation.embedding.encoding import media_first, own_prompt
 from evaluation.embedding.fingerprint import checkpoint
 from evaluation.embedding.store import EmbeddingStore
 from evaluation.mmeb_v2 import MMEB_V2, MMEBDataset
@@ -184,20 +184,20 @@ class MMEBRetrieval(AbsTaskRetrieval):
 
     def evaluate(self, model: Any, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
         """Evaluate as mteb does, after making sure that the result is stored under the model's fingerprint."""
-        if isinstance(model, SentenceTransformerEncoderWrapper):
+        if isinstance(model, SentenceTransformerEncoderWrapper | MultiVectorWrapper):
             # in place and past pydantic's setter: mteb stores the result under the very object it already holds
             meta = model.mteb_model_meta
             vars(meta)["revision"] = checkpoint(model.model, meta.experiment_kwargs)
-            model = MediaFirstEncoder(model, self.store, self.instructed)
             self.load_data()
             self.prompts = self.prompts_of(model)
+            model = media_first(model, self.store, self.instructed)
         return super().evaluate(model, *args, **kwargs)
 
-    def prompts_of(self, encoder: MediaFirstEncoder) -> dict[str, dict[str, str]]:
+    def prompts_of(self, wrapper: SentenceTransformerEncoderWrapper | MultiVectorWrapper) -> dict[str, dict[str, str]]:
         """What a model is told on either side.
 
         Args:
-            encoder: The model.
+            wrapper: mteb's wrapper of the model.
 
         Returns:
             `query` and `document` -> the `model`'s own prompt, the `task`'s instruction (of the first row that has
@@ -205,7 +205,7 @@ class MMEBRetrieval(AbsTaskRetrieval):
         """
         found = {}
         for side in (PromptType.query, PromptType.document):
-            own = encoder.own_prompt(self.metadata, side) or ""
+            own = own_prompt(wrapper, self.metadata, side) or ""
             task = "" if self.row.inputs.instruction == "none" else self.instructions.get(side.value, "")
             if side == PromptType.document:
                 task = self.row.inputs.candidate_instruction or task

@@ -1,4 +1,4 @@
-"""Any SentenceTransformer as `mteb.evaluate` needs it: with modalities, a fingerprint as revision, and a name.
+"""A model as `mteb.evaluate` needs it: with modalities, a fingerprint as revision, and a name.
 
 mteb reads no modalities from a bare `SentenceTransformer(path)`: it takes the model for a text model and refuses every
 task with pictures.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
 from evaluation.embedding.fingerprint import checkpoint
 from evaluation.finite import check_finite
@@ -22,15 +22,18 @@ from evaluation.media import as_rgb
 from evaluation.sum_of_parts import joined
 
 if TYPE_CHECKING:  # importing `evaluation` must not import mteb, which takes seconds
-    from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+    from mteb.models import ModelMeta, MultiVectorWrapper, SentenceTransformerEncoderWrapper
 
 MODALITIES = ("text", "image", "audio", "video")
 MEDIA = ("image", "video", "audio")
 
 
 def wrap(
-    model: SentenceTransformer, name: str | None = None, *, experiment: Mapping[str, int] | None = None
-) -> SentenceTransformerEncoderWrapper:
+    model: SentenceTransformer | MultiVectorEncoder,
+    name: str | None = None,
+    *,
+    experiment: Mapping[str, int] | None = None,
+) -> SentenceTransformerEncoderWrapper | MultiVectorWrapper:
     """The model as `mteb.evaluate` takes it, with full metadata.
 
         mteb.evaluate(evaluation.wrap(model), mteb.get_benchmark("MIEB(lite)"))
@@ -39,30 +42,46 @@ def wrap(
 
     Args:
         model: The model. One that embeds texts and pictures, but never both at once (CLIP), adds up the parts of an
-            input; see `sum_of_parts`.
+            input; see `sum_of_parts`. One with many vectors per input is scored by MaxSim, on retrieval tasks only.
         name: See `model_meta`.
         experiment: See `model_meta`; the model has to be set accordingly.
 
     Returns:
         mteb's wrapper.
     """
-    from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.models import MultiVectorWrapper, SentenceTransformerEncoderWrapper
 
     class MediaFirstWrapper(SentenceTransformerEncoderWrapper):
         """mteb's wrapper, which gives each row's columns in the order of the table, media before the text."""
 
         def encode(self, inputs: Any, **kwargs: Any) -> Any:
             vectors = super().encode(cast(Any, MediaFirstLoader(inputs)), **kwargs)
-            columns = getattr(inputs.dataset, "column_names", None) or ()
-            ids = inputs.dataset["id"] if "id" in columns else range(len(vectors))
-            side = kwargs.get("prompt_type") or "input"
-            check_finite(np.asarray(vectors), list(map(str, ids)), f"{kwargs['task_metadata'].name}, {side}")
+            _check(np.asarray(vectors), inputs.dataset, kwargs)
             return vectors
 
+    class MediaFirstMultiVectorWrapper(MultiVectorWrapper):
+        """The same for a model with many vectors per input."""
+
+        def _encode(self, inputs: Any, **kwargs: Any) -> Any:
+            vectors = super()._encode(cast(Any, MediaFirstLoader(inputs)), **kwargs)
+            _check([vector.float().numpy() for vector in cast("list[Any]", vectors)], inputs.dataset, kwargs)
+            return vectors
+
+    wrapper: SentenceTransformerEncoderWrapper | MultiVectorWrapper
     with quiet():
-        wrapper = MediaFirstWrapper(joined(model))
+        if isinstance(model, MultiVectorEncoder):
+            wrapper = MediaFirstMultiVectorWrapper(model)
+        else:
+            wrapper = MediaFirstWrapper(joined(model))
     wrapper.mteb_model_meta = model_meta(wrapper.model, name or _loaded_from(model), experiment=experiment)
     return wrapper
+
+
+def _check(vectors: Any, dataset: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what isn't finite, by the ids of a table that has them."""
+    ids = dataset["id"] if "id" in (getattr(dataset, "column_names", None) or ()) else range(len(vectors))
+    side = kwargs.get("prompt_type") or "input"
+    check_finite(vectors, list(map(str, ids)), f"{kwargs['task_metadata'].name}, {side}")
 
 
 @contextmanager
@@ -106,7 +125,10 @@ class MediaFirstLoader:
 
 
 def model_meta(
-    model: SentenceTransformer, name: str | None = None, *, experiment: Mapping[str, int] | None = None
+    model: SentenceTransformer | MultiVectorEncoder,
+    name: str | None = None,
+    *,
+    experiment: Mapping[str, int] | None = None,
 ) -> ModelMeta:
     """Describe a model to mteb.
 
@@ -120,14 +142,17 @@ def model_meta(
     Returns:
         Metadata with name, fingerprint as revision, modalities, size, embedding size and prompts' use.
     """
-    from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.models import MultiVectorWrapper, SentenceTransformerEncoderWrapper
 
     parts: set[str] = set()
     for modality in model.modalities:
         parts.update((modality,) if isinstance(modality, str) else modality)
     name = _loaded_from(model) if name is None else name
     with quiet():
-        meta = SentenceTransformerEncoderWrapper(model).mteb_model_meta
+        if isinstance(model, MultiVectorEncoder):
+            meta = MultiVectorWrapper(model).mteb_model_meta
+        else:
+            meta = SentenceTransformerEncoderWrapper(model).mteb_model_meta
     return meta.model_copy(
         update={
             "name": name if "/" in name else f"local/{name}",
@@ -142,7 +167,7 @@ def model_meta(
     )
 
 
-def _loaded_from(model: SentenceTransformer) -> str:
+def _loaded_from(model: SentenceTransformer | MultiVectorEncoder) -> str:
     """`owner/name` of a model from the hub, the folder's own name of a saved one, `model` for one made in code."""
     backbone = model.transformers_model
     source = str(getattr(getattr(backbone, "config", None), "_name_or_path", "") or "")

@@ -1,20 +1,22 @@
-"""Encoding a task's rows with a SentenceTransformer: media before text, every content once, loaded when needed.
+"""Encoding a task's rows with a model: media before text, every content once, loaded when needed.
 
 mteb's own wrapper works too, but it shows the text before a video, strips the text of a document, and can't leave out
 an absent medium of a mixed batch. This one takes the rows as the loaders wrote them. Embeddings are kept by content
 (`store.py`), so candidates that several data sets share (the pages of ViDoSeek-page and -doc) are encoded once, and at
-full width, so every `truncate_dim` of a model is scored from one encoding.
+full width, so every `truncate_dim` of a model is scored from one encoding. A model with many vectors per input
+(`MultiVectorEncoder`) is shown the same rows; its vectors are not kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, Image
-from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+from mteb.models import ModelMeta, MultiVectorWrapper, SentenceTransformerEncoderWrapper
 from mteb.models.abs_encoder import get_prompt_name
 from mteb.types import PromptType
 from torch.utils.data import DataLoader
@@ -89,22 +91,13 @@ class MediaFirstEncoder:
             float32 (rows, width).
         """
         dataset = _undecoded(inputs.dataset)
-        prompt = "" if prompt_type in self._instructed else self.own_prompt(task_metadata, prompt_type)
-        # rows with an instruction of their own get it behind the model's prompt, if that stays
-        told = dataset[PROMPT_COLUMN] if PROMPT_COLUMN in dataset.column_names else [""] * len(dataset)
+        own = own_prompt(self._wrapper, task_metadata, prompt_type)
         result = np.zeros((len(dataset), 0), np.float32)
-        for instruction in sorted(set(told)):
-            rows = [row for row, own in enumerate(told) if own == instruction]
-            whole = f"{prompt or ''}{instruction}" if instruction else prompt
+        for whole, rows in _by_prompt(dataset, "" if prompt_type in self._instructed else own):
             vectors = self._encode_rows(dataset.select(rows), whole, task_metadata.name, prompt_type, kwargs)
             result = np.zeros((len(dataset), vectors.shape[1]), np.float32) if not result.shape[1] else result
             result[rows] = vectors
         return result[:, : self._model.truncate_dim]
-
-    def own_prompt(self, task_metadata: Any, prompt_type: PromptType | None) -> str | None:
-        """The model's own prompt for a side of a task, `None` where it names none."""
-        prompts = self._wrapper.model_prompts
-        return prompts.get(get_prompt_name(prompts, task_metadata, prompt_type) or "") if prompts else None
 
     def _encode_rows(
         self, dataset: Dataset, prompt: str | None, task: str, prompt_type: PromptType | None, kwargs: dict[str, Any]
@@ -141,6 +134,81 @@ class MediaFirstEncoder:
         options = {**kwargs, "show_progress_bar": False, "truncate_dim": _FULL_WIDTH}
         vectors = encode([as_input(record) for record in rows], prompt=prompt, **options)
         return np.asarray(vectors, np.float32)
+
+
+class MediaFirstMultiVector(MultiVectorWrapper):
+    """mteb's wrapper of a `MultiVectorEncoder`, which is shown rows as `MediaFirstEncoder` shows them.
+
+    mteb scores by MaxSim: of every query vector the largest similarity to a candidate's vectors, summed. The vectors
+    of a data set's candidates lie in memory while it is scored, and are made again for the next one.
+
+    Args:
+        wrapper: mteb's wrapper of the model.
+        instructed: As in `MediaFirstEncoder`.
+    """
+
+    def __init__(self, wrapper: MultiVectorWrapper, instructed: Collection[PromptType] = ()) -> None:
+        super().__init__(wrapper.model, corpus_chunk_size=wrapper.corpus_chunk_size)
+        self.mteb_model_meta, self.model_prompts = wrapper.mteb_model_meta, wrapper.model_prompts
+        self._instructed = frozenset(instructed)
+
+    def _encode(
+        self,
+        inputs: DataLoader,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A float tensor (vectors of the row, width) on the CPU for each row."""
+        dataset = _undecoded(inputs.dataset)
+        own = own_prompt(self, task_metadata, prompt_type)
+        encode: Any = self.model.encode_query if prompt_type == PromptType.query else self.model.encode_document
+        options = {**kwargs, "show_progress_bar": False}
+        step = _BATCHES_PER_CALL * kwargs.get("batch_size", 32)
+        found: dict[int, torch.Tensor] = {}
+        quiet = not kwargs.get("show_progress_bar", True)
+        with tqdm(total=len(dataset), desc=f"{task_metadata.name} {prompt_type}", unit="input", disable=quiet) as bar:
+            for whole, rows in _by_prompt(dataset, "" if prompt_type in self._instructed else own):
+                for start in range(0, len(rows), step):
+                    chosen = rows[start : start + step]
+                    records = [as_input(record) for record in dataset.select(chosen)]
+                    vectors = [vector.cpu() for vector in encode(records, prompt=whole, **options)]
+                    names = [str(dataset[row]["id"]) for row in chosen]
+                    numbers = [vector.float().numpy() for vector in vectors]
+                    check_finite(numbers, names, f"{task_metadata.name}, {prompt_type}")
+                    found |= dict(zip(chosen, vectors, strict=True))
+                    bar.update(len(chosen))
+        return [found[row] for row in range(len(dataset))]
+
+
+def media_first(
+    wrapper: SentenceTransformerEncoderWrapper | MultiVectorWrapper,
+    store: EmbeddingStore,
+    instructed: Collection[PromptType] = (),
+) -> MediaFirstEncoder | MediaFirstMultiVector:
+    """The encoder of our own suites for a model of either kind; arguments as of `MediaFirstEncoder`."""
+    if isinstance(wrapper, MultiVectorWrapper):
+        return MediaFirstMultiVector(wrapper, instructed)
+    return MediaFirstEncoder(wrapper, store, instructed)
+
+
+def own_prompt(
+    wrapper: SentenceTransformerEncoderWrapper | MultiVectorWrapper, task_metadata: Any, prompt_type: PromptType | None
+) -> str | None:
+    """A model's own prompt for a side of a task, `None` where it names none."""
+    prompts = wrapper.model_prompts
+    return prompts.get(get_prompt_name(prompts, task_metadata, prompt_type) or "") if prompts else None
+
+
+def _by_prompt(dataset: Dataset, prompt: str | None) -> Iterator[tuple[str | None, list[int]]]:
+    """Rows with the prompt they share: an instruction of their own stands behind the model's prompt, if that stays."""
+    told = dataset[PROMPT_COLUMN] if PROMPT_COLUMN in dataset.column_names else [""] * len(dataset)
+    for instruction in sorted(set(told)):
+        rows = [row for row, own in enumerate(told) if own == instruction]
+        yield f"{prompt or ''}{instruction}" if instruction else prompt, rows
 
 
 def _undecoded(dataset: Dataset) -> Dataset:
