@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mteb
 import numpy as np
@@ -136,6 +137,13 @@ def test_the_kind_is_read_from_the_checkpoint_and_truncation_is_refused(write, f
     model = load_model(str(folder), device="cpu")
     assert isinstance(model, MultiVectorEncoder)
     assert model.encode_document([{"image": picture(), "text": "a"}])[0].shape[1] == 8
+    pylate = tmp_path / "pylate"
+    shutil.copytree(folder, pylate)
+    config = json.loads((pylate / "config_sentence_transformers.json").read_text())
+    (pylate / "config_sentence_transformers.json").write_text(json.dumps({**config, "model_type": "ColBERT"}))
+    loaded = load_model(str(pylate), device="cpu")
+    assert isinstance(loaded, MultiVectorEncoder)
+    assert torch.allclose(loaded.encode_query(["a"])[0], model.encode_query(["a"])[0], atol=1e-6)
     with pytest.raises(SystemExit, match="--truncate_dims .* one vector per input"):
         score(folder, write(ROWS["GQA"]).root, tmp_path / "out", "GQA", more=["--truncate_dims", "4"])
 
