@@ -57,6 +57,7 @@ def check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-pixels", type=int, help="largest image area in pixels; fewer are faster")
     parser.add_argument("--gguf-file", help="name of the .gguf file inside the path")
     parser.add_argument("--json", type=_new_path, help="also write the verdicts to this file")
+    parser.set_defaults(opening=lambda options: given.duration(options["backbone"]))
 
 
 def convert(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = vars(parser_of_all().parse_args(arguments))
     name, traced = options.pop("command"), options.pop("traceback")
+    opening = options.pop("opening", None)  # what a command says before it imports anything
     try:
+        if opening:
+            sys.stdout.write(f"{opening(options)}\n")
+            sys.stdout.flush()
         return import_module(COMMANDS[name][1]).main(**options)
     except KeyboardInterrupt:
         sys.stderr.write("\nst_btok: stopped\n")

@@ -6,6 +6,8 @@ what was seen, and the nearest right word or the next action.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Iterable
@@ -59,6 +61,34 @@ def new_file(word: str) -> str:
     if not path.parent.is_dir():
         raise ArgumentTypeError(f"the folder of a file to write must exist, there is no {path.parent}: make it first.")
     return word
+
+
+def duration(backbone: str) -> str:
+    """Roughly how long `st-btok check` takes, from the size of the weights; for the first line that it prints.
+
+    Measured on one core with 3.3, 57 and 180 million parameters: 15 seconds to import and build, then 0.17 seconds for
+    each million. A larger model is beyond what was measured.
+    """
+    millions = sum(map(_parameters, Path(backbone).glob("*.safetensors"))) / 1e6
+    if not millions:
+        return (
+            "Checking on the CPU: roughly 20 seconds for 3 million parameters, a minute for 200 million, 7 minutes "
+            "for 2 billion, besides a download."
+        )
+    seconds = 15 + 0.2 * millions
+    text = f"{round(seconds, -1):.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+    return f"Checking on the CPU: roughly {text} for {millions:,.1f} million parameters."
+
+
+def _parameters(file: Path) -> int:
+    """Number of values in a safetensors file, by its header; 0 where that can't be read."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(min(length, 100_000_000)))  # the format's own limit
+        return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):  # loading will say what is wrong
+        return 0
 
 
 def near_word(word: str, words: Iterable[str]) -> str:

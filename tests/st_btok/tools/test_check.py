@@ -7,8 +7,10 @@ import re
 
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AttentionInterface, BertConfig, BertLMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging
 
 from st_btok.tools.check import Verdict, check
 from st_btok.tools.command import main
@@ -131,6 +133,45 @@ def test_backbones_that_look_ahead_fail_to_build():
     assert "must be causal" in verdicts[0].note
 
 
+def test_what_is_expected_is_not_said_and_settings_come_back(tmp_path, capfd, caplog, recwarn):
+    """Over-long texts, checkpointing, a save, a reload and an adapter that is never saved: all on purpose."""
+    backbone, processor = build("llama")
+    backbone.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    threads = torch.get_num_threads()
+    bars, levels = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    torch.set_num_threads(2)
+    logging.enable_progress_bar()
+    capfd.readouterr()
+    caplog.clear()
+    recwarn.clear()
+    seen = []
+    try:
+        verdicts = check(str(tmp_path / "model"), lambda verdict: seen.append(torch.get_num_threads()), device="cpu")
+        assert torch.get_num_threads() == 2 and logging.is_progress_bar_enabled()
+        assert not are_progress_bars_disabled() and logging.get_verbosity() == levels
+    finally:
+        torch.set_num_threads(threads)
+        if not bars:
+            logging.disable_progress_bar()
+    assert set(status(verdicts).values()) == {"ok", "not applicable"}
+    assert set(seen[1:]) == {1}, "small products are slower on several threads"
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == "" and not caplog.records and not recwarn.list
+
+
+def test_a_failed_build_names_the_folder_that_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "small").mkdir(parents=True)
+
+    def not_found(*args, **options):
+        raise OSError("models/smal is not on the hub\nand so on")
+
+    monkeypatch.setattr("st_btok.tools.check.build_model", not_found)
+    (verdict,) = check("models/smal")
+    assert verdict.note == "models/smal is not on the hub (did you mean models/small?)"
+
+
 def test_the_command_line(tmp_path, capsys):
     backbone, processor = build("llama")
     backbone.save_pretrained(tmp_path / "good")
@@ -138,6 +179,7 @@ def test_the_command_line(tmp_path, capsys):
     assert main(["check", str(tmp_path / "good"), "--json", str(tmp_path / "verdicts.json")]) == 0
     printed = capsys.readouterr().out
     verdicts = json.loads((tmp_path / "verdicts.json").read_text())
+    assert re.match(r"Checking on the CPU: roughly [12]0 seconds for 0\.\d million parameters\.\n", printed)
     assert "nothing failed" in printed and all(verdict["name"] in printed for verdict in verdicts)
     assert re.search(r"^ok +plain reload +0 <= 1e-06 ", printed, re.MULTILINE)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from importlib import import_module
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from st_btok.tools.command import COMMANDS, main, parser_of_all
 
@@ -84,6 +86,27 @@ def test_what_is_not_there_is_one_line_before_anything_heavy(words, said, checkp
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1
     assert error.startswith("st_btok: ") and said in error and "--help` lists" in error
+
+
+def test_a_check_first_says_how_long_it_takes(checkpoint, monkeypatch, capsys):
+    def said(name):
+        printed.append(capsys.readouterr().out)  # before what does the work is imported
+        raise ImportError("stop here")
+
+    printed: list[str] = []
+    monkeypatch.setattr("st_btok.tools.command.import_module", said)
+    weights = checkpoint / "out/final/model.safetensors"
+    save_file({"a": np.zeros((1000, 500), np.float16), "b": np.zeros(7, np.float32)}, weights, {"format": "pt"})
+    for header in (None, b'{"a": {"dtype": "BF16", "shape": [2200, 1000000], "data_offsets": [0, 1]}}', b"torn"):
+        if header:
+            weights.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ImportError):
+            main(["check", "out/final"])
+    with pytest.raises(ImportError):
+        main(["check", "owner/on-the-hub"])
+    assert printed[0] == "Checking on the CPU: roughly 20 seconds for 0.5 million parameters.\n"
+    assert printed[1] == "Checking on the CPU: roughly 8 minutes for 2,200.0 million parameters.\n"
+    assert printed[2] == printed[3] and "7 minutes for 2 billion, besides a download" in printed[2]
 
 
 def test_errors_for_the_user_are_one_line_and_others_keep_their_traceback(checkpoint, monkeypatch, capsys):
