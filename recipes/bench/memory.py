@@ -124,7 +124,7 @@ def table(config: MemoryConfig) -> str:
     lines = [
         f"Computed, not measured: `CachedBTokLoss(mini_batch_size={config.mini_batch_size})`, {config.batch_size} "
         f"pairs, gradient checkpointing, targets of 64 tokens, LoRA of rank {config.rank}; memory in GiB; seconds on "
-        f"one H100 at {_UTILISATION:.0%} of its peak, without loading data.",
+        f"one H100, assuming {_UTILISATION:.0%} utilisation and no wait for data. Inputs: query -> target side.",
         "",
         "| backbone | tuning | inputs | weights | gradients, AdamW | activations | sum | seconds a step |",
         "|---|---|---|---:|---:|---:|---:|---:|",

@@ -211,7 +211,7 @@ class Batcher:
             reason = f"the model's processor refuses it: {str(error) or type(error).__name__}"
         can_collate = not reason and _can_collate(features)
         if len(rows) > 1 and not can_collate:
-            for row in rows:  # to find the bad one, or the lengths that one tensor without padding hides
+            for row in rows:  # one by one: to find the bad row, or because these features can't be padded later
                 self._preprocess([row])
         elif reason:
             rows[0].refuse(reason)
@@ -274,7 +274,7 @@ class Batcher:
             for key, value in (row.features or {}).items():
                 if key in shapes and isinstance(value, Tensor):
                     shapes[key].add(value.shape[1:])
-        # Texts and media share batches wherever they can: only where media of one kind differ in shape they don't.
+        # Rows of one modality share batches; where media of one kind differ in shape, only those of equal shapes do.
         varying = [key for key in _MEDIA if len(shapes[key]) > 1]
         keys: list[Any] = []
         for row in rows:
@@ -291,7 +291,8 @@ class Batcher:
         if "message" not in self.model.modalities:
             return infer_modality(value)
         media = media_of(value)
-        # Measured: beside a longer video, SmolVLM misreads a shorter one (0.1), LLaVA-OneVision and InternVL raise.
+        # Measured: beside a longer video, the embedding of a shorter one moves by 0.1 on SmolVLM, and LLaVA-OneVision
+        # and InternVL raise.
         frames = {len(item["array"] if isinstance(item, dict) else item) for kind, item in media if kind == "video"}
         rates = {item["sampling_rate"] for kind, item in media if kind == "audio" and isinstance(item, dict)}
         return bool(media), isinstance(value, list), tuple(sorted(frames)), tuple(sorted(rates))

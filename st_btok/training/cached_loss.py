@@ -81,9 +81,6 @@ class CachedBTokLoss(nn.Module):
 
     uses_gradient_cache = True  # tells MatryoshkaLoss to wrap `calculate_loss`
     requires_media_counts = True  # sentence-transformers before 6.2 counts the media of rows only when asked
-
-    uses_gradient_cache = True  # tells MatryoshkaLoss to wrap `calculate_loss`
-    requires_media_counts = True  # sentence-transformers before 6.2 counts the media of rows only when asked
     loss_class = BTokLoss
 
     def __init__(
@@ -123,15 +120,19 @@ class CachedBTokLoss(nn.Module):
         self._fingerprints = self.loss.fingerprints(columns)
         weight = self.loss.weight()
         targets: list[list[Tensor] | None] = self.loss.targets(columns) if weight else [None] * len(columns)
-        batch = _GradCache(self, weight, sum(len(target) for column in targets if column for target in column))
+        cache = _GradCache(self, weight, sum(len(target) for column in targets if column for target in column))
         wholes = [Part(features, target) for features, target in zip(columns, targets, strict=True)]
         self._orders = [self._order(whole) for whole in wholes]
-        carrier = batch.forward_cached(
-            [self._prepared(number, *pair) for number, pair in enumerate(zip(wholes, self._orders, strict=True))]
-        )
-        self.loss.report(columns, targets, batch.ranking, batch.nll, batch.tokens, weight)
-        # GradCache has one tensor whose gradient starts its second pass; the value of each part stays its own.
-        return {"ranking": batch.ranking + (carrier - carrier.detach()), "condensation": weight * batch.nll}
+        prepared = [
+            self._prepared(number, whole, order)
+            for number, (whole, order) in enumerate(zip(wholes, self._orders, strict=True))
+        ]
+        cached = cache.forward_cached(prepared)
+        self.loss.report(columns, targets, cache.ranking, cache.nll, cache.tokens, weight)
+        # The second pass starts from the gradient of this one tensor, whose value is the sum of both parts. Added to a
+        # part with the value 0, it leaves each part its own value.
+        zero_with_gradient = cached - cached.detach()
+        return {"ranking": cache.ranking + zero_with_gradient, "condensation": weight * cache.nll}
 
     def _order(self, column: Part) -> list[int]:
         """Row numbers in the order of the mini-batches: by length, where there are several."""

@@ -6,10 +6,11 @@
 * `prefix`: the K last-layer states become the first K inputs of a sequence of their own, followed by the target. It
   needs neither mask nor cache, so hybrids and state-space models can use it, and it trains exactly what is pooled.
 
-A route is a function from a part of a column to what it embeds to. It calls the model once, on the part's features,
-and works through hooks on the `Transformer` module. So what wraps the model sees one ordinary call, and pooling sees
-the column's own layout. The likelihood is computed inside that call, and returned in the model's output: FSDP holds
-the whole LM head only while the model runs, and prepares the backward pass of what the model returns, of nothing else.
+A route is a function from a part of a column to what it embeds to. It calls the wrapped model once, on the part's
+features, and works through hooks on the `Transformer` module. So what wraps the model sees one ordinary call, and
+pooling sees the column's own layout. The negative log-likelihood is computed inside that call, and returned in the
+model's output: FSDP holds the whole LM head only while the model runs, and it prepares the backward pass only for what
+the model returns.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def kv(call: Call, part: Part) -> Embedded:
     decoder = model.get_decoder()
     # The first call fills it. Without a config, so that sliding layers too keep every position.
     filled = DynamicCache()
-    positions: list[Tensor | None] = []  # of that call, as the backbone numbers them
+    first_position_ids: list[Tensor | None] = []  # one item: those of the first call; empty before it
 
     def before(features: dict[str, Any]) -> dict[str, Any]:
         """Of a text-only backbone sentence-transformers calls `forward` past its hooks, so the cache is given here."""
@@ -153,12 +154,13 @@ def kv(call: Call, part: Part) -> Embedded:
 
     def before_decoder(arguments: dict[str, Any]) -> dict[str, Any]:
         """Inside a multimodal backbone only the decoder is told the positions."""
-        if positions:  # the second call
+        if first_position_ids:  # this is the second call
             return arguments
-        positions.append(arguments.get("position_ids"))
+        first_position_ids.append(arguments.get("position_ids"))
         return {**arguments, "past_key_values": filled, "use_cache": True}
 
     def after(output: dict[str, Any]) -> dict[str, Any]:
+        # sentence-transformers returns the features that it was given: the cache and its flag among them.
         output = {key: value for key, value in output.items() if value is not filled and key != "use_cache"}
         states = output["token_embeddings"]
         # 1. Of the rows with a target: the last BTok's state, which predicts the first target token, and the keys and
@@ -172,7 +174,7 @@ def kv(call: Call, part: Part) -> Embedded:
         if ids.shape[1] > 1:
             own = part.features["attention_mask"][rows]
             last = own.shape[1] - 1 - own.flip(1).argmax(1)  # (R,): index of each row's last token
-            last = _positions_of(positions[0] if positions else None, rows, last, len(states))
+            last = _positions_of(first_position_ids[0] if first_position_ids else None, rows, last, len(states))
             read = decoder(
                 inputs_embeds=model.get_input_embeddings()(ids[:, :-1]),
                 attention_mask=_behind_btoks(mask, len(call.btoks)),
