@@ -2,7 +2,8 @@
 
 `python -m recipes.bench step` times a training step, `python -m recipes.bench encode` the encoding; `encode_scale`
 shows that time per row and memory stay flat, `encode_cost` what the BToks cost, `preprocess` what the chat template
-costs, and `crash_test` kills corpus jobs.
+costs, `operations` counts what a step starts, `memory` computes what it needs on a GPU, and `crash_test` kills corpus
+jobs.
 """
 
 from __future__ import annotations

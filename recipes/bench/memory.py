@@ -16,11 +16,13 @@ It prints a table between the marks `<!-- memory -->` of docs/choosing.md with `
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from recipes.bench.settings import MemoryConfig
 
 _PEAK = 989e12  # multiply-adds count twice: bfloat16 operations a second of an H100, dense
 _UTILISATION = 0.4
@@ -39,16 +41,6 @@ INPUTS = {
     "texts (64 -> 256 tokens)": (64, 256, 64, False),
     "pages (64 -> 1,280 tokens)": (64, 1280, 64, True),
 }
-
-
-@dataclass
-class MemoryConfig:
-    """What is computed."""
-
-    batch_size: int = field(default=64, metadata={"help": "Pairs a step."})
-    mini_batch_size: int = field(default=8, metadata={"help": "Rows in memory at a time, as in CachedBTokLoss."})
-    rank: int = field(default=16, metadata={"help": "Rank of LoRA on all linear layers of the decoder."})
-    write: str = field(default="", metadata={"help": "A Markdown file whose table is replaced."})
 
 
 @dataclass(frozen=True)
@@ -139,21 +131,11 @@ def table(config: MemoryConfig) -> str:
     return "\n".join(lines)
 
 
-def main(config: MemoryConfig | None = None) -> None:
+def main(config: MemoryConfig) -> None:
     """Print the table, and put it into a page where asked to."""
-    config = config or HfArgumentParser(MemoryConfig).parse_args_into_dataclasses()[0]  # type: ignore[arg-type]
     text = table(config)
     print(text)
     if config.write:
         page = Path(config.write)
-        found = re.sub(
-            r"(<!-- memory -->\n).*?(<!-- /memory -->)",
-            lambda match: f"{match[1]}{text}\n{match[2]}",
-            page.read_text(),
-            flags=re.DOTALL,
-        )
-        page.write_text(found)
-
-
-if __name__ == "__main__":
-    main()
+        marked = re.compile(r"(<!-- memory -->\n).*?(<!-- /memory -->)", re.DOTALL)
+        page.write_text(marked.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page.read_text()))

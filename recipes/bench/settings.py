@@ -91,6 +91,16 @@ class PreprocessConfig:
     rounds: int = option(9, "Paired rounds.")
 
 
+@dataclass
+class MemoryConfig:
+    """What is computed."""
+
+    batch_size: int = option(64, "Pairs a step.")
+    mini_batch_size: int = option(8, "Rows in memory at a time, as in CachedBTokLoss.")
+    rank: int = option(16, "Rank of LoRA on all linear layers of the decoder.")
+    write: str = option("", "A Markdown file whose table is replaced.")
+
+
 # Every benchmark by its name, which is its module's.
 BENCHMARKS = {
     "step": BenchmarkConfig,
@@ -100,4 +110,5 @@ BENCHMARKS = {
     "crash_test": KillsConfig,
     "operations": OperationsConfig,
     "preprocess": PreprocessConfig,
+    "memory": MemoryConfig,
 }

@@ -17,7 +17,6 @@ and the processor makes their batch, once their length has given them one.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -391,29 +390,33 @@ def truncate_to_limit(
     length = num_tokens(features)
     if length <= limit:
         return cut, features
-    # Where the text's tokens start tells where to cut. A cut can join or part tokens, so the rest is counted again.
+    # Search in characters: `most` are too many, `least` are few enough (a guess until `best` is found). The first
+    # guess is where the text's own tokens start. A cut can join or part tokens, so the rest is counted again.
     starts = _token_starts(text, tokenizer)
-    kept, too_many = limit - (length - len(starts)), len(starts)
+    least, most = (0, length - len(starts)), (len(text), length)  # (characters, tokens of the input)
+    room = limit - least[1]
+    kept = starts[room] if 0 < room < len(starts) else 0
     best: tuple[Any, dict[str, Any]] | None = None
-    enough = -1  # so many tokens of text are known to fit
-    for _ in range(_TRIES):
-        kept = max(min(kept, too_many - 1), enough + 1, 0)
-        cut = _first_characters(value, starts[kept] if kept else 0)
+    for number in range(_TRIES):
+        cut = _first_characters(value, kept)
         features = preprocess(cut)
         length = num_tokens(features)
         if length <= limit:
-            best, enough = (cut, features), kept
+            best, least = (cut, features), (kept, length)
+            if limit - length <= _SLACK or kept + 1 >= most[0]:
+                break
         elif kept:
-            too_many = bisect_left(starts, starts[kept])  # a byte fallback gives many tokens one start
+            most = (kept, length)
         else:
             raise TooLongError(
                 "an input's media must leave room within the limit, beside its instruction and turns: without its "
                 f"text this one still takes {length} tokens, max_seq_length is {limit}. Give it fewer media, lower "
                 "max_pixels, or raise model.max_seq_length"
             )
-        if best is not None and (limit - length in range(_SLACK + 1) or enough + 1 >= too_many):
-            return best
-        kept += limit - length
+        share = (limit - least[1]) / max(most[1] - least[1], 1)
+        kept = min(max(least[0] + int(share * (most[0] - least[0])), least[0] + bool(best)), most[0] - 1)
+        if best is None and number >= _TRIES // 2:  # the interpolation misleads
+            kept = most[0] // 2
     return best or truncate_to_limit(_first_characters(value, 0), preprocess, limit, tokenizer)
 
 

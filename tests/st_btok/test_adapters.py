@@ -122,7 +122,7 @@ def test_the_loss_reads_the_base_matrix_as_head(qwen):
     head = embedding_matrix(qwen[0].model).detach().clone()
     adapted(qwen)
     assert torch.equal(embedding_matrix(qwen[0].model), head)
-    merged = merge_adapters(copy.deepcopy(qwen))
+    merged = merge_adapters(copy.deepcopy(qwen)).requires_grad_(True)
     expected = BTokLoss(merged, lm_head=head)([dict(column) for column in features])
     found = BTokLoss(qwen)([dict(column) for column in features])
     for name in ("ranking", "condensation"):

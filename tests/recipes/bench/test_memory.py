@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.bench.memory import MemoryConfig, parameters, step, table
+from recipes.bench.memory import parameters, step, table
+from recipes.bench.settings import MemoryConfig
 
 PAGES = "pages (64 -> 1,280 tokens)"
 

@@ -87,8 +87,9 @@ def compare(model, micro_batches, wrap: Callable = wrapped_ddp, loss_class=BTokL
     """`micro_batches[m][r]` are the rows of rank r."""
     whole = [[row for rows in batch for row in rows] for batch in micro_batches]
     expected, wanted = on_one_process(model, whole, loss_class, **options)
-    plain, model = model, copy.deepcopy(model)
+    model = copy.deepcopy(model)
     loss = loss_class(model, gather_across_devices=True, **options)
+    source = copy.deepcopy(model)  # preprocesses as the model of the loss does, and is not wrapped
     wrapper = wrap(model)
     for part in list(loss.modules()):  # as the Trainer does
         if getattr(part, "model", None) is model:
@@ -98,7 +99,7 @@ def compare(model, micro_batches, wrap: Callable = wrapped_ddp, loss_class=BTokL
         last = number == len(micro_batches) - 1
         hold = not last and isinstance(wrapper, DistributedDataParallel)
         with wrapper.no_sync() if hold else nullcontext():
-            part = total(loss(columns(plain, batch[dist.get_rank()]))) / len(micro_batches)
+            part = total(loss(columns(source, batch[dist.get_rank()]))) / len(micro_batches)
             part.backward()
         value += part.item()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -113,10 +114,11 @@ def compare(model, micro_batches, wrap: Callable = wrapped_ddp, loss_class=BTokL
 
 def different_columns() -> dict[str, float]:
     """Another number of columns on another rank: an error on every rank, no hang."""
-    loss = BTokLoss(copy.deepcopy(MODELS["llama"]), gather_across_devices=True)
+    model = copy.deepcopy(MODELS["llama"])
+    loss = BTokLoss(model, gather_across_devices=True)
     rows = [("a", "b", "c")] if dist.get_rank() else [("a", "b")]
     try:
-        loss(columns(MODELS["llama"], rows))
+        loss(columns(model, rows))
     except ValueError as error:
         return {"raised": float("number of columns" in str(error))}
     return {"raised": 0.0}
