@@ -41,6 +41,7 @@ from st_btok.model_parts import (
     embedding_matrix,
     find_btoks,
     forget_adapters,
+    tokenizer_of,
     without_adapter,
 )
 
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 # What stands for the origin of a model whose weights are its own: it can't be loaded, and the error quotes it.
 CHANGED = "(weights changed in memory: pass base= to btok_lora_config)"
 FINGERPRINT = "base_fingerprint"
+_MENTION = f"{{% set _ = {FINGERPRINT} %}}"
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 
 
@@ -356,11 +358,26 @@ def base_change(model: SentenceTransformer) -> str | None:
 
 
 def _set_fingerprint(transformer: Transformer, fingerprint: str | None) -> None:
-    """Write it where every save of the model writes it down; None takes it out."""
+    """Write it where every save of the model writes it down; None takes it out.
+
+    It stands among the chat template's arguments. The template mentions it without using it: transformers takes an
+    argument that the template does not know for one of the processor (5.20 then drops padding, later ones warn).
+    """
     kept: Any = dict(transformer.processing_kwargs)
     template = {name: value for name, value in kept.get("chat_template", {}).items() if name != FINGERPRINT}
     kept["chat_template"] = {**template, FINGERPRINT: fingerprint} if fingerprint else template
+    if isinstance(text := template.get("chat_template"), str):
+        kept["chat_template"]["chat_template"] = _mentioned(text, fingerprint)
     transformer.processing_kwargs = kept
+    for holder in (transformer.processor, tokenizer_of(transformer)):
+        if isinstance(text := getattr(holder, "chat_template", None), str):
+            holder.chat_template = _mentioned(text, fingerprint)
+
+
+def _mentioned(template: str, fingerprint: str | None) -> str:
+    """The template with the fingerprint's name in it, or without; it renders the same text."""
+    plain = template.removeprefix(_MENTION)
+    return _MENTION + plain if fingerprint else plain
 
 
 def _outermost_adapters(backbone: nn.Module) -> Iterator[tuple[str, Any]]:

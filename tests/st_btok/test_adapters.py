@@ -9,6 +9,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from jinja2 import Environment, meta
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -324,3 +325,15 @@ def test_wrong_arguments(qwen):
     qwen.add_adapter(config)
     with pytest.raises(ValueError, match="merge_adapters"):
         btok_lora_config(qwen)
+
+
+def test_the_template_knows_the_fingerprint_and_renders_as_before(qwen, tmp_path):
+    """An argument that the template does not mention goes to the processor, which loses its padding by that."""
+    row = [{"image": picture(), "text": "what?"}, "a text"]
+    before, ids = qwen[0].processor.chat_template, qwen.preprocess(row)["input_ids"]
+    qwen.add_adapter(btok_lora_config(qwen, r=4, base=str(tmp_path / "base")))
+    for holder in (qwen[0].processor, qwen.tokenizer):
+        names = meta.find_undeclared_variables(Environment().parse(holder.chat_template))
+        assert qwen[0].processing_kwargs["chat_template"].keys() <= names
+    assert torch.equal(qwen.preprocess(row)["input_ids"], ids)
+    assert merge_adapters(qwen)[0].processor.chat_template == before
