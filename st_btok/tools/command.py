@@ -10,25 +10,30 @@ them. What is wrong with what was given is one line, `st_btok: ...`. A new comma
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from st_btok.tools import given
 from st_btok.version import __version__
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with the nearest command or option."""
+    """A parser whose errors are one line, with the nearest command or option; `parts` are those of its commands."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.parts: list[argparse.ArgumentParser] = []
 
     def error(self, message: str) -> NoReturn:
         words = message.split()
         if message.startswith("unrecognized arguments"):
-            parsers = [self, *_commands(self).values()]
-            known = [name for parser in parsers for name in parser._option_string_actions]
+            parsers = [self, *self.parts]
+            known = [name for parser in parsers for name in re.findall(r"--[a-z][\w-]*", parser.format_help())]
             near = [given.near_word(word.partition("=")[0], known) for word in words if word.startswith("--")]
             message += "".join(near)
         elif "invalid choice" in message:
@@ -36,12 +41,6 @@ class _Parser(argparse.ArgumentParser):
             message += given.near_word(seen.strip("'"), [word.strip("',)") for word in rest.split()])
         message = message if message.endswith(("?", ".")) else f"{message}."
         self.exit(2, f"st_btok: {message} `{self.prog} --help` lists what can be given.\n")
-
-
-def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The sub-parsers by the names of their commands."""
-    found = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(found[0]) if found else {}
 
 
 def _new_path(word: str) -> Path:
@@ -125,6 +124,7 @@ def parser_of_all() -> argparse.ArgumentParser:
         summary = (describe.__doc__ or "").strip()
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         describe(command)
+        parser.parts.append(command)
         command.add_argument("--traceback", action="store_true", help="show where an error was raised")
     return parser
 
