@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 from recipes.data.real import write_corpus
 from recipes.data.searches import Search, searches_of
 from recipes.data.user_data import load_user_data
-from recipes.research.seeing import build_seeing
+from recipes.research.seeing_checkpoint import build_seeing
 from recipes.research.smollm2 import smollm2_folder
 
 SHIPPED = "recipes/backbone"

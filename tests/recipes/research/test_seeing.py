@@ -9,16 +9,9 @@ import pytest
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from recipes.research.seeing import (
-    PROMPT,
-    Captioned,
-    Reader,
-    class_pictures,
-    picture_template,
-    start_linear,
-    topic,
-    tower_weights,
-)
+from recipes.research.seeing_checkpoint import picture_template, tower_weights
+from recipes.research.seeing_connector import PROMPT, Reader, class_pictures, start_linear
+from recipes.research.seeing_pictures import Captioned, topic
 from tests.backbones import build
 
 OWN = (
