@@ -279,7 +279,7 @@ def _broken_as_media_error(read: Callable[[Any], Any], source: Any) -> None:
 
 def _report(broken: tuple[BrokenRow, ...], num_rows: int, on_error: str) -> None:
     if broken and on_error == "raise":
-        rows = "\n".join(f"  row {entry.index}: {entry.reason}" for entry in broken[:20])
+        rows = "\n".join(f"  row {entry.index}: {entry.reason.rstrip('.')}." for entry in broken[:20])
         raise ValueError(
             f"{broken[0].dataset}: {len(broken)} of {num_rows} rows are broken:\n{rows}\n"
             'Repair them, or train without them: on_error="skip".'

@@ -37,7 +37,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import DatasetDict
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import (
     FastVlmForConditionalGeneration,
@@ -51,7 +50,7 @@ from recipes.research.seeing_connector import Reader, measure, train
 from recipes.research.seeing_pictures import SOURCES, Captioned, held_out_pictures, read_split, write_pictures
 from recipes.research.variant import Variant, VariantSettings
 from recipes.research.variants import build_variant, fit_variant, quiet
-from st_btok import merge_adapters
+from st_btok import merge_adapters, rgb_image
 
 QUERIES = ("a red bird", "a ship at sea", "something to eat", "a musical instrument", "vlorp qwzx")  # the last: none
 
@@ -121,7 +120,7 @@ def draw_searches(model: SentenceTransformer, paths: Sequence[Path], queries: Se
         queries: Texts.
         to: The PNG.
     """
-    pictures = [Image.open(path).convert("RGB") for path in paths]
+    pictures = [rgb_image(path) for path in paths]
     scores = model.encode_query(list(queries)) @ model.encode_document(pictures, batch_size=32).T
     figure, axes = plt.subplots(
         len(queries), 6, figsize=(8.4, 1.45 * len(queries)), layout="constrained", squeeze=False

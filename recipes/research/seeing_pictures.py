@@ -17,6 +17,7 @@ from torch import Tensor
 
 from recipes.data.real import SAME_PICTURE, difference_hash, write_corpus
 from recipes.research.seeing_checkpoint import SIDE
+from st_btok import rgb_image
 
 SOURCES = ("stamps", "clipart", "emoji")  # of pictures with captions
 
@@ -87,7 +88,7 @@ def read_split(name: str, split: str, model: Any, processor: Any, folder: Path, 
     captions = [row["positive_text"] for row in rows]
     kept = root / f"{split}-{SIDE}.safetensors"
     if not kept.exists():
-        pictures = [Image.open(root / row["query_image"]).convert("RGB") for row in rows]
+        pictures = [rgb_image(root / row["query_image"]) for row in rows]
         hashes = torch.tensor([difference_hash(picture) - 2**63 for picture in pictures], dtype=torch.int64)
         save_file({"features": features_of(model, processor, pictures).contiguous(), "hashes": hashes}, kept)
     found = load_file(kept)

@@ -217,6 +217,13 @@ def how_to_go_on(config: TrainConfig) -> str:
     return f"stopped; everything up to {last} is saved. The same command with --resume goes on from there."
 
 
+def score_nothing(arguments: TrainConfig) -> None:
+    """No evaluation: there is no held-out row, perhaps because no data set has enough rows to hold some out."""
+    if arguments.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end needs held-out rows, but no data set has enough. Leave it out.")
+    arguments.eval_on_start, arguments.eval_strategy = False, "no"
+
+
 def _train(config: TrainConfig) -> Path:
     started = sorted(Path(config.output_dir).glob("checkpoint-*"))
     if started and not config.resume:
@@ -241,12 +248,15 @@ def _train(config: TrainConfig) -> Path:
         arguments.multi_dataset_batch_sampler = config.mix
     if config.distinct:
         arguments.batch_sampler = distinct_rows
+    evaluator = validation(config, data.held_out)
+    if evaluator is None:
+        score_nothing(arguments)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
         train_dataset=data.rows,
         loss=loss,
-        evaluator=validation(config, data.held_out),
+        evaluator=evaluator,
         callbacks=[BTokCallback(), WriteScores(Path(config.output_dir) / SCORES), interrupt := SaveOnInterrupt()],
     )
     try:

@@ -188,6 +188,18 @@ def test_cached_loss_targets_and_negatives(backbone, pairs, tmp_path):
     assert seen == [3, 3, 2, 2, 4, 4]
 
 
+def test_too_few_rows_to_hold_some_out_train_without_scores(backbone, tmp_path, caplog):
+    lines = [json.dumps({"query": f"question {number}", "positive": f"answer {number}"}) for number in range(5)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    options = {"data": [str(tmp_path / "few.jsonl")], "validation_size": 200}
+    path = train(config(backbone, tmp_path, **options))
+    assert (path / "modules.json").is_file() and "few has no validation part" in caplog.text
+    assert not (tmp_path / "out" / "validation.jsonl").exists()
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "resume": True}
+    with pytest.raises(ValueError, match="needs held-out rows, but no data set has enough. Leave it out"):
+        train(config(backbone, tmp_path, **options, **best))
+
+
 def test_broken_rows_can_be_an_error_before_the_model_is_built(pairs, tmp_path):
     with pytest.raises(ValueError, match="mine: 1 of 24 rows are broken:\n  row 5: positive: file"):
         train(config("not a model", tmp_path, data=[pairs], on_error="raise"))
