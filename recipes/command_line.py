@@ -1,7 +1,7 @@
 """The command lines of the recipes: settings as flags, read before torch is imported, and errors of one line.
 
-A command is a module at the top with light imports: its settings and a `main` that parses them, which takes a second,
-and only then imports what does the work, which takes many. `python -m recipes.train --help` and a mistyped flag are
+A command is a module with light imports: its settings and a `main` that parses them, which takes a second, and only
+then imports what does the work, which takes many. `python -m recipes.train --help` and a mistyped flag are
 answered at once.
 """
 
@@ -35,8 +35,12 @@ def required(text: str, *aliases: str) -> Any:
     return field(metadata={"help": text, **({"aliases": list(aliases)} if aliases else {})})
 
 
-class Parser(HfArgumentParser):
-    """Reads dataclasses of settings; what is wrong ends the process with one line, which names the nearest flag."""
+class ArgumentDefaultsRawHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description and shows the defaults."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors end the process with one line, which names the nearest flag."""
 
     def __init__(self, *settings: Any, **options: Any) -> None:
         super().__init__(*settings, allow_abbrev=False, **options)
@@ -50,6 +54,10 @@ class Parser(HfArgumentParser):
                 message += f" (did you mean {near[0]}?)" if near and word.startswith("--") else ""
         message = message if message.endswith(("?", ".")) else f"{message}."
         self.exit(2, f"st_btok: {message} --help lists all flags.\n")
+
+
+class Parser(CommandParser, HfArgumentParser):
+    """Reads dataclasses of settings."""
 
     def settings(self, cls: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
         """What the command line gives; a `ValueError` of the settings ends the process with its message."""
@@ -76,10 +84,6 @@ def parse(cls: type[Settings], arguments: Sequence[str] | None = None, descripti
     """
     raw = {"formatter_class": ArgumentDefaultsRawHelp} if description else {}
     return Parser(cls, description=description or cls.__doc__, **raw).settings(cls, arguments)
-
-
-class ArgumentDefaultsRawHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of a description and shows the defaults."""
 
 
 def run(command: Callable[[], object]) -> None:

@@ -11,7 +11,15 @@ import pytest
 from recipes import command_line
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "compare", "quickstart", "encode_corpus", "study", "bench step")
+WITH_A_BATCH = ("train", "compare", "quickstart", "study", "bench step")
+COMMANDS = (
+    *WITH_A_BATCH,
+    "encode_corpus",
+    "search",
+    "search index",
+    "research.pretrain",
+    "research.distill_to_last_token",
+)
 # Run in a fresh process: what the command prints, and whether torch was imported for it.
 FRESH = """
 import runpy, sys
@@ -36,7 +44,7 @@ def test_a_mistyped_flag_is_answered_before_torch_is_imported(command):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert line.startswith("st_btok: unrecognized arguments: --bach_size") or "are required" in line
     assert "--help" in line and "torch: False" in done.stdout
-    if command in ("train", "compare", "quickstart", "study", "bench step"):
+    if command in WITH_A_BATCH:
         assert "did you mean --batch_size?" in line
 
 
@@ -49,10 +57,19 @@ def test_a_mistyped_option_of_a_variant_is_answered_before_torch_is_imported():
     assert "Traceback" in done.stderr and "ValueError: 'condensation_wieght'" in done.stderr
 
 
-def test_help_is_printed_before_torch_is_imported():
-    done = started("train", "--help")
-    assert done.returncode == 0 and "--condensation_weight" in done.stdout and "--weight_decay" in done.stdout
-    assert "torch: False" in done.stdout
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_printed_before_torch_is_imported(command):
+    done = started(command, "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout and "torch: False" in done.stdout
+    if command == "train":
+        assert "--condensation_weight" in done.stdout and "--weight_decay" in done.stdout
+    if command in WITH_A_BATCH:
+        assert "--batch_size" in done.stdout
+
+
+def test_a_search_without_a_query_is_answered_before_torch_is_imported():
+    done = started("search", "query", "index", "--model", "x")
+    assert done.returncode == 2 and "give a text, an --image or both" in done.stderr and "torch: False" in done.stdout
 
 
 def raising(error):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from recipes.research import distill_to_last_token
+from recipes.research import distill_to_last_token, distillation
 from tests.backbones import picture
 
 
@@ -31,16 +31,14 @@ def test_kept_neighbours_are_counted_by_hand():
     rng = np.random.default_rng(0)
     wanted = rng.standard_normal((40, 8))
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    assert distill_to_last_token.compare(wanted, wanted, np.arange(5)) == distill_to_last_token.Loss(
-        pytest.approx(1.0), 1.0
-    )
-    assert distill_to_last_token.compare(-wanted, wanted, np.arange(5)).kept == 1.0  # all turned: the same neighbours
-    assert distill_to_last_token.compare(-wanted, wanted, np.arange(5)).cosine == pytest.approx(-1.0)
+    assert distillation.compare(wanted, wanted, np.arange(5)) == distillation.Loss(pytest.approx(1.0), 1.0)
+    assert distillation.compare(-wanted, wanted, np.arange(5)).kept == 1.0  # all turned: the same neighbours
+    assert distillation.compare(-wanted, wanted, np.arange(5)).cosine == pytest.approx(-1.0)
 
 
 def test_refusals(btok_model, tmp_path):
     with pytest.raises(ValueError, match="needs no conversion"):
-        distill_to_last_token.with_last_readout(btok_model("qwen2_vl", readout="last"))
+        distillation.with_last_readout(btok_model("qwen2_vl", readout="last"))
     (tmp_path / "rows.jsonl").write_text('{"title": "a"}')
     with pytest.raises(ValueError, match="row 0"):
-        distill_to_last_token.read_rows(tmp_path / "rows.jsonl")
+        distillation.read_rows(tmp_path / "rows.jsonl")

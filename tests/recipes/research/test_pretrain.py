@@ -10,24 +10,25 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from recipes.research import pretrain
-from recipes.research.pretrain import Curriculum, Example, PretrainConfig
+from recipes.research import pretraining
+from recipes.research.pretrain import PretrainConfig
+from recipes.research.pretraining import Curriculum, Example
 from recipes.toy import scenes
 
-BACKBONE = Path(pretrain.__file__).parent.parent / "backbone"
+BACKBONE = Path(pretraining.__file__).parent.parent / "backbone"
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return pretrain.build_processor()
+    return pretraining.build_processor()
 
 
 def test_labels_are_the_answer_and_its_end(processor):
     rows = [Example(None, "say it", "red"), Example(None, "x", "green kitten")]
-    features = pretrain.encode(processor, rows)
+    features = pretraining.encode(processor, rows)
     for labels, row in zip(features["labels"], rows, strict=True):
         assert processor.tokenizer.decode(labels[labels >= 0]) == f"{row.answer}<|im_end|>"
-    bare = pretrain.encode(processor, rows, with_answer=False)
+    bare = pretraining.encode(processor, rows, with_answer=False)
     assert processor.tokenizer.decode(bare["input_ids"][1]).endswith("<|assistant|>") and "labels" not in bare
 
 
@@ -43,7 +44,7 @@ def test_chat_template_is_what_training_reads(processor):
         [[{"role": "user", "content": content}]], tokenize=True, return_dict=True, return_tensors="pt",
         add_generation_prompt=True,
     )  # fmt: skip
-    expected = pretrain.encode(processor, [Example(image, "what word?", "kitten")], with_answer=False)
+    expected = pretraining.encode(processor, [Example(image, "what word?", "kitten")], with_answer=False)
     assert torch.equal(rendered["input_ids"], expected["input_ids"])
     assert torch.equal(rendered["pixel_values"], expected["pixel_values"])
 
@@ -66,21 +67,21 @@ def test_curriculum_grows_words_when_they_are_read():
 
 def test_every_step_has_every_kind():
     curriculum = Curriculum(np.random.default_rng(0))
-    for kind, (rows, _) in pretrain.MIX.items():
+    for kind, (rows, _) in pretraining.MIX.items():
         batch = curriculum.batch(kind)
         assert len(batch) == rows and all((row.image is None) == (kind == "text") for row in batch)
 
 
 @pytest.mark.slow
 def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "MIX", {kind: (2, weight) for kind, (_, weight) in pretrain.MIX.items()})
-    monkeypatch.setattr(pretrain, "gate", lambda *args: {"words": 0.0, "word colours": 0.0} | dict.fromkeys(
+    monkeypatch.setattr(pretraining, "MIX", {kind: (2, weight) for kind, (_, weight) in pretraining.MIX.items()})
+    monkeypatch.setattr(pretraining, "gate", lambda *args: {"words": 0.0, "word colours": 0.0} | dict.fromkeys(
         ("colour at a place", "place of a colour"), 0.0))  # fmt: skip
     saved = {}
 
     def run(name, stop):
         config = PretrainConfig(output=str(tmp_path / name), steps=4, save_steps=2)
-        original = pretrain.train_step
+        original = pretraining.train_step
         calls = []
 
         def step(*args):
@@ -89,12 +90,12 @@ def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path, monkeypatch):
             calls.append(1)
             return original(*args)
 
-        monkeypatch.setattr(pretrain, "train_step", step)
+        monkeypatch.setattr(pretraining, "train_step", step)
         try:
             with pytest.raises((RuntimeError, KeyboardInterrupt)):
-                pretrain.train(config)
+                pretraining.train(config)
         finally:
-            monkeypatch.setattr(pretrain, "train_step", original)
+            monkeypatch.setattr(pretraining, "train_step", original)
         saved[name] = torch.load(tmp_path / f"{name}.partial" / "state.pt", weights_only=False)
 
     run("whole", stop=99)
@@ -109,13 +110,13 @@ def test_resuming_gives_the_weights_of_an_unbroken_run(tmp_path, monkeypatch):
 
 def test_gate():
     good = {"words": 0.8, "word colours": 0.95, "colour at a place": 0.95, "place of a colour": 0.95}
-    assert pretrain.passes(good)
-    assert not any(pretrain.passes({**good, key: value - 0.01}) for key, value in good.items())
+    assert pretraining.passes(good)
+    assert not any(pretraining.passes({**good, key: value - 0.01}) for key, value in good.items())
 
 
 def test_learning_rate_warms_up_and_decays():
     config = PretrainConfig(steps=100, warmup_steps=10, learning_rate=1.0)
-    rates = [pretrain.learning_rate(step, config) for step in range(100)]
+    rates = [pretraining.learning_rate(step, config) for step in range(100)]
     assert rates[0] == 0.1 and rates[10] == max(rates) == 1.0 and 0.1 <= rates[-1] < 0.11
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
 
@@ -124,10 +125,10 @@ def test_committed_backbone_passes_its_gate():
     """The real weights on fresh scenes of the test split: 64 rows a measure here, 512 in training.json."""
     record = json.loads((BACKBONE / "training.json").read_text())
     recorded = next(value for key, value in record.items() if key.startswith("test"))
-    assert pretrain.passes(recorded)
+    assert pretraining.passes(recorded)
     assert sum(f.stat().st_size for f in BACKBONE.glob("*.safetensors")) <= 8 * 2**20
     model = AutoModelForImageTextToText.from_pretrained(BACKBONE, dtype=torch.float32)
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
-    found = pretrain.gate(model.eval(), AutoProcessor.from_pretrained(BACKBONE), "test", 64)
+    found = pretraining.gate(model.eval(), AutoProcessor.from_pretrained(BACKBONE), "test", 64)
     assert found["words"] >= 0.80
     assert min(found[key] for key in ("word colours", "colour at a place", "place of a colour")) >= 0.90
