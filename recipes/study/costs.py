@@ -1,4 +1,4 @@
-"""What a step of every arm costs beside the baseline's: timed alone, before the runs, which may share the machine."""
+"""What a step of every variant costs beside the baseline's: timed alone, before runs that may share the machine."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ import torch
 
 from recipes.research.variant import VariantSettings
 from recipes.research.variants import build_variant, fit_variant
-from recipes.study.arms import ARMS, BASELINE
 from recipes.study.inputs import Corpus
 from recipes.study.runs import Log, Wanted, unlabelled_loss
+from recipes.study.variants import BASELINE, VARIANTS
 
 TIMED_STEPS = 3  # after one that is not counted
-SAME_COST = 0.05  # an arm whose step costs within 5 % of the baseline's needs no run of its own at equal time
+SAME_COST = 0.05  # a variant whose step costs within 5 % of the baseline's needs no run of its own at equal time
 
 
 class Costs:
     """Measured costs, in a file.
 
     Args:
-        log: Lines of backbone, corpus, arm, round and seconds a step.
+        log: Lines of backbone, corpus, variant, round and seconds a step.
     """
 
     def __init__(self, log: Log) -> None:
         self.log = log
 
-    def seconds(self, backbone: str, corpus: str, arm: str) -> dict[int, float]:
+    def seconds(self, backbone: str, corpus: str, variant: str) -> dict[int, float]:
         """Seconds a step by round; a corpus that is cut to some pairs costs what the whole one does."""
-        key = {"backbone": backbone, "corpus": _kind(corpus), "arm": arm}
+        key = {"backbone": backbone, "corpus": _kind(corpus), "variant": variant}
         return {line["round"]: line["seconds"] for line in self.log.lines if key.items() <= line.items()}
 
-    def ratio(self, backbone: str, corpus: str, arm: str) -> float | None:
-        """Median over the rounds of an arm's seconds over the baseline's; None where one was not timed."""
-        mine, base = self.seconds(backbone, corpus, arm), self.seconds(backbone, corpus, BASELINE)
+    def ratio(self, backbone: str, corpus: str, variant: str) -> float | None:
+        """Median over the rounds of a variant's seconds over the baseline's; None where one was not timed."""
+        mine, base = self.seconds(backbone, corpus, variant), self.seconds(backbone, corpus, BASELINE)
         both = sorted(set(mine) & set(base))
         return float(np.median([mine[r] / base[r] for r in both])) if both else None
 
     def equal_time_steps(self, wanted: Wanted) -> int | None:
-        """Steps that an arm gets in the baseline's time.
+        """Steps that a variant gets in the baseline's time.
 
         Args:
             wanted: The run at equal steps.
@@ -50,19 +50,19 @@ class Costs:
         Returns:
             The number; None where equal steps are equal time already, or nothing was timed.
         """
-        ratio = self.ratio(wanted.backbone, wanted.corpus, wanted.arm)
+        ratio = self.ratio(wanted.backbone, wanted.corpus, wanted.variant)
         return None if ratio is None or abs(ratio - 1) <= SAME_COST else max(2, round(wanted.steps / ratio))
 
     def measure(
-        self, backbone: str, corpus: Corpus, arms: Sequence[str], settings: VariantSettings, rounds: int
+        self, backbone: str, corpus: Corpus, variants: Sequence[str], settings: VariantSettings, rounds: int
     ) -> Iterator[str]:
-        """Time what is not timed yet, every arm once a round.
+        """Time what is not timed yet, every variant once a round.
 
         Args:
             backbone: Its name on the command line.
             corpus: What to train on.
-            arms: Names of the arms.
-            settings: What the arms share.
+            variants: Their names.
+            settings: What they share.
             rounds: How often.
 
         Yields:
@@ -70,24 +70,24 @@ class Costs:
         """
         own = replace(settings, steps=1 + TIMED_STEPS)
         for number in range(rounds):
-            for arm in arms:
-                if number in self.seconds(backbone, corpus.name, arm):
+            for variant in variants:
+                if number in self.seconds(backbone, corpus.name, variant):
                     continue
-                seconds = _seconds_a_step(arm, own, corpus)
-                line: dict[str, Any] = {"backbone": backbone, "corpus": _kind(corpus.name), "arm": arm}
+                seconds = _seconds_a_step(variant, own, corpus)
+                line: dict[str, Any] = {"backbone": backbone, "corpus": _kind(corpus.name), "variant": variant}
                 line |= {"round": number, "batch_size": own.batch_size, "seconds": round(seconds, 4)}
                 self.log.add(line)
-                yield f"{backbone}, {_kind(corpus.name)}, {arm}: {seconds:.2f} s a step (round {number})"
+                yield f"{backbone}, {_kind(corpus.name)}, {variant}: {seconds:.2f} s a step (round {number})"
 
 
 def _seconds_a_step(name: str, settings: VariantSettings, corpus: Corpus) -> float:
     """A step of both phases, each with its share. On the CPU of processor time, on a GPU of the clock."""
-    arm = ARMS[name]
-    variant = arm.build(settings.steps)
+    compared = VARIANTS[name]
+    variant = compared.build(settings.steps)
     model, loss = build_variant(variant, settings, 0)
-    parts = [(1 - arm.term_first if arm.unlabelled else 1.0, loss, corpus.train)]
-    if arm.unlabelled:
-        parts.append((arm.term_first, unlabelled_loss(model, settings.steps), corpus.unlabelled))
+    parts = [(1 - compared.condensation_first if compared.unlabelled else 1.0, loss, corpus.train)]
+    if compared.unlabelled:
+        parts.append((compared.condensation_first, unlabelled_loss(model, settings.steps), corpus.unlabelled))
     seconds = 0.0
     for share, own, pairs in parts:
         training = fit_variant(model, own, variant, settings, 0, pairs, f"{name}: cost")

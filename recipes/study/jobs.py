@@ -37,11 +37,11 @@ class Job:
     def title(self) -> str:
         """What it is called while it runs."""
         run = self.wanted
-        return f"{run.backbone}, {run.corpus}, {run.arm}, seed {run.seed}, {run.steps} steps at {run.rate:g}"
+        return f"{run.backbone}, {run.corpus}, {run.variant}, seed {run.seed}, {run.steps} steps at {run.rate:g}"
 
     @property
     def settings(self) -> VariantSettings:
-        """What it shares with the other arms."""
+        """What it shares with the other variants."""
         config, folder = self.config, Path(self.config.output_dir)
         return VariantSettings(
             backbone_folder(self.wanted.backbone, folder),

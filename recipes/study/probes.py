@@ -1,10 +1,10 @@
-"""Why an arm does what it does: measured inside its training, on pairs that it does not train on.
+"""Why a variant does what it does: measured inside its training, on pairs that it does not train on.
 
-* Conflict: the cosine of the two parts' gradients, and the size of the term's beside the ranking's. Near 0 the term
-  neither helps nor hinders the ranking where it is measured; below 0 it is in the way.
-* Information: nats per target token that the BToks' own content saves, the term on the right targets against the term
-  on another row's. What passes the bottleneck can't be more than what is needed to tell the rows apart, so 0 says that
-  the decoder ignores the BToks.
+* Conflict: the cosine of the two parts' gradients, and the size of the condensation loss' beside the ranking's. Near 0
+  it neither helps nor hinders the ranking where it is measured; below 0 it is in the way.
+* Information: nats per target token that the BToks' own content saves: the condensation loss on the right targets
+  against that on another row's. What passes the bottleneck can't be more than what is needed to tell the
+  rows apart, so 0 says that the decoder ignores the BToks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Conflict(TrainerCallback):
         steps: Steps before which to measure.
 
     Attributes:
-        found: By step: `cosine`, and `ratio` of the norms, the weighted term's over the ranking's.
+        found: By step: `cosine`, and `ratio` of the norms, the weighted condensation loss' over the ranking's.
     """
 
     def __init__(self, loss: Any, columns: Sequence[Sequence[Any]], steps: Sequence[int]) -> None:
@@ -47,10 +47,10 @@ class Conflict(TrainerCallback):
             for name in ("ranking", "condensation")
         ]
         model.train(training)
-        ranking, term = (gradient.norm() for gradient in gradients)
-        if ranking and term:
-            cosine = torch.dot(*gradients) / (ranking * term)
-            self.found[str(state.global_step)] = {"cosine": float(cosine), "ratio": float(term / ranking)}
+        ranking, condensation = (gradient.norm() for gradient in gradients)
+        if ranking and condensation:
+            cosine = torch.dot(*gradients) / (ranking * condensation)
+            self.found[str(state.global_step)] = {"cosine": float(cosine), "ratio": float(condensation / ranking)}
 
 
 def information(loss: Any, columns: Sequence[Sequence[Any]]) -> dict[str, float]:

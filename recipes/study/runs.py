@@ -1,4 +1,4 @@
-"""Train and score one arm after another; every run is a line of `runs.jsonl`, and a finished one is never repeated."""
+"""Train and score one variant after another; every run is a line of `runs.jsonl`, and is never repeated."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from recipes.data.searches import Search
 from recipes.research.controls import ControlLoss
 from recipes.research.variant import VariantSettings
 from recipes.research.variants import Training, build_variant, fit_variant
-from recipes.study.arms import ARMS
 from recipes.study.inputs import Corpus
 from recipes.study.probes import Conflict, information
+from recipes.study.variants import VARIANTS, current_name
 
 PROBE_ROWS = 16
 
@@ -33,7 +33,7 @@ class Wanted:
     Args:
         backbone: Its name on the command line.
         corpus: Its name on the command line.
-        arm: Name of the arm.
+        variant: Name of the variant.
         seed: Seed.
         rate: Peak learning rate.
         steps: Training steps, both phases; 0: the untrained model is searched.
@@ -43,7 +43,7 @@ class Wanted:
 
     backbone: str
     corpus: str
-    arm: str
+    variant: str
     seed: int
     rate: float
     steps: int
@@ -64,7 +64,7 @@ class Log:
         kept = []
         for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
-                self.lines.append(json.loads(text))
+                self.lines.append(_with_current_name(json.loads(text)))
             except ValueError:
                 continue
             kept.append(text)
@@ -83,12 +83,18 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
+def _with_current_name(line: dict[str, Any]) -> dict[str, Any]:
+    """A line; in those of older runs the variant is called `arm`."""
+    name = line.pop("arm", None) or line["variant"]
+    return {**line, "variant": current_name(name)}
+
+
 def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: str) -> dict[str, Any]:
-    """Train and score an arm.
+    """Train and score a variant.
 
     Args:
         wanted: What to run.
-        settings: Backbone and everything that the arms share.
+        settings: Backbone and everything that the variants share.
         corpus: Pairs and searches.
         title: Label of the progress bar.
 
@@ -96,16 +102,16 @@ def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: s
         The line for the log: ranks by search, seconds a step (where several runs share the machine, of that too), the
         losses, and what the probes found.
     """
-    arm = ARMS[wanted.arm]
-    variant = arm.build(wanted.steps)
+    compared = VARIANTS[wanted.variant]
+    variant = compared.build(wanted.steps)
     own = replace(settings, steps=wanted.steps, learning_rate=wanted.rate, batch_size=wanted.batch_size)
     model, loss = build_variant(variant, own, wanted.seed)
     probe = _probe(corpus.searches["validation"])
-    probed = wanted.steps and arm.term and not arm.term_first
+    probed = wanted.steps and compared.has_condensation and not compared.condensation_first
     conflict = Conflict(loss, probe, _probed_steps(wanted.steps)) if probed else None
     trainings = []
-    if arm.unlabelled and wanted.steps:
-        first = arm.first_steps(wanted.steps)
+    if compared.unlabelled and wanted.steps:
+        first = compared.first_steps(wanted.steps)
         phase, alone = replace(own, steps=first), unlabelled_loss(model, first)
         trainings.append(fit_variant(model, alone, variant, phase, wanted.seed, corpus.unlabelled, f"{title}, first"))
         own = replace(own, steps=wanted.steps - first)
@@ -122,7 +128,7 @@ def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: s
         "ranks": ranks,
         "seconds_a_step": round(_seconds(trainings) / max(1, wanted.steps), 4),
         "loss": [round(row.get("ranking", row["loss"]), 3) for row in log],
-        "term": [round(row["condensation_nll"], 3) for row in log if "condensation_nll" in row],
+        "condensation": [round(row["condensation_nll"], 3) for row in log if "condensation_nll" in row],
     }
     if conflict:
         line["conflict"] = conflict.found
@@ -146,7 +152,7 @@ def _pooled_in_float32(model: SentenceTransformer) -> Iterator[None]:
 
 
 def unlabelled_loss(model: SentenceTransformer, steps: int) -> ControlLoss:
-    """The term alone, each document generated from its own BToks, for so many steps."""
+    """The condensation loss alone, each document generated from its own BToks, for so many steps."""
     return ControlLoss(model, condensation_weight=1.0, target="self", condensation_warmup=steps)
 
 

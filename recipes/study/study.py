@@ -13,12 +13,12 @@ import torch
 
 from recipes.research.variants import quiet
 from recipes.study import report
-from recipes.study.arms import BASELINE
 from recipes.study.costs import Costs
 from recipes.study.inputs import backbone_folder
 from recipes.study.jobs import Job, made
 from recipes.study.runs import Log, Wanted, best_rate, mean_reciprocal_ranks
 from recipes.study.settings import StudyConfig
+from recipes.study.variants import BASELINE
 from recipes.training.resume import only_training_in
 
 
@@ -39,15 +39,15 @@ class Study:
     def phases(self) -> Iterator[list[Wanted]]:
         """Runs in their order: those that choose rates, then the finals, which depend on what the first found.
 
-        A seed of every arm before the next, at equal steps and at equal time: comparable whenever it is stopped.
+        A seed of every variant before the next, at equal steps and at equal time: comparable whenever it is stopped.
         """
         config = self.config
         first = Wanted("", "", "", 0, config.rates[0], config.steps, config.batch_size, "test")
         every = [
-            replace(first, backbone=backbone, corpus=corpus, arm=arm)
+            replace(first, backbone=backbone, corpus=corpus, variant=variant)
             for backbone in config.backbones
             for corpus in config.corpora
-            for arm in config.arms
+            for variant in config.variants
         ]
         trials = [replace(run, steps=config.rate_steps, split="validation") for run in every]
         if len(config.rates) > 1:
@@ -58,7 +58,7 @@ class Study:
             runs = [replace(run, seed=seed, rate=rate) for run, rate in zip(every, rates, strict=True)]
             finals += runs
             if config.equal_time:
-                timed = [(run, self.costs.equal_time_steps(run)) for run in runs if run.arm != BASELINE]
+                timed = [(run, self.costs.equal_time_steps(run)) for run in runs if run.variant != BASELINE]
                 finals += [replace(run, steps=steps) for run, steps in timed if steps]
         yield finals
 
@@ -80,13 +80,13 @@ class Study:
         return f"{len(self.log.lines)} runs are there, {left} are to be made{known}{more}."
 
     def pace(self, run: Wanted) -> float:
-        """Expected seconds a step: of the arm, else of the backbone and corpus; 0 where nothing was measured."""
+        """Expected seconds a step: of the variant, else of the backbone and corpus; 0 where nothing was measured."""
         kind = run.corpus.partition("@")[0]
-        found = self.costs.seconds(run.backbone, kind, run.arm) or self.costs.seconds(run.backbone, kind, BASELINE)
+        found = self.costs.seconds(run.backbone, kind, run.variant) or self.costs.seconds(run.backbone, kind, BASELINE)
         return float(np.median(list(found.values()))) if found else 0.0
 
     def measure(self) -> None:
-        """Unpack backbones, make corpora, and time a step of every arm that is not timed yet."""
+        """Unpack backbones, make corpora, and time a step of every variant that is not timed yet."""
         config = self.config
         for backbone in config.backbones:
             backbone_folder(backbone, self.folder)  # once, before several processes want it
@@ -94,7 +94,7 @@ class Study:
                 job = Job(Wanted(backbone, name, BASELINE, 0, config.rates[0], 0, config.batch_size, "test"), config)
                 corpus = job.corpus()
                 rounds = config.cost_rounds if config.equal_time else 0
-                for line in self.costs.measure(backbone, corpus, config.arms, job.settings, rounds):
+                for line in self.costs.measure(backbone, corpus, config.variants, job.settings, rounds):
                     print(line, flush=True)
 
     def run(self) -> None:

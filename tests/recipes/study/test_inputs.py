@@ -35,7 +35,7 @@ def test_a_cut_decoder_is_the_first_layers(tmp_path):
         found = cut(**tokens).last_hidden_state
     torch.testing.assert_close(found, cut.norm(wanted), atol=1e-5, rtol=1e-5)
     assert cut.config.num_hidden_layers == len(cut.layers) == 2
-    # Every arm reads the same: the bare text, and behind it what belongs to the arm.
+    # Every variant reads the same: the bare text, and behind it what belongs to the variant.
     path = str(tmp_path / "smollm2-2")
     plain = prompted_model(path, device="cpu").preprocess(["entity"])["input_ids"][0].tolist()
     btok = build_model(path, template=template_of(path), device="cpu").preprocess(["entity"])["input_ids"][0].tolist()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from recipes.study.arms import BASELINE
 from recipes.study.settings import StudyConfig
+from recipes.study.variants import BASELINE
 
 
 def test_quick_takes_the_pictures_that_are_named():
@@ -13,7 +13,7 @@ def test_quick_takes_the_pictures_that_are_named():
     assert texts.backbones == ["shipped"] and texts.corpora == ["languages", "packages"]
     pictures = StudyConfig(quick=True, corpora=["stamps@250"])
     assert pictures.corpora == ["stamps@250"] and pictures.backbones == ["seeing"]
-    assert pictures.arms[0] == BASELINE and "last token, prompt" in pictures.arms
+    assert pictures.variants[0] == BASELINE and "last token, prompt" in pictures.variants
 
 
 def test_half_precision_is_for_untrained_models():

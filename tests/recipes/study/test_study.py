@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 
+from recipes import study as study_room
+from recipes.command_line import parse
 from recipes.research.prompted import prompted_model
 from recipes.research.variant import Variant
 from recipes.study import jobs
-from recipes.study.arms import ARMS, BASELINE, HEADLINES
 from recipes.study.costs import Costs
 from recipes.study.jobs import Job
 from recipes.study.report import groups_of, table
 from recipes.study.runs import Log, Wanted, best_rate
 from recipes.study.settings import StudyConfig
 from recipes.study.study import Study
+from recipes.study.variants import BASELINE, HEADLINES, VARIANTS
 from tests.backbones import build
+
+RESULTS = Path(study_room.__file__).parent / "results"
 
 
 @pytest.fixture(scope="module")
@@ -54,53 +59,80 @@ def config(folder, **options):
         "device": "cpu",
         "rates": [1e-2],
     }
-    options = {"arms": ["BToks, term 0.2"], "corpora": ["words"], "tuning": "full", **defaults, **options}
+    options = {"variants": ["BToks, condensation 0.2"], "corpora": ["words"], "tuning": "full", **defaults, **options}
     return StudyConfig(output_dir=str(folder / "study"), backbones=[str(folder / "backbone")], **options)
 
 
 def test_every_arm_is_one_that_can_be_built():
-    assert BASELINE in HEADLINES and set(HEADLINES) <= set(ARMS)
-    for name, arm in ARMS.items():
-        assert arm.build(30).pooling in ("btok", "lasttoken", "mean"), name
-    assert ARMS["term first"].build(30).options["condensation_warmup"] == 10
-    assert ARMS["BToks, term 1"].term and not ARMS["BToks"].term and not ARMS["mean"].term
+    assert BASELINE in HEADLINES and set(HEADLINES) <= set(VARIANTS)
+    for name, variant in VARIANTS.items():
+        assert variant.build(30).pooling in ("btok", "lasttoken", "mean"), name
+    assert VARIANTS["condensation first"].build(30).options["condensation_warmup"] == 10
+    assert VARIANTS["BToks, condensation 1"].has_condensation
+    assert not VARIANTS["BToks"].has_condensation and not VARIANTS["mean"].has_condensation
+
+
+def test_lines_and_commands_of_older_runs_are_understood(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"arm": "BToks, term 0.2", "seed": 0}\n{"variant": "newline start", "seed": 1}\n')
+    assert [line["variant"] for line in Log(path).lines] == ["BToks, condensation 0.2", "newline start"]
+    config = parse(StudyConfig, ["--arms", "line break start, term 0.2", "BToks"])
+    assert config.variants == [BASELINE, "BToks", "newline start, condensation 0.2"]
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "h100/runs.jsonl", "prompted/runs.jsonl", "costs.jsonl"])
+def test_every_committed_line_is_of_a_variant_that_there_is(name, tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text((RESULTS / name).read_text())
+    lines = Log(path).lines
+    assert lines and {line["variant"] for line in lines} <= set(VARIANTS)
 
 
 def test_runs_are_made_once_and_in_a_comparable_order(folder, capsys):
     """Two rates on validation, then a seed after the other at the better one; a second call makes nothing."""
-    arms = ["BToks, term 0.2", "unlabelled first", "term first"]
-    options = {"arms": arms, "rates": [1e-2, 1e-9], "rate_steps": 6}
+    variants = ["BToks, condensation 0.2", "unlabelled first", "condensation first"]
+    options = {"variants": variants, "rates": [1e-2, 1e-9], "rate_steps": 6}
     study = Study(config(folder, **options))
-    assert study.plan().startswith("0 runs are there, 16 are to be made"), "four arms: two rates and two seeds each"
+    assert study.plan().startswith("0 runs are there, 16 are to be made"), (
+        "four variants: two rates and two seeds each"
+    )
     study.measure()
-    arms = [BASELINE, "BToks, term 0.2", "term first", "unlabelled first"]
+    variants = [BASELINE, "BToks, condensation 0.2", "condensation first", "unlabelled first"]
     costs = [json.loads(line) for line in study.costs.log.path.read_text().splitlines()]
-    assert [(line["arm"], line["round"]) for line in costs] == [(arm, r) for r in range(2) for arm in arms]
+    assert [(line["variant"], line["round"]) for line in costs] == [
+        (variant, r) for r in range(2) for variant in variants
+    ]
     assert all(line["seconds"] > 0 and line["corpus"] == "words" for line in costs)
-    # What the arms cost here is noise on this backbone: set, so that the runs at equal time are known.
+    # What the variants cost here is noise on this backbone: set, so that the runs at equal time are known.
     for line in study.costs.log.lines:
-        line["seconds"] = {BASELINE: 1.0, "BToks, term 0.2": 1.5, "term first": 1.04}.get(line["arm"], 0.75)
+        line["seconds"] = {BASELINE: 1.0, "BToks, condensation 0.2": 1.5, "condensation first": 1.04}.get(
+            line["variant"], 0.75
+        )
     study.run()
     capsys.readouterr()
     lines = [json.loads(line) for line in study.log.path.read_text().splitlines()]
     assert [line["split"] for line in lines[:8]] == ["validation"] * 8
-    finals = [(line["arm"], line["seed"], line["steps"]) for line in lines[8:]]
-    timed = [("BToks, term 0.2", 4), ("unlabelled first", 8)]
-    assert finals == [(arm, seed, steps) for seed in range(2) for arm, steps in [*((arm, 6) for arm in arms), *timed]]
+    finals = [(line["variant"], line["seed"], line["steps"]) for line in lines[8:]]
+    timed = [("BToks, condensation 0.2", 4), ("unlabelled first", 8)]
+    assert finals == [
+        (variant, seed, steps)
+        for seed in range(2)
+        for variant, steps in [*((variant, 6) for variant in variants), *timed]
+    ]
     for line in lines:
         assert all(np.isfinite(line["loss"])) and len(line["ranks"]) == 2 and line["seconds_a_step"] > 0
-    chosen = {line["arm"]: line["rate"] for line in lines[8:]}
-    for arm in chosen:
-        scores = {line["rate"]: line for line in lines[:8] if line["arm"] == arm}
+    chosen = {line["variant"]: line["rate"] for line in lines[8:]}
+    for variant in chosen:
+        scores = {line["rate"]: line for line in lines[:8] if line["variant"] == variant}
         means = {
             rate: np.mean([1 / r for ranks in line["ranks"].values() for r in ranks]) for rate, line in scores.items()
         }
-        assert means[chosen[arm]] == max(means.values())
-    warm = next(line for line in lines[8:] if line["arm"] == "term first")
-    assert warm["loss"][:2] == [0, 0] and min(warm["loss"][2:]) > 0 and len(warm["term"]) == 6
-    after = next(line for line in lines[8:] if line["arm"] == "unlabelled first")
+        assert means[chosen[variant]] == max(means.values())
+    warm = next(line for line in lines[8:] if line["variant"] == "condensation first")
+    assert warm["loss"][:2] == [0, 0] and min(warm["loss"][2:]) > 0 and len(warm["condensation"]) == 6
+    after = next(line for line in lines[8:] if line["variant"] == "unlabelled first")
     assert len(after["loss"]) == 4 and after["steps"] == 6, "two steps are the first phase's"
-    probed = next(line for line in lines[8:] if line["arm"] == "BToks, term 0.2")
+    probed = next(line for line in lines[8:] if line["variant"] == "BToks, condensation 0.2")
     assert list(probed["conflict"]) == ["0", "1", "3", "5"] and probed["information"].keys() == {"own", "other"}
     # A torn line is made again, nothing else; by workers, as by this process.
     whole = study.log.path.read_text()
@@ -113,7 +145,7 @@ def test_runs_are_made_once_and_in_a_comparable_order(folder, capsys):
     (remade,) = again.log.lines[len(lines) - 1 :]
     assert remade["ranks"] == last["ranks"] and remade["loss"] == last["loss"], "the same run in another process"
     text = again.write()
-    assert "| BToks, term 0.2 | 2 |" in text and "saved by the own BToks" in text and "| 1.50x |" in text
+    assert "| BToks, condensation 0.2 | 2 |" in text and "saved by the own BToks" in text and "| 1.50x |" in text
     for name in ("study.md", "study.png", "curves.png"):
         assert (folder / "study" / name).stat().st_size > 300
 
@@ -126,12 +158,12 @@ def test_a_failed_run_takes_no_other_along(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Job, "corpus", lambda self: None)
     with pytest.raises(RuntimeError, match="1 runs failed. The first: .*last token.*no memory"):
         study.run()
-    assert [line["arm"] for line in study.log.lines] == ["BToks, term 0.2"]
+    assert [line["variant"] for line in study.log.lines] == ["BToks, condensation 0.2"]
     assert "1 runs are there, 1 are to be made" in Study(study.config).plan()
 
 
 def fails_for_the_baseline(wanted, settings, corpus, title):
-    if wanted.arm == BASELINE:
+    if wanted.variant == BASELINE:
         raise torch.OutOfMemoryError("no memory")
     return asdict(wanted) | {"ranks": {"there": [1], "back": [2]}}
 
@@ -150,7 +182,7 @@ def test_few_pairs_leave_the_rest_unlabelled(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arms": ["x"]}, "arms must be of"),
+        ({"variants": ["x"]}, "variants must be of"),
         ({"corpora": ["x@3"]}, "corpora must be of"),
         ({"only": "x"}, "only must be"),
         ({"workers": 0}, "workers must be"),
@@ -164,14 +196,14 @@ def test_what_cannot_run_is_refused_first(folder, options, message):
 
 def test_quick_is_the_headlines(folder):
     quick = StudyConfig(output_dir=str(folder / "other"), quick=True)
-    assert quick.arms == HEADLINES and quick.backbones == ["shipped"] and quick.seeds == 2
+    assert quick.variants == HEADLINES and quick.backbones == ["shipped"] and quick.seeds == 2
 
 
 WANTED = Wanted("b", "words", BASELINE, 0, 1e-3, 100, 32, "test")
 
 
-def line(arm, seed, ranks, steps=100, **other):
-    run = asdict(WANTED) | {"arm": arm, "seed": seed, "steps": steps}
+def line(variant, seed, ranks, steps=100, **other):
+    run = asdict(WANTED) | {"variant": variant, "seed": seed, "steps": steps}
     return run | {
         "ranks": {"there": ranks[:2], "back": ranks[2:]},
         "seconds_a_step": 1.0,
@@ -193,17 +225,17 @@ def test_rates_come_from_the_log(tmp_path):
 def costs(tmp_path):
     """Two rounds, of which the second ran on a machine half as fast."""
     found = Costs(Log(tmp_path / "costs.jsonl"))
-    for arm, seconds in ((BASELINE, 1.0), ("mean", 1.6), ("BToks", 1.04), ("K = 1", 0.8)):
+    for variant, seconds in ((BASELINE, 1.0), ("mean", 1.6), ("BToks", 1.04), ("K = 1", 0.8)):
         for number, slower in enumerate((1, 2)):
-            values = {"arm": arm, "round": number, "seconds": seconds * slower}
+            values = {"variant": variant, "round": number, "seconds": seconds * slower}
             found.log.add({"backbone": "b", "corpus": "words", **values})
     return found
 
 
 def test_equal_time_comes_from_the_costs(costs):
     steps = {
-        arm: costs.equal_time_steps(replace(WANTED, arm=arm, corpus="words@250"))
-        for arm in ("mean", "BToks", "K = 1", "K = 16")
+        variant: costs.equal_time_steps(replace(WANTED, variant=variant, corpus="words@250"))
+        for variant in ("mean", "BToks", "K = 1", "K = 16")
     }
     assert steps == {"mean": 62, "BToks": None, "K = 1": 125, "K = 16": None}
 
@@ -222,7 +254,7 @@ def test_the_table_says_what_the_lines_say(costs):
     text = table([group])
     assert "| last token | 2 | 0.001 | 59.4 ± 3.1 |  |  | 1.00x |" in text
     assert "| mean | 2 | 0.001 | 90.6 ± 9.4 | +31.2 (" in text and "| -12.5 (" in text and "1.60x" in text
-    assert "BToks, above" not in text, "the other arms of its pairs were not run"
+    assert "BToks, above" not in text, "the other variants of its pairs were not run"
     (paired,) = groups_of([*lines, line("BToks, last", 0, [1, 2, 1, 1])], costs)
     assert "| BToks, above BToks, last | | | | +12.5 (" in table([paired])
     (untimed,) = groups_of(lines, Costs(Log(costs.log.path.with_name("none.jsonl"))))
@@ -231,7 +263,7 @@ def test_the_table_says_what_the_lines_say(costs):
 
 def test_runs_at_two_rates_do_not_stand_for_each_other(costs):
     lines = [line(BASELINE, 0, [1, 1, 1, 1]), line("mean", 0, [2, 2, 2, 2]) | {"rate": 2e-3}]
-    assert len(groups_of(lines, costs)) == 1, "each arm has a rate of its own"
+    assert len(groups_of(lines, costs)) == 1, "each variant has a rate of its own"
     lines += [line(BASELINE, 0, [4, 4, 4, 4]) | {"rate": 2e-3}]
     first, second = groups_of(lines, costs)
     assert [group.title[-6:] for group in (first, second)] == [" 0.001", " 0.002"]
@@ -248,11 +280,11 @@ def test_steps_of_the_baseline_make_groups_of_their_own(costs):
 
 
 def test_without_steps_the_untrained_models_are_searched(folder, tmp_path):
-    arms = ["BToks, term 0.2", "unlabelled first", "term first"]
-    study = Study(config(folder, steps=0, seeds=1, arms=arms, equal_time=False))
+    variants = ["BToks, condensation 0.2", "unlabelled first", "condensation first"]
+    study = Study(config(folder, steps=0, seeds=1, variants=variants, equal_time=False))
     study.log = Log(tmp_path / "runs.jsonl")
     study.run()
-    assert {line["arm"] for line in study.log.lines} == {BASELINE, *arms}
+    assert {line["variant"] for line in study.log.lines} == {BASELINE, *variants}
     base = study.log.lines[0]
     rows = [json.loads(row) for row in (folder / "study" / "corpora" / "words-40" / "test.jsonl").open()]
     bare = prompted_model(str(folder / "backbone"), device="cpu", max_seq_length=64)
@@ -263,4 +295,4 @@ def test_without_steps_the_untrained_models_are_searched(folder, tmp_path):
 
 
 def test_variants_of_controls_reach_the_loss():
-    assert Variant.parse(ARMS["further token"].variant).options["condensation_btoks"] == 4
+    assert Variant.parse(VARIANTS["further token"].variant).options["condensation_btoks"] == 4
