@@ -4,11 +4,13 @@ Text alone is cut by sentence-transformers itself, exactly: the tokenizer cuts a
 tail (the turn's closing and the BToks) is written back over the end (`Transformer._restore_chat_template_suffix`, ST
 6.2). It leaves alone whatever holds media, or what it can't tell from media. Such inputs must arrive within the limit,
 and there the chat template sees to it with an upper bound: see `templates/bound.jinja`. This file measures what that
-bound adds up, by running the backbone's own processor. (The checked path counts tokens instead: `inputs/fitting.py`.)
+bound adds up, by running the backbone's own processor. Where st_btok runs, in
+`encode_checked` and in training, real tokens are counted: `truncation.py`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import unicodedata
 from collections.abc import Iterator
@@ -20,8 +22,14 @@ from sentence_transformers.base.modules.transformer import Transformer
 from transformers import PreTrainedTokenizerBase
 
 from st_btok.model_parts import tokenizer_of
-from st_btok.tokens import btok_ids
+from st_btok.tokens import btok_ids, control_tokens
 
+logger = logging.getLogger(__name__)
+
+# How the error begins that `bound.jinja` raises where media may not fit.
+MEDIA_MAY_NOT_FIT = "st_btok: an input's media must leave room within the limit"
+# For `processing_kwargs` of one call: what sentence-transformers does not cut is known to fit.
+FITTING: Any = {"chat_template": {"max_tokens": None}}
 # For `processing_kwargs` of one call: an input as long as it is, for measurements.
 UNLIMITED: Any = {"text": {"truncation": False}, "chat_template": {"max_chars": None}}
 
@@ -41,6 +49,7 @@ _RATIOS = (1, 4 / 3, 2, 3)
 # the largest area allows.
 _THIN = (20, 3980)
 _FRAMES = 8
+_BESIDE_AN_IMAGE = 256
 
 
 def set_max_seq_length(transformer: Transformer, max_seq_length: int) -> None:
@@ -62,6 +71,36 @@ def set_max_seq_length(transformer: Transformer, max_seq_length: int) -> None:
     limits = {**own, **measured, **text_limits(transformer, max_seq_length)}
     transformer.processing_kwargs = {**kept, "chat_template": limits}
     transformer.max_seq_length = max_seq_length
+    for kind in ("image", "video", "audio"):
+        if limits[f"{kind}_tokens"] + limits["frame_tokens"] >= max_seq_length:
+            logger.warning(
+                "%s input can take up to %d tokens on this backbone, max_seq_length is %d: plain `encode` refuses "
+                "every input of that kind, because it can't see sizes. `encode_checked` and training count real "
+                "tokens and take what fits.",
+                kind.capitalize(), limits[f"{kind}_tokens"], max_seq_length,
+            )  # fmt: skip
+
+
+def tokens_of_an_image(transformer: Transformer, max_seq_length: int) -> int:
+    """Tokens that one image may have at most, so that text has room beside it in plain `encode` too.
+
+    Args:
+        transformer: The model's first module. Its template must already append the BToks.
+        max_seq_length: Tokens of a whole input.
+
+    Returns:
+        The area, in tokens. Three quarters of what the turns leave, or all but 256 tokens of it if that is more; and
+        little enough that the thinnest image, one row of patches, has no more tokens than that.
+    """
+    tokenizer = tokenizer_of(transformer)
+    template = str(tokenizer.chat_template)
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
+    turns = str(transformer.processor.apply_chat_template(turn, chat_template=template, tokenize=False))
+    for name in control_tokens(tokenizer, template):
+        turns = turns.replace(name, "..")  # as `bound.jinja` counts them
+    room = max_seq_length - len(turns.encode()) - _frame_tokens(tokenizer)
+    tokens = max(3 * room // 4, room - _BESIDE_AN_IMAGE)
+    return min(tokens, tokens * tokens * _THIN[0] // _THIN[1])
 
 
 def text_limits(transformer: Transformer, max_seq_length: int) -> dict[str, int]:
@@ -97,10 +136,8 @@ def _media_limits(transformer: Transformer) -> dict[str, Any]:
     """
     tokenizer = tokenizer_of(transformer)
     growing, growth = growing_characters(tokenizer)
-    # One more than the special tokens: some tokenizers put a blank in front of everything.
-    frame = len(btok_ids(tokenizer)) + tokenizer.num_special_tokens_to_add() + 1
     empty = _num_tokens(transformer, {"text": "a"})
-    limits: dict[str, Any] = {"frame_tokens": frame, "growing": growing, "growth": growth}
+    limits: dict[str, Any] = {"frame_tokens": _frame_tokens(tokenizer), "growing": growing, "growth": growth}
     for kind in ("image", "video", "audio"):
         limits[f"{kind}_tokens"] = 0
         if kind in transformer.modality_config:
@@ -111,6 +148,11 @@ def _media_limits(transformer: Transformer) -> dict[str, Any]:
                 area *= _FRAMES
             limits[f"{kind}_tokens"] = max(tokens, area)
     return limits
+
+
+def _frame_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the template does not show; some tokenizers put a blank in front of everything."""
+    return len(btok_ids(tokenizer)) + tokenizer.num_special_tokens_to_add() + 1
 
 
 def _largest_area(transformer: Transformer, kind: str) -> int:

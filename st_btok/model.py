@@ -35,7 +35,7 @@ from transformers.utils import quantization_config
 
 from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import DATE, Lack, append_btoks, pin_date, plain_template
-from st_btok.limits import set_max_seq_length
+from st_btok.limits import set_max_seq_length, tokens_of_an_image
 from st_btok.model_parts import GENERATING, checkpoint_head, tokenizer_of
 from st_btok.pooling import ENGINE_PLUGIN, BTokPooling
 from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
@@ -81,7 +81,8 @@ def build_model(
         max_seq_length: Limit of an input in tokens. Longer inputs lose text at the end, never media or BToks; exact
             for text, an upper bound with media. Default: what tokenizer and backbone allow.
         min_pixels: Smallest image area in pixels, for processors with such limits. Default 3,136 (or the backbone's).
-        max_pixels: Largest image area in pixels. Default 1,003,520, or the backbone's own limit if that is smaller.
+        max_pixels: Largest image area in pixels. Default 1,003,520, or the backbone's own limit if that is smaller;
+            lowered, with a warning, where `max_seq_length` has no room for it.
         prompts: Instructions by name, such as `{"query": "...", "document": "..."}`, used by `encode_query`,
             `encode_document` and `prompt_name`.
         device: Device of the result. Default: what sentence-transformers picks, or what `device_map` in
@@ -391,6 +392,8 @@ def _set_processing(
     transformer: Transformer, max_seq_length: int | None, min_pixels: int | None, max_pixels: int | None
 ) -> None:
     """Save what bounds an input: pixel limits (always both: a lone one is ignored) and the limit in tokens."""
+    positions = getattr(transformer.config.get_text_config(), "max_position_embeddings", None) or 32768
+    limit = max_seq_length or min(tokenizer_of(transformer).model_max_length, positions)
     # sentence-transformers cuts texts by tokens, at `max_seq_length`, and keeps the template's tail. Without the None,
     # a processor takes the length of the tokenizer's last call, saved with it: a limit set later would do nothing.
     kwargs: Any = {**transformer.processing_kwargs, "text": {"max_length": None}}
@@ -401,7 +404,7 @@ def _set_processing(
     size = dict(getattr(image_processor, "size", None) or {})
     if image_processor and {"shortest_edge", "longest_edge"} <= set(size) and hasattr(image_processor, "merge_size"):
         lower = min_pixels or size["shortest_edge"]
-        upper = max_pixels or min(size["longest_edge"], MAX_PIXELS)
+        upper = max_pixels or _pixels_that_fit(transformer, min(size["longest_edge"], MAX_PIXELS), lower, limit)
         if not 0 < lower <= upper:
             raise ValueError(f"0 < min_pixels <= max_pixels must hold, got {lower} and {upper}.")
         kwargs["image"] = {"size": {"shortest_edge": lower, "longest_edge": upper}}
@@ -414,8 +417,22 @@ def _set_processing(
         )
     transformer.processing_kwargs = kwargs
     _fix_video_cap(transformer)
-    positions = getattr(transformer.config.get_text_config(), "max_position_embeddings", None) or 32768
-    set_max_seq_length(transformer, max_seq_length or min(tokenizer_of(transformer).model_max_length, positions))
+    set_max_seq_length(transformer, limit)
+
+
+def _pixels_that_fit(transformer: Transformer, pixels: int, lower: int, limit: int) -> int:
+    """The largest area of an image, lowered where such images would never fit into `limit` tokens beside a text."""
+    image_processor: Any = getattr(transformer.processor, "image_processor", None)
+    pixels_per_token = (image_processor.patch_size * image_processor.merge_size) ** 2
+    fitting = max(tokens_of_an_image(transformer, limit) * pixels_per_token, lower)
+    if fitting >= pixels:
+        return pixels
+    logger.warning(
+        "max_seq_length=%d has no room for images of %d tokens beside their text: max_pixels is lowered from %d to %d "
+        "(%d tokens). Pass max_pixels to choose another.",
+        limit, pixels // pixels_per_token, pixels, fitting, fitting // pixels_per_token,
+    )  # fmt: skip
+    return fitting
 
 
 def _fix_video_cap(transformer: Transformer) -> None:

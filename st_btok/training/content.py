@@ -14,17 +14,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
 
-from st_btok.limits import UNLIMITED
+from st_btok.limits import FITTING, MEDIA_MAY_NOT_FIT, UNLIMITED
 from st_btok.model_parts import CONTENT_KEYS, ignore_in_forward, media_tokens, tokenizer_of
 from st_btok.tokens import btok_ids, control_tokens
+from st_btok.truncation import TooLongError, truncate_to_limit
 
 _TEXT, _MEDIA = CONTENT_KEYS
 # One bit for each kind of medium.
@@ -173,7 +176,7 @@ class ContentCarrier:
         """
         module = self.transformer
         inputs = [without_missing(row) for row in inputs]
-        features = type(module).preprocess(module, inputs, prompt=prompt, **options)  # type: ignore[arg-type]
+        features = self._preprocess(inputs, prompt=prompt, **options)
         if not features or torch.is_inference_mode_enabled():  # `encode`
             return features
         rows = contents_of(module, inputs)
@@ -181,6 +184,30 @@ class ContentCarrier:
         features[_TEXT] = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=_NONE)
         features[_MEDIA] = torch.tensor([media for _, media in rows])
         return features
+
+    def _preprocess(self, inputs: Sequence[Any], **options: Any) -> dict[str, Any]:
+        """The module's own `preprocess`. Where the saved template refuses media that may not fit, they are counted."""
+        module: Any = self.transformer
+        own = partial(type(module).preprocess, module)
+        try:
+            return dict(own(inputs, **options))
+        except TemplateError as error:
+            if not str(error).startswith(MEDIA_MAY_NOT_FIT):
+                raise
+
+        def whole(row: Any) -> dict[str, Any]:
+            return dict(own([row], **{**options, "processing_kwargs": UNLIMITED}))
+
+        fitting = list(inputs)
+        for number, (text, media) in enumerate(contents_of(module, inputs)):
+            try:
+                if media or isinstance(inputs[number], list):  # sentence-transformers cuts all others
+                    fitting[number], _ = truncate_to_limit(
+                        inputs[number], whole, module.max_seq_length, tokenizer_of(module)
+                    )
+            except TooLongError as error:
+                raise ValueError(f"row {number} of a batch, with the text {text[:60]!r}: {error}.") from None
+        return dict(own(fitting, **{**options, "processing_kwargs": FITTING}))
 
     def ids_of(self, text: str) -> list[int]:
         """The first ids of a row's text.

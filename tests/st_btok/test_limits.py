@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 
 import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import normalizers
+from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
+from st_btok import build_model
 from st_btok.limits import growing_characters, set_max_seq_length
 from st_btok.model_parts import find_btoks
-from tests.backbones import picture, sound, takes, tokenizer
+from tests.backbones import QWEN_TEMPLATE, build, picture, sound, takes, tokenizer
 
 LIMIT = 4000
 
@@ -45,12 +48,48 @@ def test_the_longest_image_is_counted_not_the_square_one(qwen):
 
 
 def test_frames_in_a_list_are_counted(qwen):
+    del qwen[0].preprocess  # which counts real tokens for a loss
     set_max_seq_length(qwen[0], 1200)
     largest = [picture(112, 112, seed) for seed in range(24)]
     row = qwen[0].preprocess([{"video": largest, "text": "x" * 5000}])["input_ids"][0].tolist()
     assert 12 * 16 < len(row) <= 1200 and row[-4:] == find_btoks(qwen)[1]
     with pytest.raises(Exception, match="media must leave room"):
         qwen[0].preprocess([{"video": largest * 4, "text": "x"}])
+
+
+@pytest.mark.parametrize("limit", [96, 128, 192, 700])
+def test_no_image_is_refused_at_a_small_limit(limit, caplog):
+    """Whatever its shape: the largest area is lowered, with a warning, until the longest image has room."""
+    own = tokenizer()
+    processor = Qwen2VLProcessor(
+        Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}),
+        own,
+        Qwen2VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    )
+    backbone, _ = build("qwen2_vl")
+    with caplog.at_level(logging.WARNING):
+        model = build_model(backbone, processor=processor, max_seq_length=limit, device="cpu")
+    assert "max_pixels is lowered from 1003520 to" in caplog.text and f"max_seq_length={limit}" in caplog.text
+    for size in ((28, 28), (2000, 2000), (20, 3980), (3980, 20), (300, 900)):
+        row = model[0].preprocess([{"image": Image.new("RGB", size), "text": "x" * 900}])["input_ids"][0].tolist()
+        assert len(row) <= limit and row[-4:] == find_btoks(model)[1] and model.tokenizer.decode(row).count("x") > 3
+
+
+def test_max_pixels_that_is_given_stays(caplog):
+    backbone, processor = build("qwen2_vl")
+    with caplog.at_level(logging.WARNING):
+        model = build_model(backbone, processor=processor, max_seq_length=128, max_pixels=28 * 28 * 400, device="cpu")
+    assert model[0].processing_kwargs["image"]["size"]["longest_edge"] == 28 * 28 * 400
+    assert "Image input can take up to 402 tokens" in caplog.text and "encode_checked" in caplog.text
+
+
+def test_a_limit_with_room_lowers_nothing(caplog):
+    backbone, processor = build("qwen2_vl")
+    with caplog.at_level(logging.WARNING):
+        model = build_model(backbone, processor=processor, max_seq_length=2048, device="cpu")
+    assert model[0].processing_kwargs["image"]["size"] == dict(processor.image_processor.size)
+    assert "max_pixels" not in caplog.text and "refuses" not in caplog.text
 
 
 def test_a_limit_without_room_is_refused(qwen):

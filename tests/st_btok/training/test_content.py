@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, Value
@@ -13,8 +14,10 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from st_btok import BTokLoss, CachedBTokLoss, build_model
+from st_btok import BTokLoss, CachedBTokLoss, build_model, encode_checked
+from st_btok.limits import UNLIMITED, set_max_seq_length
 from st_btok.model_parts import CONTENT_KEYS
+from st_btok.tokens import btok_ids
 from st_btok.training import content
 from st_btok.training.content import ContentReader
 from tests.backbones import build, clip, picture, sound, takes, tokenizer
@@ -88,6 +91,35 @@ def test_a_template_that_leaves_text_out_is_refused(qwen, dropped, kind):
         BTokLoss(qwen)
     with pytest.raises(ValueError, match="leaves"):  # and again: a refused model stays refused
         BTokLoss(qwen)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "llava_onevision"])  # whose images differ in length
+def test_media_that_fit_are_not_refused_in_training(btok_model, family):
+    """Four small pictures, of which the largest four would not fit: plain encode can't know that, a loss can."""
+    model = btok_model(family)
+    small = {"image": [picture(28, 28, seed) for seed in range(4)], "text": "four kites"}
+    long, text = {**small, "text": "kite " * 400}, "boat " * 400
+    fitting = encode_checked(model, [small]).embeddings
+    real = int(model[0].preprocess([small], processing_kwargs=UNLIMITED)["attention_mask"].sum())
+    counted = model[0].processing_kwargs["chat_template"]["image_tokens"]
+    limit = real + 20
+    set_max_seq_length(model[0], limit)
+    plain = copy.deepcopy(model)
+    del plain[0].preprocess
+    assert 4 * counted > limit
+    with pytest.raises(Exception, match="media must leave room"):
+        plain.encode([small])
+    features = model.preprocess([small, long, text, [{"role": "user", "content": text}]])
+    lengths = features["attention_mask"].sum(1).tolist()
+    assert lengths[0] == real and limit - 5 <= lengths[1] <= limit and lengths[2] == limit >= lengths[3] >= limit - 5
+    for ids, mask in zip(features["input_ids"], features["attention_mask"], strict=True):
+        assert ids[mask.bool()][-4:].tolist() == btok_ids(model.tokenizer)
+    np.testing.assert_allclose(model.encode([small]), fitting, atol=1e-5)
+    contents = [model.tokenizer.decode(content.text) for content in content.read_content(features)]
+    assert contents[0] == "four kites" and contents[1].startswith("kite kite") and contents[2].startswith("boat boat")
+    huge = {"image": [picture(280, 280)] * 40, "text": "forty kites"}
+    with pytest.raises(ValueError, match=f"row 1 of a batch, with the text 'forty kites'.* max_seq_length is {limit}"):
+        model.preprocess([small, huge])
 
 
 def test_features_carry_what_the_trainer_needs(qwen, tmp_path):
