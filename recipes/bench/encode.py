@@ -2,24 +2,21 @@
 
     python -m recipes.bench encode
 
-The mixed corpus has 600 rows: short and long texts, images of many sizes as objects, as paths, and with text. Ways
-take turns within a round; ratios are taken within a round, of CPU time of one thread, which a busy machine hardly
-changes. Peak memory is what encoding adds to a process of its own, where the model is loaded and warm. The model is
-the backbone of the quickstart with BToks, in float32: its saved half precision gives vectors that differ by 4e-4 with
-the batch they run in, stock's too.
+The mixed corpus has 600 rows: short and long texts, images of many sizes as objects, as paths, and with text. Peak
+memory is what encoding adds to a process of its own, where the model is loaded and warm. The model is the backbone of
+the quickstart with BToks, in float32: its saved half precision gives vectors that differ by 4e-4 with the batch they
+run in, stock's too.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,8 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
 
+from recipes.bench.paired import added_memory, cpu_seconds, ratios, seconds_of, spread
 from recipes.bench.settings import EncodeBenchmarkConfig
 from recipes.data.corpus import open_corpus
 from recipes.data.shards import encode_shard, plan, read_embeddings
@@ -121,36 +118,9 @@ def peak(way: str, rows: list[Any], corpus: Path) -> float:
     """MiB that encoding adds to this process at its peak."""
     model = load_model()
     run_way(way, model, rows[:8], corpus) if way != "encode_corpus" else model.encode(rows[:8])
-    with open("/proc/self/clear_refs", "w") as refs:  # the peak starts anew
-        refs.write("5")
-    before = resident()
-    run_way(way, model, rows, corpus)
-    status = Path("/proc/self/status").read_text()
-    highest = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return highest / 2**10 - before
-
-
-def resident() -> float:
-    """MiB of this process now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
-def rounds_of(config: EncodeBenchmarkConfig, ways: dict[str, Callable[[], np.ndarray]]) -> dict[str, list[float]]:
-    """CPU seconds of each way in each round; the order turns from round to round."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    names = list(ways)
-    for number in tqdm(range(config.rounds), desc="rounds"):
-        for way in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.process_time()
-            ways[way]()
-            seconds[way].append(time.process_time() - start)
-    return seconds
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Median and range."""
-    low, middle, high = min(values), float(np.median(values)), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    with added_memory() as added:
+        run_way(way, model, rows, corpus)
+    return added()
 
 
 def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows: list[Any], corpus: Path) -> list[str]:
@@ -163,7 +133,7 @@ def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows:
         command = [sys.executable, "-m", "recipes.bench", "encode", "--worker", way, "--rows", str(config.rows)]
         memory[way] = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
     del model.forward
-    seconds = rounds_of(config, {way: (lambda way=way: run_way(way, model, rows, corpus)) for way in WAYS})
+    seconds = seconds_of({way: partial(run_way, way, model, rows, corpus) for way in WAYS}, config.rounds)
     lines = [
         f"{len(rows)} mixed rows, {config.rounds} paired rounds.",
         "",
@@ -171,12 +141,9 @@ def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for way in WAYS:
-        ratios = [mine / stock for mine, stock in zip(seconds[way], seconds["encode"], strict=True)]
         difference = float(np.abs(vectors[way] - vectors["encode"]).max())
-        lines.append(
-            f"| {way} | {spread(ratios)} | {np.median(seconds[way]):.1f} | {padding[way]:.2f} | {memory[way]:.0f} | "
-            f"{difference:.0e} |"
-        )
+        cells = [spread(ratios(seconds, way, "encode")), f"{np.median(seconds[way]):.1f}", f"{padding[way]:.2f}"]
+        lines.append(f"| {way} | {' | '.join(cells)} | {memory[way]:.0f} | {difference:.0e} |")
     return lines
 
 
@@ -184,12 +151,12 @@ def short_tables(config: EncodeBenchmarkConfig, model: SentenceTransformer) -> l
     """Short texts: against stock, and time per row over the number of rows."""
     rows = texts(10 * config.short, 2, 8)
     few = rows[: config.short]
-    ways = {"encode": lambda: model.encode(few), "encode_checked": lambda: encode_checked(model, few).embeddings}
-    seconds = rounds_of(config, ways)
-    ratios = [mine / stock for mine, stock in zip(seconds["encode_checked"], seconds["encode"], strict=True)]
+    ways = {"encode": lambda: model.encode(few), "encode_checked": lambda: encode_checked(model, few)}
+    seconds = seconds_of(ways, config.rounds)
+    ratio = spread(ratios(seconds, "encode_checked", "encode"))
     lines = [
         "",
-        f"{config.short:,} short texts: `encode_checked` takes {spread(ratios)} of `encode`'s time "
+        f"{config.short:,} short texts: `encode_checked` takes {ratio} of `encode`'s time "
         f"({1000 * float(np.median(seconds['encode'])) / config.short:.2f} ms a row).",
         "",
         "| rows | encode_checked, ms a row |",
@@ -197,9 +164,8 @@ def short_tables(config: EncodeBenchmarkConfig, model: SentenceTransformer) -> l
     ]
     for times in (1, 2, 5, 10):
         part = rows[: times * config.short]
-        start = time.process_time()
-        encode_checked(model, part)
-        lines.append(f"| {len(part):,} | {1000 * (time.process_time() - start) / len(part):.2f} |")
+        took = cpu_seconds(lambda part=part: encode_checked(model, part))
+        lines.append(f"| {len(part):,} | {1000 * took / len(part):.2f} |")
     return lines
 
 

@@ -4,14 +4,13 @@
 
 K more tokens of L should cost (L + K) / L. The backbone is a Qwen2 of random weights with the tokenizer of the shipped
 one; the stock side is the same backbone with its own chat template, pooled at its last token. All texts of a length
-have that many tokens in the stock model, so nothing is padded. Sides take turns within a round, in CPU time of one
-thread; ratios are taken within a round.
+have that many tokens in the stock model, so nothing is padded.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from recipes.bench.encode import spread, texts
+from recipes.bench.encode import texts
+from recipes.bench.paired import ratios, seconds_of, spread
 from recipes.bench.preprocess import own_template
 from recipes.bench.settings import BACKBONE, CostConfig
 from st_btok import build_model
@@ -54,13 +54,6 @@ def inputs_of(stock: SentenceTransformer, length: int, count: int) -> list[str]:
     return [text[: length - frame] for text in long]
 
 
-def seconds(model: SentenceTransformer, rows: list[str]) -> float:
-    """CPU seconds of one encode."""
-    start = time.process_time()
-    model.encode(rows, batch_size=_BATCH)
-    return time.process_time() - start
-
-
 def main(config: CostConfig) -> None:
     """Run the benchmark and write its table."""
     torch.set_num_threads(1)
@@ -79,16 +72,12 @@ def main(config: CostConfig) -> None:
             lengths = {stock.preprocess(rows)["input_ids"].shape[1], model.preprocess(rows)["input_ids"].shape[1]}
             if lengths != {length, length + config.btoks}:
                 raise ValueError(f"the two models must differ by K tokens, got lengths {sorted(lengths)}.")
-            ratios, times = [], []
-            for number in range(config.rounds + 1):  # the first round warms both up
-                order = (stock, model) if number % 2 else (model, stock)
-                took = {side: seconds(side, rows) for side in order}
-                if number:
-                    ratios.append(took[model] / took[stock])
-                    times.append(1000 * took[stock] / len(rows))
+            sides = {"stock": stock, "btok": model}
+            encodings = {name: partial(side.encode, rows, batch_size=_BATCH) for name, side in sides.items()}
+            seconds = seconds_of(encodings, config.rounds, warm=1)
+            took = 1000 * np.median(seconds["stock"]) / len(rows)
+            ratio = spread(ratios(seconds, "btok", "stock"), 3)
             expected = (length + config.btoks) / length
-            lines.append(
-                f"| {millions:.0f} M | {length} | {expected:.3f} | {spread(ratios, 3)} | {np.median(times):.0f} |"
-            )
+            lines.append(f"| {millions:.0f} M | {length} | {expected:.3f} | {ratio} | {took:.0f} |")
             print(lines[-1], flush=True)
     Path(config.output).write_text("\n".join(lines) + "\n")

@@ -4,8 +4,7 @@
 
 Rows are short texts, every tenth with a small picture by path; none equals another. Each size runs in a process of its
 own, where the model is loaded and warm; memory is what encoding adds to it at its peak, rows aside. `encode_checked`
-returns all embeddings at once, so what they take is shown apart. Time is CPU time of one thread and its helpers, which
-a busy machine hardly changes.
+returns all embeddings at once, so what they take is shown apart.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recipes.bench.encode import load_model, resident, texts
+from recipes.bench.encode import load_model, texts
+from recipes.bench.paired import added_memory
 from recipes.bench.settings import ScaleConfig
 from recipes.data.corpus import open_corpus
 from recipes.data.shards import encode_shard, plan
@@ -67,13 +67,11 @@ def measure(way: str, count: int) -> tuple[float, float, float]:
     with tempfile.TemporaryDirectory() as warm, tempfile.TemporaryDirectory() as folder:
         prepare(way, model, rows_of(200, Path(warm)), Path(warm))()
         embed = prepare(way, model, rows_of(count, Path(folder)), Path(folder))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before, start = resident(), time.process_time()
-        returned = embed()
-        seconds = time.process_time() - start
-    status = Path("/proc/self/status").read_text()
-    highest = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return 1000 * seconds / count, highest / 2**10 - before, returned
+        with added_memory() as added:
+            start = time.process_time()
+            returned = embed()
+            seconds = time.process_time() - start
+    return 1000 * seconds / count, added(), returned
 
 
 def main(config: ScaleConfig) -> None:

@@ -2,7 +2,7 @@
 
 python -m recipes.bench preprocess --backbone recipes/backbone
 
-Each round measures both, in turn first, in CPU time, on 1,000 texts of 5 to 20 words in batches of 32 and on 8 texts
+Both are timed on 1,000 texts of 5 to 20 words in batches of 32 and on 8 texts
 of 20,000 characters. The other side is the `Transformer` of sentence-transformers with the backbone's own template
 and the same limit. A BTok model's inputs are K tokens longer; that is in the ratio.
 """
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
+from functools import partial
 
 from sentence_transformers.base.modules.transformer import ModalityParams, Transformer
 
+from recipes.bench.paired import ratios, seconds_of, spread
 from recipes.bench.settings import PreprocessConfig
 from st_btok import build_model
 
@@ -32,11 +33,9 @@ def own_template(backbone: str, limit: int) -> Transformer:
     return transformer
 
 
-def _seconds(transformer: Transformer, texts: list[str]) -> float:
-    start = time.process_time()
+def _preprocess(transformer: Transformer, texts: list[str]) -> None:
     for first in range(0, len(texts), _BATCH):
         transformer.preprocess(texts[first : first + _BATCH])
-    return time.process_time() - start
 
 
 def main(config: PreprocessConfig) -> None:
@@ -47,14 +46,8 @@ def main(config: PreprocessConfig) -> None:
     short = [" ".join(draw.choices(_WORDS, k=draw.randint(5, 20))) for _ in range(1000)]
     long = [" ".join(draw.choices(_WORDS, k=5000))[:20_000] for _ in range(8)]
     for name, texts in (("1,000 short texts", short), ("8 texts of 20,000 characters", long)):
-        ratios, times = [], []
-        for number in range(config.rounds + 1):  # the first round warms both up
-            both = {side: _seconds(side, texts) for side in ((own, btok) if number % 2 else (btok, own))}
-            if number:
-                ratios.append(both[btok] / both[own])
-                times.append((both[btok], both[own]))
-        ours, theirs = (statistics.median(column) / len(texts) * 1e3 for column in zip(*times, strict=True))
-        print(
-            f"{name}: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), "
-            f"{ours:.2f} against {theirs:.2f} ms of CPU a row"
-        )
+        sides = {"own": partial(_preprocess, own, texts), "btok": partial(_preprocess, btok, texts)}
+        seconds = seconds_of(sides, config.rounds, warm=1)
+        ours, theirs = (statistics.median(seconds[side]) / len(texts) * 1e3 for side in ("btok", "own"))
+        ratio = spread(ratios(seconds, "btok", "own"))
+        print(f"{name}: {ratio}, {ours:.2f} against {theirs:.2f} ms of CPU a row")

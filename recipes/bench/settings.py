@@ -23,7 +23,6 @@ class BenchmarkConfig:
     steps: int = option(3, "Timed steps of a run, after one that is not timed.")
     rounds: int = option(5, "Paired repetitions.")
     batches: str = option("16,32,64", "Batch sizes of the table of memory, one run each.")
-    memory: bool = option(True, "False: time only, all ways in one process: minutes less.")
     output: str = option("recipes/results/benchmark.md", "Where the table goes.")
     worker: str = option("", "Used by the command itself: one way to run in this process.")
 

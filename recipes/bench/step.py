@@ -8,14 +8,10 @@ Ways to train on the same batch of (image or text, text) pairs with a small back
 * `explained`: ranking with the targets read as ordinary tokens behind the BToks, and one plain projection of the
   states that predict them, all logits at once: what the extra tokens cost without mask and chunks;
 * `btok`; `frozen`: `btok` with a frozen vocabulary, as under LoRA;
-* `one width`: `btok` with every column in one call, however different its rows are in length;
-* `cached mnrl`, `cached`: ranking alone and `CachedBTokLoss`, both by sentence-transformers' GradCache;
-* `naive`: a second call of the model on `[input][BToks][target]`, with logits for every position, as a causal LM with
-  labels does (and without the condensation mask, which costs nothing).
+* `cached mnrl`, `cached`: ranking alone and `CachedBTokLoss`, both by sentence-transformers' GradCache.
 
-Each round runs every way once, each in a process of its own, so that peak memory is its own; ratios are taken within
-a round. Time is CPU time of one thread, which other work on the machine hardly changes. Memory is what a step adds to
-the process at its peak. A second table follows it over growing batches.
+Each round runs every way once, each in a process of its own, so that peak memory is its own. Memory is what a step
+adds to the process at its peak. A second table follows it over growing batches.
 """
 
 from __future__ import annotations
@@ -24,9 +20,9 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +35,6 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import (
     AutoProcessor,
     LlamaConfig,
@@ -49,11 +44,13 @@ from transformers import (
     Qwen2VLModel,
 )
 
+from recipes.bench.paired import cpu_seconds, rounds_of, spread
 from recipes.bench.settings import BACKBONE, BenchmarkConfig
 from recipes.toy import pairs
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 
-WAYS = ("mnrl", "explained", "btok", "one width", "frozen", "cached mnrl", "cached", "naive")
+WAYS = ("mnrl", "explained", "btok", "frozen", "cached mnrl", "cached")
+TIMED_AGAINST = ("mnrl", "explained", "cached mnrl")
 
 
 def backbone(config: BenchmarkConfig, family: str) -> SentenceTransformer:
@@ -132,25 +129,6 @@ def joined(
     return {**features, "input_ids": inputs, "attention_mask": mask, **extra}, labels
 
 
-def naive_step(model: SentenceTransformer, loss: BTokLoss) -> Callable[[list[dict[str, Any]]], Tensor]:
-    """Ranking by one call per column, generation by another call with logits for every position."""
-    ranking = MultipleNegativesRankingLoss(model, scale=50.0)
-
-    def step(columns: list[dict[str, Any]]) -> Tensor:
-        total = ranking([dict(column) for column in columns], None)
-        targets = loss.targets(columns)
-        for features, target in zip(columns, targets, strict=True):
-            if target is None:
-                continue
-            inputs, labels = joined(model, features, target)
-            states = model[0](inputs)["token_embeddings"]
-            logits = F.linear(states, model[0].model.get_input_embeddings().weight)
-            total = total + F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return total
-
-    return step
-
-
 def explained_step(model: SentenceTransformer, loss: BTokLoss) -> Callable[[list[dict[str, Any]]], Tensor]:
     """One call per column with the targets as ordinary tokens, and one projection of the states that predict them."""
     ranking = MultipleNegativesRankingLoss(model, scale=50.0)
@@ -176,70 +154,40 @@ def explained_step(model: SentenceTransformer, loss: BTokLoss) -> Callable[[list
 
 def make_step(config: BenchmarkConfig, model: SentenceTransformer, way: str) -> Callable[[list[Any]], Tensor]:
     """What turns the columns into the loss, for one way."""
-    if way in ("naive", "explained"):
-        return {"naive": naive_step, "explained": explained_step}[way](model, BTokLoss(model))
-    if way == "frozen":
-        model[0].model.get_input_embeddings().requires_grad_(False)
+    if way == "explained":
+        return explained_step(model, BTokLoss(model))
     if way == "cached mnrl":
         ranking = CachedMultipleNegativesRankingLoss(model, scale=50.0, mini_batch_size=config.mini_batch_size)
         return lambda columns: ranking(columns, None)
+    if way == "frozen":
+        model[0].model.get_input_embeddings().requires_grad_(False)
     if way == "cached":
-        cached = CachedBTokLoss(model, mini_batch_size=config.mini_batch_size)
-        return lambda columns: total(cached(columns))
-    plain = (
-        OneWidth(model) if way == "one width" else BTokLoss(model, condensation_weight=0.0 if way == "mnrl" else 0.2)
-    )
-    return lambda columns: total(plain(columns))
-
-
-def measure_together(config: BenchmarkConfig, family: str) -> list[dict[str, dict[str, Any]]]:
-    """As `measure`, without memory: every way's model in this process, one step of each in turn."""
-    torch.set_num_threads(1)
-    steps = {}
-    for way in WAYS:
-        model = backbone(config, family)
-        steps[way] = make_step(config, model, way)
-    columns = batch(config, model, family)
-    targets = BTokLoss(model).targets(columns)
-    sizes = {
-        "tokens": sum(int(column["attention_mask"].sum()) for column in columns),
-        "targets": sum(len(row) for target in targets if target for row in target),
-        "peak": float("nan"),
-    }
-    rounds = []
-    for number in tqdm(range(config.rounds + 1), desc=family):
-        order = [*WAYS[number % len(WAYS) :], *WAYS[: number % len(WAYS)]]
-        results = {}
-        for way in order:
-            started = time.process_time()
-            steps[way]([dict(column) for column in columns]).backward()
-            results[way] = {"seconds": [time.process_time() - started], **sizes}
-        rounds.append(results)
-    return rounds[1:]  # the first warms up
+        loss: Any = CachedBTokLoss(model, mini_batch_size=config.mini_batch_size)
+    else:
+        loss = BTokLoss(model, condensation_weight=0.0 if way == "mnrl" else 0.2)
+    return lambda columns: total(loss(columns))
 
 
 def run_worker(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
     """CPU time of each step in seconds, and the peak in MiB above what the process held before."""
     torch.set_num_threads(1)
     model = backbone(config, family)
-    step = make_step(config, model, way)  # first: features carry what a row generates once a loss is made
+    targets_of = BTokLoss(model).targets  # first: features carry what a row generates once a loss is made
+    step = make_step(config, model, way)
     columns = batch(config, model, family)
     for parameter in model.parameters():  # gradients exist before the peak is taken, as in training
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for number in range(config.steps + 1):
-        started = time.process_time()
-        step([dict(column) for column in columns]).backward()
-        if number:
-            seconds.append(time.process_time() - started)
+    # The first step warms up.
+    one = partial(cpu_seconds, lambda: step([dict(column) for column in columns]).backward())
+    seconds = [one() for _ in range(config.steps + 1)][1:]
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return {
         "seconds": seconds,
         "peak": peak,
         "tokens": sum(int(c["attention_mask"].sum()) for c in columns),
-        "targets": sum(len(row) for target in BTokLoss(model).targets(columns) if target for row in target),
+        "targets": sum(len(row) for target in targets_of(columns) if target for row in target),
     }
 
 
@@ -253,43 +201,27 @@ def run(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(config: BenchmarkConfig, family: str) -> list[dict[str, dict[str, Any]]]:
-    """One dict of results by way for each round."""
-    rounds = []
-    for number in tqdm(range(config.rounds), desc=family):
-        order = [*WAYS[number % len(WAYS) :], *WAYS[: number % len(WAYS)]]  # no way is always the first
-        results = {way: run(config, family, way) for way in order}
-        rounds.append(results)
-    return rounds
-
-
 def table(rounds: list[dict[str, dict[str, Any]]], config: BenchmarkConfig, family: str) -> str:
     """Markdown: ratios to other ways, median over rounds with their range."""
     first = rounds[0]["btok"]
     lines = [
         f"{family}: {config.batch_size} pairs, {first['tokens']} input tokens, {first['targets']} target tokens, "
         f"vocabulary {config.vocab_size:,}, width {config.hidden_size}; {config.rounds} paired rounds of "
-        f"{config.steps if config.memory else 1} steps, CPU time of one thread.",
+        f"{config.steps} steps, CPU time of one thread.",
         "",
-        "| way | time / mnrl | time / explained | time / cached mnrl | memory / naive | s per step | MiB |",
+        "| way | time / mnrl | time / explained | time / cached mnrl | memory / explained | s per step | MiB |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
 
     def ratio(way: str, other: str, of: Callable[[dict[str, Any]], float]) -> str:
-        values = [of(results[way]) / of(results[other]) for results in rounds]
-        return "" if np.isnan(values).any() else f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+        return spread([of(results[way]) / of(results[other]) for results in rounds])
 
     for way in WAYS:
+        cells = [ratio(way, other, lambda one: np.median(one["seconds"])) for other in TIMED_AGAINST]
+        cells.append(ratio(way, "explained", lambda one: one["peak"]))
         seconds = np.median([np.median(results[way]["seconds"]) for results in rounds])
         peak = np.median([results[way]["peak"] for results in rounds])
-        cells = [
-            ratio(way, "mnrl", lambda result: float(np.median(result["seconds"]))),
-            ratio(way, "explained", lambda result: float(np.median(result["seconds"]))),
-            ratio(way, "cached mnrl", lambda result: float(np.median(result["seconds"]))),
-            ratio(way, "naive", lambda result: result["peak"]),
-        ]
-        memory = "" if np.isnan(peak) else f"{peak:,.0f}"
-        lines.append(f"| {way} | " + " | ".join(cells) + f" | {seconds:.2f} | {memory} |")
+        lines.append(f"| {way} | " + " | ".join(cells) + f" | {seconds:.2f} | {peak:,.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -314,10 +246,10 @@ def main(config: BenchmarkConfig) -> None:
         print(json.dumps(run_worker(config, *config.worker.split(":"))))
         return
     families = config.backbones.split(",")
-    take = measure if config.memory else measure_together
-    tables = [table(take(config, family), config, family) for family in families]
-    if config.memory:
-        tables += [memory_table(config, family) for family in families]
-    text = "\n".join(tables)
+    tables = []
+    for family in families:
+        ways = {way: partial(run, config, family, way) for way in WAYS}
+        tables.append(table(rounds_of(ways, config.rounds), config, family))
+    text = "\n".join([*tables, *(memory_table(config, family) for family in families)])
     Path(config.output).write_text(text)
     print(text)

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Image, Video, load_dataset_builder, load_from_disk
+from datasets import DatasetDict, load_dataset_builder, load_from_disk
 
 from recipes.data import corpus_records
 from recipes.data.corpus_digest import CorpusDigest
@@ -171,14 +171,10 @@ def _open_stream(name: str) -> Corpus:
     return Corpus(partial(corpus_records.of_stream, stream), Path(), None, digest)
 
 
-def _undecoded(table: Dataset | Any, where: Path | str) -> Any:
+def _undecoded(table: Any, where: Path | str) -> Any:
     """Media as they are stored: the reader of `st_btok` decodes them."""
-    features = table.features or {name: None for name in next(iter(table), {})}
-    _need_content(list(features), where)
-    for column, feature in features.items():
-        if isinstance(feature, Image | Video):
-            table = table.cast_column(column, type(feature)(decode=False))
-    return table
+    _need_content(list(table.features or next(iter(table), {})), where)
+    return corpus_records.undecoded(table)
 
 
 def as_input(record: Any, folder: Path) -> dict[str, Any]:

@@ -9,11 +9,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Image, IterableDataset, Video
 
 from recipes.data.tables import parquet_facts, read_table
 
 CONTENT = ("text", "image", "video")
+
+
+def undecoded(table: Any) -> Any:
+    """A data set, on this machine or streamed, whose columns of images and videos are left as they are stored."""
+    for column, feature in (table.features or {}).items():
+        if isinstance(feature, Image | Video):
+            table = table.cast_column(column, type(feature)(decode=False))
+    return table
 
 
 def of_tables(paths: Sequence[Path], first: int) -> Iterator[Any]:

@@ -34,8 +34,7 @@ class _KeyedModel:
     def _encode(self, keys: Sequence[str], batch_size: int, desc: str) -> np.ndarray:
         parts = []
         for start in tqdm(range(0, len(keys), 4 * batch_size), desc=desc):
-            places = [self.places[key] for key in keys[start : start + 4 * batch_size]]
-            inputs = [self.source.read(number, side) for number, side in places]
+            inputs = self.source.read_all([self.places[key] for key in keys[start : start + 4 * batch_size]])
             parts.append(self.model.encode(inputs, batch_size=batch_size, normalize_embeddings=True))
         return np.concatenate(parts)
 

@@ -20,7 +20,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import SequentialEvaluator
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from recipes.data.training_pairs import Source, content_key
+from recipes.data.searches import retrieval_of
+from recipes.data.training_pairs import Source
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +115,7 @@ class HeldOutEvaluator(InformationRetrievalEvaluator):
 
     def __init__(self, source: Source, batch_size: int = 32, *, backwards: bool = False) -> None:
         asked, sought = ("positive", "query") if backwards else ("query", "positive")
-        queries: dict[str, tuple[int, str]] = {}
-        corpus: dict[str, tuple[int, str]] = {}
-        relevant: dict[str, set[str]] = {}
-        for number, record in enumerate(source.pairs):
-            query, document = content_key(record[asked]), content_key(record[sought])
-            queries.setdefault(query, (number, asked))
-            corpus.setdefault(document, (number, sought))
-            relevant.setdefault(query, set()).add(document)
+        queries, corpus, relevant = retrieval_of(source, asked, sought)
         super().__init__(
             queries=queries,  # type: ignore[arg-type]  # places in the source, resolved by embed_inputs
             corpus=corpus,  # type: ignore[arg-type]
@@ -142,7 +136,7 @@ class HeldOutEvaluator(InformationRetrievalEvaluator):
         step = 4 * self.batch_size
         parts = []
         for start in range(0, len(sentences), step):
-            inputs = [self.source.read(number, side) for number, side in sentences[start : start + step]]
+            inputs = self.source.read_all(sentences[start : start + step])
             parts.append(super().embed_inputs(model, inputs, **options))
         return torch.cat(parts)
 

@@ -52,8 +52,32 @@ class Search:
         return np.concatenate(parts).astype(np.float64)
 
 
+def retrieval_of(
+    source: Source, asked: str, sought: str
+) -> tuple[dict[str, tuple[int, str]], dict[str, tuple[int, str]], dict[str, set[str]]]:
+    """The search of one side of pairs by the other; equal contents are one query, or one document.
+
+    Args:
+        source: Pairs.
+        asked: The side that asks, such as `query`.
+        sought: The side that is found.
+
+    Returns:
+        Queries and documents by content, each as its row and side, and the right documents of every query.
+    """
+    queries: dict[str, tuple[int, str]] = {}
+    documents: dict[str, tuple[int, str]] = {}
+    relevant: dict[str, set[str]] = {}
+    for row, record in enumerate(source.pairs):
+        query, document = content_key(record[asked]), content_key(record[sought])
+        queries.setdefault(query, (row, asked))
+        documents.setdefault(document, (row, sought))
+        relevant.setdefault(query, set()).add(document)
+    return queries, documents, relevant
+
+
 def searches_of(source: Source, batch_size: int) -> list[Search]:
-    """Search of the positives by the queries and the other way round; equal contents are one document.
+    """Search of the positives by the queries and the other way round.
 
     Args:
         source: Held-out pairs.
@@ -64,17 +88,10 @@ def searches_of(source: Source, batch_size: int) -> list[Search]:
     """
     found = []
     for asked, sought in (("query", "positive"), ("positive", "query")):
-        queries: dict[str, int] = {}
-        documents: dict[str, int] = {}
-        relevant: dict[str, set[str]] = {}
-        for row, record in enumerate(source.pairs):
-            query, document = content_key(record[asked]), content_key(record[sought])
-            queries.setdefault(query, row)
-            documents.setdefault(document, row)
-            relevant.setdefault(query, set()).add(document)
+        queries, documents, relevant = retrieval_of(source, asked, sought)
         place = {document: number for number, document in enumerate(documents)}
         right = [{place[document] for document in relevant[query]} for query in queries]
         name = f"{source.name}: {asked} → {sought}"
-        places = ([(row, asked) for row in queries.values()], [(row, sought) for row in documents.values()])
-        found.append(Search(name, *places, right, lambda part: [source.read(*place) for place in part], batch_size))
+        places = list(queries.values()), list(documents.values())
+        found.append(Search(name, *places, right, source.read_all, batch_size))
     return found

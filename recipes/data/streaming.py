@@ -29,10 +29,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Dataset, IterableDataset, Video, interleave_datasets
+from datasets import Dataset, IterableDataset, interleave_datasets
 
 from evaluation.media import BrokenMediaError
+from recipes.data.corpus_records import undecoded
 from recipes.data.tables import TEXT_SUFFIXES
 from recipes.data.training_pairs import BrokenRowError, Source, as_input, check_source, checked_side, content_key
 from recipes.data.user_data import PACKED, is_file_name, load_named, packed_rows, read_pair, sides_of, usual_names
@@ -164,7 +164,7 @@ def _open(path: str) -> tuple[IterableDataset, list[str], Path]:
             raise ValueError(
                 f"a data file must be one of {', '.join(_LOADERS)}, got {path!r}. Save it as one of them."
             )
-        return _undecoded(load_named(path, path, streaming=True)), [path], Path()
+        return undecoded(load_named(path, path, streaming=True)), [path], Path()
     found = [path] if "://" in path else sorted(glob.glob(path))
     if not found:
         raise ValueError(f"no file matches {path!r}. Check the path.")
@@ -175,14 +175,7 @@ def _open(path: str) -> tuple[IterableDataset, list[str], Path]:
     named = [
         f"{Path(name).name}, {Path(name).stat().st_size} bytes" if Path(name).is_file() else name for name in found
     ]
-    return _undecoded(table), named, Path(found[0]).parent
-
-
-def _undecoded(table: IterableDataset) -> IterableDataset:
-    for column, feature in (table.features or {}).items():
-        if isinstance(feature, datasets.Image | Video):
-            table = table.cast_column(column, type(feature)(decode=False))
-    return table
+    return undecoded(table), named, Path(found[0]).parent
 
 
 def _columns(table: IterableDataset) -> list[str]:

@@ -16,18 +16,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from datasets import Dataset, Features, Image, List, Value, Video
+from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from evaluation.media import FRAME_SUFFIXES, BrokenMediaError
 from evaluation.pool import BrokenRow
+from recipes.data.corpus_records import undecoded
 from st_btok import open_image, read_video, rgb_image
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,9 @@ class Source:
         """The pairs as inputs of sentence-transformers; a row is decoded when it is read."""
         return self.pairs.with_transform(partial(_decode_rows, name=self.name, table=self.table))
 
-    def read(self, number: int, side: str) -> dict[str, Any]:
-        """One side of one pair, decoded."""
-        return _decode_rows({side: [self.pairs[number][side]]}, self.name, self.table)[side][0]
+    def read_all(self, places: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
+        """Sides of pairs, each named by its row and side, decoded."""
+        return [_decode(self.pairs[row][side], side, self.name, self.table) for row, side in places]
 
 
 def check_source(
@@ -148,9 +149,7 @@ def check_source(
     Raises:
         ValueError: No usable row, or a broken one with `on_error="raise"`.
     """
-    for column, feature in table.features.items():
-        if isinstance(feature, Image | Video):
-            table = table.cast_column(column, type(feature)(decode=False))
+    table = undecoded(table)
     # datasets hashes a module's function by its name only: with its code in the arguments, an edit is seen.
     code = "".join(inspect.getsource(inspect.getmodule(f)) for f in (check_source, getattr(read, "func", read)))
     options = {"read": read, "sides": sides, "check_media": check_media, "code": Hasher.hash(code)}

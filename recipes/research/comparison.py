@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import DatasetDict
@@ -18,6 +17,7 @@ from recipes.data.holdout import hold_out
 from recipes.data.searches import Search, searches_of
 from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
+from recipes.research.run_log import RunLog
 from recipes.research.significance import Run, draw, table, verdicts
 from recipes.research.variant import Variant, VariantSettings
 from recipes.research.variants import quiet, train_variant
@@ -65,9 +65,7 @@ def run_all(config: CompareConfig, training: Sequence[Source], searches: Sequenc
     shared = {name: value for name, value in asdict(config).items() if name not in _FREE}
     identity = identity_of(training, config.backbone, shared)
     key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(config.output_dir) / "runs.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = [line for line in lines if line["key"] == key]
+    log = RunLog(Path(config.output_dir) / "runs.jsonl")
     data = DatasetDict({source.name: source.dataset() for source in training})
     same = ("backbone", "batch_size", "mini_batch_size", "learning_rate", "tuning", "device", "bf16")
     weights = {"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation}
@@ -78,20 +76,19 @@ def run_all(config: CompareConfig, training: Sequence[Source], searches: Sequenc
     settings = VariantSettings(
         **{name: getattr(config, name) for name in same}, steps=config.max_steps, build=build, lora=lora
     )
-    steps = _steps(config, settings, data, known, path, key)
+    steps = _steps(config, settings, data, log, key)
     runs = []
     wanted = [(seed, variant) for seed in range(config.seeds) for variant in config.variants]
     for number, (seed, variant) in enumerate(wanted, start=1):
-        found = [line for line in known if line.get("seed") == seed and line["variant"] == variant]
-        if found:
-            runs.append(Run.from_json(found[0]))
+        if found := log.find({"key": key, "seed": seed, "variant": variant}):
+            runs.append(Run.from_json(found))
             continue
         own = replace(settings, steps=steps[variant])
         title = f"{variant}, seed {seed} ({number} of {len(wanted)})"
         model, run = train_variant(variant, Variant.parse(variant), own, seed, data, searches, title)
         del model
         runs.append(run)
-        _append(path, {"key": key, **run.to_json()})
+        log.add({"key": key, **run.to_json()})
         print(f"{title}: {run.summary()}", flush=True)
     return runs
 
@@ -101,26 +98,21 @@ _FREE = ("data", "backbone", "output_dir", "variants", "baseline", "seeds")
 
 
 def _steps(
-    config: CompareConfig, settings: VariantSettings, data: DatasetDict, known: list[dict], path: Path, key: str
+    config: CompareConfig, settings: VariantSettings, data: DatasetDict, log: RunLog, key: str
 ) -> dict[str, int]:
     """Steps of each variant: the same, or as many as fit the time of the baseline's."""
     if config.equal == "steps":
         return dict.fromkeys(config.variants, config.max_steps)
-    pace = {line["variant"]: line["pace"] for line in known if "pace" in line}
+    pace = {line["variant"]: line["pace"] for line in log.lines if line["key"] == key and "pace" in line}
     for variant in config.variants:
         if variant not in pace:
             short = replace(settings, steps=CALIBRATION)
             _, run = train_variant(variant, Variant.parse(variant), short, 0, data, [], f"{variant}: pace")
             pace[variant] = run.step_seconds
-            _append(path, {"key": key, "variant": variant, "pace": run.step_seconds})
+            log.add({"key": key, "variant": variant, "pace": run.step_seconds})
     return {
         variant: max(1, round(config.max_steps * pace[config.baseline] / pace[variant])) for variant in config.variants
     }
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def main(config: CompareConfig) -> None:

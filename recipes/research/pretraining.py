@@ -28,6 +28,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from evaluation.atomic_write import atomic_write
 from recipes.research.pretrain import PretrainConfig
 from recipes.toy import scenes
 from recipes.toy.muon import Muon
@@ -299,8 +300,7 @@ def train(config: PretrainConfig) -> dict[str, float]:
                 "rng": curriculum.rng.bit_generator.state, "level": curriculum.level, "recent": curriculum.recent,
                 "step": step + 1, "seconds": seconds, "resumed": resumed,
             }  # fmt: skip
-            torch.save(state, partial / "state.tmp")
-            (partial / "state.tmp").replace(partial / "state.pt")  # a kill mid-write keeps the previous one
+            atomic_write(partial / "state.pt", lambda path, state=state: torch.save(state, path))
             scores = gate(model, processor, "validation", 64)
             print(step + 1, f"{seconds / 60:.1f} min", {k: round(v, 3) for k, v in scores.items()}, flush=True)
         if seconds > 60 * config.max_minutes:

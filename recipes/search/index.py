@@ -199,8 +199,33 @@ def _write(
     store.add(rows, np.asarray(result.embeddings, dtype=np.float32))
 
 
+def frames_of(value: Any, model: SentenceTransformer, max_pixels: int) -> list[Image.Image]:
+    """The picture of an input, or the frames of its video; of several media the first.
+
+    Args:
+        value: An input of the model, as `items_of` gives it.
+        model: The model.
+        max_pixels: Largest area of a picture.
+
+    Returns:
+        Pictures; none for a text, or where the file has changed and can't be read any more.
+    """
+    if value.keys() <= {"text"}:
+        return []
+    # Through the checked reader, which bounds what a hostile file can cost; the first time was for the model.
+    found = checked_inputs([value], model, "skip", max_pixels=max_pixels).inputs
+    medium = next((found[0][kind] for kind in ("image", "video") if kind in found[0]), None) if found else None
+    if isinstance(medium, list) and isinstance(medium[0], Image.Image | dict):
+        medium = medium[0]
+    if isinstance(medium, dict):  # a video with its metadata
+        medium = medium["array"]
+    if medium is None or isinstance(medium, Image.Image):
+        return [medium] if medium is not None else []
+    return [Image.fromarray(np.asarray(frame)) for frame in medium]
+
+
 def thumbnail(value: Any, model: SentenceTransformer, longest: int = 256) -> bytes:
-    """A small JPEG of what the model read.
+    """A small JPEG of what the model read; of a video the frame in the middle.
 
     Args:
         value: An input of the model, as `items_of` gives it; a text has no picture.
@@ -210,20 +235,10 @@ def thumbnail(value: Any, model: SentenceTransformer, longest: int = 256) -> byt
     Returns:
         The file's bytes; empty for a text.
     """
-    if value.keys() <= {"text"}:
+    frames = frames_of(value, model, 4 * longest**2)
+    if not frames:
         return b""
-    # Through the checked reader, which bounds what a hostile file can cost; the first time was for the model.
-    found = checked_inputs([value], model, "skip", max_pixels=4 * longest**2).inputs
-    if not found:  # the file has changed since
-        return b""
-    medium = next(found[0][key] for key in ("image", "video") if key in found[0])  # not the text beside it
-    if isinstance(medium, list) and isinstance(medium[0], Image.Image | dict):  # several: the first
-        medium = medium[0]
-    if isinstance(medium, dict):  # a video with its metadata: the frame in the middle
-        medium = medium["array"]
-    if not isinstance(medium, Image.Image):
-        medium = Image.fromarray(np.asarray(medium[len(medium) // 2]))
-    picture = medium.convert("RGB")
+    picture = frames[len(frames) // 2].convert("RGB")
     picture.thumbnail((longest, longest))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)

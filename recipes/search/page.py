@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from recipes.search import page_html
 from recipes.search.folder import KINDS, Source, file_hash, inside, items_of, root_of
+from recipes.search.index import frames_of
 from recipes.search.lookup import find, query_of, spread
 from recipes.search.store import Hit, Store
 from st_btok import btok_attention, btok_ids, checked_inputs, decode_btoks
@@ -94,8 +93,9 @@ class Page:
         """A hit in large: its picture, or its passage, and all of its name."""
         hit = self._chosen(hits, chosen)
         value = self._value(hit)
-        picture = None if value is None else self._picture(value)
-        return page_html.details(hit, [] if picture is None else [picture], note="" if value is not None else _GONE)
+        frames = [] if value is None else frames_of(value, self.model, PREVIEW_PIXELS)
+        middle = frames[len(frames) // 2 :][:1]
+        return page_html.details(hit, middle, note="" if value is not None else _GONE)
 
     def explain(self, hits: list[Hit], chosen: str | None) -> str:
         """A hit in large under what the bottleneck tokens looked at, and the text that they can generate."""
@@ -107,7 +107,7 @@ class Page:
         prompt = next((self.model.prompts[name] for name in _DOCUMENT_PROMPTS if name in self.model.prompts), None)
         attention = btok_attention(self.model, read, prompt=prompt)
         pictures = []
-        frames = self._frames(value)
+        frames = frames_of(value, self.model, PREVIEW_PIXELS)
         if len(attention.media) == 1 and frames and attention.media[0].grid is not None:
             steps = attention.media_weights(0).mean(0).numpy()  # over the bottleneck tokens
             for number, weights in enumerate(steps):
@@ -153,22 +153,6 @@ class Page:
             if part == row["part"]:
                 return item.value
         return None
-
-    def _frames(self, value: dict[str, Any]) -> list[Image.Image]:
-        """The picture of an input, or the frames of its video; none where it has neither or several."""
-        found = checked_inputs([value], self.model, "skip", max_pixels=PREVIEW_PIXELS).inputs
-        medium = next((found[0][kind] for kind in ("image", "video") if kind in found[0]), None) if found else None
-        if isinstance(medium, dict):
-            medium = medium["array"]
-        if isinstance(medium, list):
-            return medium[:1] if isinstance(medium[0], Image.Image) else []
-        if medium is None or isinstance(medium, Image.Image):
-            return [medium] if medium is not None else []
-        return [Image.fromarray(np.asarray(frame)) for frame in medium]
-
-    def _picture(self, value: dict[str, Any]) -> Image.Image | None:
-        frames = self._frames(value)
-        return frames[len(frames) // 2] if frames else None
 
     @staticmethod
     def _chosen(hits: list[Hit], chosen: str | None) -> Hit:

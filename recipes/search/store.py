@@ -152,14 +152,8 @@ class LanceStore:
 
     def _recall(self, queries: int = 50, limit: int = 10) -> float:
         """Share of the exact ten nearest rows that the index finds, over rows drawn from the table itself."""
-        step = max(self.count() // queries, 1)
-        drawn = [
-            self.table.search().select(["vector"]).offset(number * step).limit(1).to_list()
-            for number in range(min(queries, self.count()))
-        ]
         shares = []
-        for rows in drawn:
-            query = np.asarray(rows[0]["vector"], dtype=np.float32)
+        for _, query in self.sample(queries):
             near = {hit.row["id"] for hit in self._search(query, limit, (), "", exact=False)}
             true = {hit.row["id"] for hit in self._search(query, limit, (), "", exact=True)}
             shares.append(len(near & true) / len(true))

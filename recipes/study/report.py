@@ -245,30 +245,3 @@ def draw(groups: Sequence[Group], path: Path) -> None:
     figure.supxlabel(f"points of MRR above {BASELINE} (filled: equal steps, hollow: equal time)", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def draw_curves(groups: Sequence[Group], path: Path) -> None:
-    """Ranking loss over time, the mean of the seeds.
-
-    Args:
-        groups: What was run.
-        path: The PNG.
-    """
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(4.2 * len(groups) + 2, 4), squeeze=False, layout="constrained"
-    )
-    for axis, group in zip(axes[0], groups, strict=True):
-        for number, variant in enumerate(VARIANTS):
-            runs = list(group.runs["steps"].get(variant, {}).values())
-            if not runs:
-                continue
-            losses = np.mean([run["loss"] for run in runs], 0)
-            smooth = np.convolve(losses, np.ones(5) / 5, "valid") if len(losses) > 5 else losses
-            seconds = np.arange(1, len(smooth) + 1) * group.costs.get(variant, 1)
-            axis.plot(seconds, smooth, label=variant, lw=1, color=f"C{number % 10}", ls="-" if number < 10 else "--")
-        axis.set(title=group.title.replace(", ", "\n", 1), xlabel="time, in steps of last-token pooling")
-        axis.title.set_fontsize(8)
-    axes[0, 0].set_ylabel("ranking loss, mean of five steps")
-    axes[0, -1].legend(fontsize=6)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +15,7 @@ from transformers import TrainerCallback
 
 from recipes.data.searches import Search
 from recipes.research.controls import ControlLoss
+from recipes.research.run_log import RunLog
 from recipes.research.variant import VariantSettings
 from recipes.research.variants import Training, build_variant, fit_variant
 from recipes.study.inputs import Corpus
@@ -51,42 +50,13 @@ class Wanted:
     split: str
 
 
-class Log:
-    """The finished runs, in a file.
+class Log(RunLog):
+    """The lines of the study; in those of older runs a variant is called `arm`, and may have another name."""
 
-    Args:
-        path: The JSONL file; a torn last line (a kill while it was written) is dropped.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lines: list[dict[str, Any]] = []
-        kept = []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                self.lines.append(_with_current_name(json.loads(text)))
-            except ValueError:
-                continue
-            kept.append(text)
-        if path.exists():
-            path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
-
-    def find(self, wanted: Wanted) -> dict[str, Any] | None:
-        """The line of a run, if it was made."""
-        key = asdict(wanted)
-        return next((line for line in self.lines if key.items() <= line.items()), None)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Write a finished run."""
-        self.lines.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _with_current_name(line: dict[str, Any]) -> dict[str, Any]:
-    """A line; in those of older runs the variant is called `arm`."""
-    name = line.pop("arm", None) or line["variant"]
-    return {**line, "variant": current_name(name)}
+    def understood(self, line: dict[str, Any]) -> dict[str, Any]:
+        """A line under today's names."""
+        name = line.pop("arm", None) or line["variant"]
+        return {**line, "variant": current_name(name)}
 
 
 def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: str) -> dict[str, Any]:
@@ -188,7 +158,7 @@ def best_rate(log: Log, wanted: Wanted, rates: Sequence[float]) -> float | None:
         return rates[0]
     scores = {}
     for rate in rates:
-        line = log.find(replace(wanted, rate=rate))
+        line = log.find(asdict(replace(wanted, rate=rate)))
         if line is None:
             return None
         scores[rate] = mean_reciprocal_ranks(line).mean()

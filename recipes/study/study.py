@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ class Study:
     def missing(self) -> Iterator[list[Wanted]]:
         """The phases without what was made already."""
         for phase in self.phases():
-            yield [run for run in phase if self.log.find(run) is None]
+            yield [run for run in phase if self.log.find(asdict(run)) is None]
 
     def plan(self) -> str:
         """How many runs are left and about how long they take."""
@@ -127,7 +127,6 @@ class Study:
             text += f"\n\n### Why\n\n{why}\n"
         (self.folder / "study.md").write_text(text + "\n", encoding="utf-8")
         report.draw(groups, self.folder / "study.png")
-        report.draw_curves(groups, self.folder / "curves.png")
         return text
 
 

@@ -25,6 +25,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from evaluation.atomic_write import atomic_write
 from recipes.data.training_pairs import Source
 
 try:
@@ -181,9 +182,7 @@ def write_identity(folder: str | Path, identity: Mapping[str, Any]) -> None:
     """Keep the identity in the folder, whole or not at all."""
     path = Path(folder) / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    atomic_write(path, json.dumps(identity, indent=1) + "\n")
 
 
 def check_identity(folder: str | Path, identity: Mapping[str, Any]) -> None:

@@ -1,17 +1,18 @@
-"""From rows as read to batches: features of each row, its length, a cut where it is too long, batches by length.
+"""From inputs to batches: features of each row, its length, a cut where it is too long, batches by length.
 
-    rows -> read by threads, a few ahead -> features of one row -> a window, sorted by length -> batches
+    inputs -> read by threads, a few ahead -> features of one row -> a window, sorted by length -> batches
 
-sentence-transformers sorts by characters against pixels, so a text of 1,000 characters shares a batch with images of
-20 tokens; and short pieces of a corpus repeat that. Here a window (a thousand rows, or 64 MiB of features, whatever
-comes first) is sorted by tokens. Inputs of a window that look the same are embedded once. All of this runs in one
-thread, so no two calls of the tokenizer, whose truncation is a setting, meet each other.
+sentence-transformers sorts all inputs by one number, characters of texts and pixels of images alike, so a text of
+1,000 characters shares a batch with images of 20 tokens. Here rows are sorted by their tokens, one window at a time (a
+thousand rows, or 64 MiB of features, whichever comes first). Equal inputs of a window are embedded once. Everything
+but the reading runs in one thread: truncation is a setting of the tokenizer, which two threads would change for each
+other.
 
-A row is preprocessed alone, so that its true length is known before it gets a batch. Its token tensors are then padded
-to the batch's length and stacked; its media tensors are put one after the other. That is certain only for the layouts
-named here (one entry per image, tile or patch, as Qwen, Gemma and InternVL lay them out). Processors that pad images
-within a batch (SmolVLM, Idefics3, LLaVA-OneVision) or sounds (Qwen2.5-Omni) use more keys; such rows keep their input,
-and the processor makes their batch, once their length has given them one.
+A row is preprocessed alone, so that its true length is known before it gets a batch. Then the token tensors of a batch
+are padded to one length and stacked, and its media tensors are concatenated. That is right only for the layouts named
+here (one entry per image, tile or patch, as in Qwen, Gemma and InternVL). Processors that pad images within a batch
+(SmolVLM, Idefics3, LLaVA-OneVision) or sounds (Qwen2.5-Omni) return other keys. Such rows keep their input, and the
+processor is called again with all inputs of a batch.
 """
 
 from __future__ import annotations
@@ -39,26 +40,26 @@ BATCH_TOKENS = 4096  # padded tokens of a batch
 WINDOW_ROWS, WINDOW_BYTES = 1024, 2**26
 READERS = 4  # threads that decode media
 _TEXTS = 64  # texts that are tokenized together: one call of the processor costs as much as ten short texts
-_WASTE = 0.05  # of a batch's padded tokens, beyond which a shorter row starts the next batch
+_WASTE = 0.05  # share of a batch's tokens that may be padding; beyond it a shorter row starts the next batch
 NO_LIMIT = 2**31 - 1
 # One entry per token. Everything but the ids is 0 on padding.
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-# Read by sentence-transformers where it cuts a batch into mini-batches of a loss; no model reads them.
+# For losses that split a batch; no model reads them.
 _TRAINING = ("num_images_per_sample", "num_videos_per_sample", *CONTENT_KEYS)
 _FIXED = ("modality", "prompt_length")
 
 
 @dataclass
 class Row:
-    """An input on its way, and every place in the list that it stands at.
+    """An input on its way to a batch.
 
     Attributes:
-        numbers: Row numbers; several for inputs that look the same.
-        value: The input, as read; dropped once the features hold all of it.
-        key: `content_hash` of the input.
-        features: What the model reads; None until preprocessed, or where only the processor can make a batch.
-        length: Tokens.
+        numbers: Its row number, and those of equal inputs.
+        value: The input, decoded; dropped once the features hold all of it.
+        key: Its `content_hash`.
+        features: Features of the model; None before preprocessing, and where only the processor can make a batch.
+        length: Its number of tokens.
         reason: Why it can't be embedded; empty for good rows.
     """
 
@@ -76,7 +77,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that run together, and what the model reads of them where only the processor can put that together."""
+    """Rows that run together; with their features, where only the processor could make those."""
 
     rows: list[Row]
     features: dict[str, Any] | None = None
@@ -90,9 +91,9 @@ class Batcher:
         model: The model that will embed them.
         read: Checks and decodes one input; a ValueError says why it is bad.
         options: Arguments of `model.preprocess`, such as the prompt.
-        last_token: What every input must end in, the last BTok; None for models without BToks.
+        last_token: Id of the last BTok, in which every input must end; None for models without BToks.
         limit: Tokens that an input with media is cut to; None leaves it to the model, as for texts.
-        whole: `processing_kwargs` under which an input is preprocessed as long as it is.
+        whole: `processing_kwargs` that lift every limit of an input's length.
         batch_tokens: Padded tokens of a batch, at most; a longer row runs alone.
         batch_rows: Rows of a batch, at most. Default: no limit.
     """
@@ -137,6 +138,10 @@ class Batcher:
         return _collate([row.features for row in batch.rows if row.features is not None], pad or 0, side)
 
     def _windows(self, items: Iterable[tuple[int, Any]]) -> Iterator[list[Row]]:
+        """Preprocessed rows, a window at a time; an input that equals an earlier one joins that one's row.
+
+        A row with media is preprocessed at once. Texts wait until a call of the tokenizer is worth it.
+        """
         window: list[Row] = []
         texts: list[Row] = []
         known: dict[Any, Row] = {}
@@ -157,14 +162,14 @@ class Batcher:
                 texts = []
             if full:
                 yield window
-                known.clear()  # an equal row that comes later would wait for a vector that was handed out already
+                known.clear()  # the vectors of these rows are handed out, so a later equal row can't join them
                 window, size = [], 0
         self._preprocess_texts(texts)
         if window:
             yield window
 
     def _read_ahead(self, items: Iterable[tuple[int, Any]]) -> Iterator[Row]:
-        """Rows in order; what may be a medium is read by threads."""
+        """Rows in their order. Inputs that may hold media are read by threads."""
         under_way: deque[Row | Future[Row]] = deque()
         waiting = 0
         with ThreadPoolExecutor(READERS) as pool:
@@ -180,7 +185,7 @@ class Batcher:
                 yield row.result() if isinstance(row, Future) else row
 
     def _row(self, number: int, value: Any) -> Row:
-        """One input, read; memory that can't be had is the row's fault too, as its medium is too large."""
+        """Read one input. Where memory does not suffice, the row is bad too: its medium is too large."""
         try:
             found = self.read(value)
             return Row([number], found, content_hash(found))
@@ -190,13 +195,17 @@ class Batcher:
     # --- rows to features --------------------------------------------------------------------------------------------
 
     def _preprocess_texts(self, rows: Sequence[Row]) -> None:
-        """In as few calls as possible; conversations apart, as sentence-transformers reads them differently."""
+        """Preprocess texts together. Conversations need a call of their own, as sentence-transformers expects."""
         for is_talk in (False, True):
             if chosen := [row for row in rows if isinstance(row.value, list) == is_talk]:
                 self._preprocess(chosen)
 
     def _preprocess(self, rows: Sequence[Row]) -> None:
-        """Give rows their features and lengths; texts come together, everything else alone."""
+        """Give rows their features and lengths.
+
+        Args:
+            rows: Several texts, or one row with media.
+        """
         reason = ""
         features: dict[str, Any] = {}
         try:
@@ -224,7 +233,7 @@ class Batcher:
                 row.features, row.length, row.value = own, num_tokens(own), None
 
     def _features(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Features of texts together, or of one row with media, whose value is then as long as it may be."""
+        """Features of several texts, or of one row with media, whose text is cut to the limit."""
         values = [row.value for row in rows]
         if self.limit is None or not media_of(values[0]):
             return dict(self.model.preprocess(values, **self.options))
@@ -234,7 +243,7 @@ class Batcher:
         return features
 
     def _of_known_length(self, values: Sequence[Any]) -> dict[str, Any]:
-        """What the processor makes of inputs whose length is seen to elsewhere."""
+        """Features of inputs that are short enough already, or are about to be measured."""
         whole = self.limit is not None and any(map(media_of, values))
         options = {**self.options, **({"processing_kwargs": self.whole} if whole else {})}
         return dict(self.model.preprocess(values, **options))
@@ -255,7 +264,7 @@ class Batcher:
                 padded = longest * (len(batch) + 1)
                 waste += longest - row.length
                 too_many = padded > self.batch_tokens or len(batch) == self.batch_rows
-                # Little batches pay more for their calls than for padding, so some of it is always allowed.
+                # In a small batch the call costs more than padding, so some padding is always allowed.
                 too_loose = waste > max(_WASTE * padded, self.batch_tokens / 32)
                 if batch and (too_many or too_loose):
                     yield self._batch(batch)
@@ -264,7 +273,7 @@ class Batcher:
             yield self._batch(batch)
 
     def _group_keys(self, rows: Sequence[Row]) -> list[Any]:
-        """Equal for rows that can share a batch."""
+        """A key for every row; rows with equal keys can share a batch."""
         shapes: dict[str, set[Any]] = {key: set() for key in _MEDIA}
         for row in rows:
             for key, value in (row.features or {}).items():
@@ -283,7 +292,7 @@ class Batcher:
         return keys
 
     def _input_key(self, value: Any) -> Any:
-        """Equal for inputs that one call of a processor can take on every family."""
+        """A key; one call of the processor can take all inputs with equal keys, in every family."""
         if "message" not in self.model.modalities:
             return infer_modality(value)
         media = media_of(value)
@@ -303,7 +312,7 @@ class Batcher:
 
 
 def _is_quick(value: Any) -> bool:
-    """Whether reading costs less than handing it to a thread: what can be no path and no address."""
+    """Whether an input is certainly text, so that reading it costs less than handing it to a thread."""
     if isinstance(value, dict):
         return value.keys() == {"text"}
     return isinstance(value, str) and "." not in value[-8:] and not value.startswith(("data:", "http"))
@@ -330,7 +339,7 @@ def media_of(value: Any) -> list[tuple[str, Any]]:
 
 
 def content_hash(value: Any) -> Any:
-    """Equal for inputs that look the same: media count by their values, whatever object or file they came from.
+    """A key that is equal for equal inputs. Media are compared by their values, whatever object or file held them.
 
     Args:
         value: A normalised input.
@@ -351,11 +360,11 @@ def content_hash(value: Any) -> Any:
     return type(value), value
 
 
-# --- features of single rows, put together without asking the processor again ----------------------------------------
+# --- batches from the features of single rows, without another call of the processor --------------------------------
 
 
 def _can_collate(features: dict[str, Any]) -> bool:
-    """Whether rows can be put together here: every key is known, and token tensors have the shape of the ids."""
+    """Whether `_collate` knows these features: every key is known, and token tensors have the shape of the ids."""
     ids, mask = features.get("input_ids"), features.get("attention_mask")
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor):
         return False
@@ -387,7 +396,8 @@ def _collate(rows: Sequence[dict[str, Any]], pad_token_id: int, padding_side: st
             value = pad_token_id if key == "input_ids" else 0
             batch[key] = torch.cat([_padded(tensor, length, value, padding_side) for tensor in tensors])
     for key in _MEDIA:
-        # Rows without this medium have no entry: media stand in one line, and the token ids tell whose they are.
+        # Rows without this medium have no entries. The media of all rows are concatenated, and the model finds each
+        # row's own by the placeholders among its token ids.
         parts = [row[key] for row in rows if key in row]
         if parts and isinstance(parts[0], Tensor):
             batch[key] = torch.cat(parts)
@@ -402,7 +412,7 @@ def _padded(tensor: Tensor, length: int, value: int, side: str) -> Tensor:
 
 
 def num_bytes(row: Row) -> int:
-    """Memory of a row's features; of those that its batch will have, three floats for each pixel."""
+    """Memory of a row's features, in bytes; of features that are made with its batch, three floats for each pixel."""
     if row.features is not None:
         return sum(value.nbytes for value in row.features.values() if isinstance(value, Tensor))
     total = 0
@@ -413,7 +423,7 @@ def num_bytes(row: Row) -> int:
 
 
 def last_token(features: dict[str, Any]) -> int | None:
-    """Id of the last token of one row, padding aside; None where it has no tokens."""
+    """Id of the last real token of one row; None where it has no tokens."""
     ids, mask = features.get("input_ids"), features.get("attention_mask")
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or not mask.any():
         return None

@@ -124,14 +124,14 @@ def checked_inputs(
 
 
 def as_batch(inputs: Iterable[Any], model: SentenceTransformer) -> Iterable[Any]:
-    """A batch, not one input.
+    """Refuse one input where a batch is expected.
 
     Args:
         inputs: Anything.
         model: The model that will embed it.
 
     Returns:
-        The batch.
+        The batch, as it was given.
 
     Raises:
         ValueError: If it is one input and not a batch.
@@ -145,7 +145,7 @@ def as_batch(inputs: Iterable[Any], model: SentenceTransformer) -> Iterable[Any]
 
 
 def _numbered(inputs: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Rows with their numbers; in the place of a PDF's page that can't be drawn stands the reason."""
+    """Rows with their numbers; a page of a PDF that can't be drawn is replaced by the error."""
     iterator = iter(inputs)
     for number in count():
         try:
@@ -160,10 +160,10 @@ def _numbered(inputs: Iterable[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def check_rows(rows: Iterable[tuple[int, Any]], reader: InputReader, on_error: OnError) -> CheckedInputs:
-    """Read rows that have numbers already.
+    """Read rows, and sort out bad ones.
 
     Args:
-        rows: The number of each input, for errors and results, and the input.
+        rows: Row numbers and inputs.
         reader: Reads one input.
         on_error: See `checked_inputs`.
 
@@ -216,9 +216,9 @@ def encode_checked(
     Args:
         model: Any SentenceTransformer.
         inputs: What `checked_inputs` takes.
-        on_error: See `checked_inputs`. Under `"raise"`, all rows of a list are looked at before the first one is
-            decoded; a file that opens but can't be decoded, and a row of an iterator, is found when its window is due.
-            Under `"skip"` nothing but bad rows is lost.
+        on_error: See `checked_inputs`. Under `"raise"`, all rows of a list are checked before the first one is
+            decoded. A file that opens but can't be decoded, and any bad row of an iterator, is found when its turn
+            comes. Under `"skip"` nothing but bad rows is lost.
         precision: See `encode`; the ranges for `int8` and `uint8` are those of all kept rows.
         show_progress_bar: Rows done so far. Default: where the log level is INFO, as `encode` does.
         convert_to_numpy: See `encode`.
@@ -264,7 +264,7 @@ def encode_checked(
 
 
 def _with_row(matrix: Tensor | None, done: EncodedRow, total: int | None) -> Tensor:
-    """The matrix with one more row; it doubles where the number of rows is not known."""
+    """The matrix with one more row; it doubles its size when it is full."""
     if matrix is None:
         matrix = done.embedding.new_empty(total or 64, len(done.embedding))
     while done.row >= len(matrix):
@@ -342,7 +342,7 @@ def encode_rows(
     if unknown := set(options) - set(model.get_model_kwargs()):
         raise ValueError(f"this model's encode does not know {sorted(unknown)}. Leave them out.")
     forwarded = {**options, **({"task": task} if task else {})}
-    # The reader has chosen the frames: the processor takes all of them.
+    # The reader has chosen the frames of videos, so the processor must take all of them.
     processing = processing_kwargs or {}
     if "video" in model.modalities:
         processing = {**processing, "video": {"do_sample_frames": False, **processing.get("video", {})}}
@@ -383,7 +383,7 @@ def _encode(inputs: Iterable[Any], batcher: Batcher, run: Any) -> Iterator[Encod
         for row in bad:
             yield from (EncodedRow(number, None, row.reason) for number in row.numbers)
         while batches:
-            batch = batches.pop(0)  # a window's memory goes as its batches do
+            batch = batches.pop(0)  # so that its memory is free as soon as it is done
             vectors = run(batcher.features(batch))
             for row, vector in zip(batch.rows, vectors, strict=True):
                 yield from (EncodedRow(number, vector) for number in row.numbers)
@@ -391,10 +391,10 @@ def _encode(inputs: Iterable[Any], batcher: Batcher, run: Any) -> Iterator[Encod
 
 
 def prefetch(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each made by a thread while the one before it is used.
+    """The same items; a thread makes the next one while the caller uses the one before it.
 
     Args:
-        items: An iterable; it runs in one thread, never in two at once.
+        items: An iterable, which is never asked by two threads at once.
 
     Yields:
         Its items.
@@ -419,7 +419,7 @@ def _prompt(model: SentenceTransformer, task: str | None, prompt: str | None, na
 
 
 def _last_btok(model: SentenceTransformer) -> int | None:
-    """The token that ends every input of a BTok model, K or fewer BToks (`read_budget`); None for other models."""
+    """Id of the token that ends every input of a BTok model (with `read_budget` not BTok K); None for other models."""
     tokenizer = getattr(model[0], "tokenizer", None)
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not (ids := btok_ids(tokenizer)):
         return None
@@ -428,22 +428,22 @@ def _last_btok(model: SentenceTransformer) -> int | None:
 
 
 def _limit(model: SentenceTransformer, processing: dict[str, Any]) -> int | None:
-    """Tokens of a whole input: as asked for, else `model.max_seq_length`; None where truncation is off."""
+    """The limit of a whole input in tokens: the caller's, else `model.max_seq_length`; None if truncation is off."""
     text = processing.get("text", {})
     return None if text.get("truncation", True) is False else text.get("max_length") or model.max_seq_length
 
 
 def _without_limit(processing: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call that renders and tokenizes an input as long as it is."""
-    # `max_chars` of the caller's own stays; the saved one goes.
+    """`processing_kwargs` under which an input is neither cut nor refused for its length."""
+    # The caller's own `max_chars` stays; the saved one does not hold.
     template = {"max_chars": None, **processing.get("chat_template", {}), "max_tokens": None}
-    # Not truncation=False: transformers would warn of inputs that are too long, which is what is counted here.
+    # Not truncation=False, under which transformers warns of every long input.
     text = {**processing.get("text", {}), "truncation": True, "max_length": NO_LIMIT}
     return {**processing, "text": text, "chat_template": template}
 
 
 def _with_raised_limit(model: SentenceTransformer, processing: dict[str, Any], limit: int) -> dict[str, Any]:
-    """The arguments of a call for texts: the saved template drops what lies far beyond the limit it was built with."""
+    """`processing_kwargs` for texts under a limit above the saved one, far beyond which the template drops text."""
     saved: Any = getattr(model[0], "processing_kwargs", {}).get("chat_template", {})
     asked = processing.get("chat_template", {})
     if "max_chars" in asked or not saved.get("max_chars") or limit <= saved.get("max_tokens", limit):

@@ -1,8 +1,8 @@
-"""Where a medium comes from: a path, bytes, base64 or a URL becomes an open stream. Nothing is decoded here.
+"""Opening a medium: a path, bytes, base64 or a URL becomes an open stream. Nothing is decoded here.
 
-URLs are fetched only when asked for, and only from public addresses: a name is resolved once, every address of it must
-be public, and the connection goes to the address that was looked at, so neither a redirect nor a name that resolves
-differently the second time reaches a machine behind the firewall.
+URLs are fetched only if `allow_urls` says so, and only from public addresses. A name is resolved once, all of its
+addresses must be public, and the connection goes to an address that was checked. So neither a redirect nor a name that
+resolves differently the second time reaches a machine behind the firewall.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import IO, Any
 
 from PIL import ImageColor
 
-ADDRESSES = ("http://", "https://")  # how a text starts that would have to be fetched from the network
+ADDRESSES = ("http://", "https://")  # prefixes of a text that is a URL
 _FETCH_SECONDS, _FETCH_BYTES, _PIECE = 30, 2**28, 2**16
-# Nothing in it can match the same characters in two ways, or a long row of blanks would take quadratic time.
+# No part of it can match the same characters in two ways; else a long row of blanks would take quadratic time.
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}(?:=\s*){0,2}")
-# IPv6 addresses that stand for an IPv4 address: `ipaddress` itself knows only ::ffff:0:0/96, 6to4 and Teredo.
+# IPv6 addresses that stand for an IPv4 address. `ipaddress` itself knows only ::ffff:0:0/96, 6to4 and Teredo.
 _NAT64, _COMPATIBLE = ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96")
 _LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 
@@ -63,12 +63,12 @@ class MediaOptions:
 
 @dataclass(frozen=True)
 class Opened:
-    """A medium that is open, or an object that needs no opening; used in a `with` block, which closes the file.
+    """An open medium. A `with` block around it closes the file.
 
     Attributes:
-        name: How an error calls it.
-        file: A binary stream at its start, of an encoded medium.
-        value: The object, where there is no file.
+        name: Its name in errors.
+        file: A binary stream at its start; None where the source was an object, such as an array.
+        value: That object; None where there is a file.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Opened:
 
 
 def open_source(source: Any, allow_urls: bool = False) -> Opened:
-    """Open a path, URL, data URI, base64 or bytes; anything else is an object that is decoded already.
+    """Open a path, URL, data URI, base64 or bytes; anything else is taken for a decoded object.
 
     Args:
         source: Path, URL, data URI, base64, bytes or an object.
@@ -115,7 +115,7 @@ def open_source(source: Any, allow_urls: bool = False) -> Opened:
 
 
 def _open_path(source: str | Path) -> IO[bytes]:
-    """A file; or the content, where a string without such a file is base64, as `encode` reads it."""
+    """Open a file; a string that names no file but is base64 is decoded, as `encode` does."""
     path = Path(source)
     try:
         if path.is_file():

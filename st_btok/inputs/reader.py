@@ -1,7 +1,7 @@
-"""One input of any kind, checked and normalised for one model: text, medium, dict of them, or conversation.
+"""Reading one input for one model: a text, a medium, a dict of them, or a conversation is checked and decoded.
 
-Every problem is a ValueError that says what was seen and what to do; `encode.py` adds the row. Media follow
-the rules of `images.py` and `videos.py`.
+Every problem is a ValueError that says what was seen and what to do; `encode.py` adds the row number. Media are read
+by the rules of `images.py` and `videos.py`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class InputReader:
         flat: Whether its chat template wants a turn's content as one string.
         placeholders: Names of media tokens that text must not turn into; empty where the chat template guards them.
         media: How media are read.
-        decode: Decode media. Otherwise only headers of files are read, URLs are left alone, and None stands for every
-            medium in the row that comes back.
+        decode: Whether media are decoded. If not, only headers of files are checked, URLs are not fetched, and the
+            returned row holds None for every medium.
     """
 
     modalities: tuple[Any, ...]
@@ -103,7 +103,7 @@ class InputReader:
         raise ValueError(f"got {type(value).__name__}; text, an image, an array or a dict is needed. Or {hint}")
 
     def _bare(self, value: str) -> Any:
-        """Text, or the path or URL of a medium: what sentence-transformers takes for one, and files of more kinds."""
+        """A string: text, or the path or URL of a medium, as in sentence-transformers but with more kinds of files."""
         tests = (("image", is_image_url_or_path), ("video", is_video_url_or_path), ("audio", is_audio_url_or_path))
         for kind, test in tests:
             if kind in self.modalities and test(value):

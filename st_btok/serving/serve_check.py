@@ -17,7 +17,7 @@ import io
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from json import dumps, load, loads
 from pathlib import Path
 from typing import Any, Literal
@@ -99,59 +99,54 @@ class Served:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             return load(response)["data"][0]
 
-    def embed(self, **body: Any) -> np.ndarray:
-        """The vector of one request."""
-        return np.asarray(self.post("/v1/embeddings", **body)["embedding"], np.float32)
+
+@dataclass(frozen=True)
+class Form:
+    """A form of request.
+
+    Attributes:
+        advice: What to do instead, where its answers are wrong.
+        limits: Whether the saved limits go along as `chat_template_kwargs`.
+        options: Further arguments of the request.
+    """
+
+    advice: str
+    limits: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def _messages(row: Row) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": row.content}]
+RIGHT, TOKEN_STATES, BARE = "messages", "token states", "input"
+_CUT = {"truncate_prompt_tokens": -1}
+FORMS = {
+    RIGHT: Form("the engine does not compute this model; docs/serve.md has the engines that do", limits=True),
+    "messages, no limits": Form("send the saved limits as chat_template_kwargs"),
+    "messages, add_generation_prompt": Form(
+        "leave it out: the model was saved by an older release", limits=True, options={"add_generation_prompt": True}
+    ),
+    "messages, truncate_prompt_tokens": Form("it cuts bottleneck tokens off: send chat_template_kwargs", options=_CUT),
+    BARE: Form("it skips the chat template, which guards text and appends the bottleneck tokens: send messages"),
+    f"{BARE}, truncate_prompt_tokens": Form(
+        "it skips the chat template: send messages, and cut text before", options=_CUT
+    ),
+    TOKEN_STATES: Form("average the last K rows of a model with readout='mean', and normalise", limits=True),
+}
 
 
-def _right(served: Served, row: Row) -> np.ndarray:
-    return served.embed(messages=_messages(row), chat_template_kwargs=served.template)
-
-
-def _without_limits(served: Served, row: Row) -> np.ndarray:
-    return served.embed(messages=_messages(row))
-
-
-def _generation_prompt(served: Served, row: Row) -> np.ndarray:
-    return served.embed(messages=_messages(row), chat_template_kwargs=served.template, add_generation_prompt=True)
-
-
-def _cut_tokens(served: Served, row: Row) -> np.ndarray:
-    return served.embed(messages=_messages(row), truncate_prompt_tokens=-1)
-
-
-def _bare(served: Served, row: Row) -> np.ndarray:
-    return served.embed(input=row.text)
-
-
-def _bare_cut(served: Served, row: Row) -> np.ndarray:
-    return served.embed(input=row.text, truncate_prompt_tokens=-1)
-
-
-def _token_states(served: Served, row: Row) -> np.ndarray:
-    answer = served.post("/pooling", messages=_messages(row), chat_template_kwargs=served.template)["data"]
-    states = np.asarray(answer, np.float32)  # (T, D)
+def _vector(served: Served, form: str, row: Row) -> np.ndarray:
+    """What the server gives for a row in one form of request."""
+    how = FORMS[form]
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": row.content}]}
+    if form.startswith(BARE):
+        body = {"input": row.text}
+    if how.limits:
+        body["chat_template_kwargs"] = served.template
+    if form != TOKEN_STATES:
+        return np.asarray(served.post("/v1/embeddings", **body, **how.options)["embedding"], np.float32)
+    states = np.asarray(served.post("/pooling", **body)["data"], np.float32)  # (T, D)
     if states.ndim != 2:
         raise ValueError("the server pools by itself, it gives no states of single tokens")
     mean = states[-served.num_btoks :].mean(0)
     return mean / np.linalg.norm(mean)
-
-
-RIGHT, TOKEN_STATES, BARE = "messages", "token states", "input"
-# Form of request: how it is sent, and what to do instead where it is wrong.
-FORMS: dict[str, tuple[Callable[[Served, Row], np.ndarray], str]] = {
-    RIGHT: (_right, "the engine does not compute this model; docs/serve.md has the engines that do"),
-    "messages, no limits": (_without_limits, "send the saved limits as chat_template_kwargs"),
-    "messages, add_generation_prompt": (_generation_prompt, "leave it out: the model was saved by an older release"),
-    "messages, truncate_prompt_tokens": (_cut_tokens, "it cuts bottleneck tokens off: send chat_template_kwargs"),
-    BARE: (_bare, "it skips the chat template, which guards text and appends the bottleneck tokens: send messages"),
-    f"{BARE}, truncate_prompt_tokens": (_bare_cut, "it skips the chat template: send messages, and cut text before"),
-    TOKEN_STATES: (_token_states, "average the last K rows of a model with readout='mean', and normalise"),
-}
 
 
 def serve_check(
@@ -187,13 +182,13 @@ def serve_check(
     expected = encoder.encode([row.sample for row in rows], prompt="", batch_size=1, normalize_embeddings=True)
     answers = []
     averages = any(isinstance(module, WordWeights) for module in encoder)
-    for form, (send, _) in FORMS.items():
+    for form in FORMS:
         if form == TOKEN_STATES and not averages:
             continue
         for row, vector in zip(rows, expected, strict=True):
             if form.startswith(BARE) and row.text is None:
                 continue
-            answers.append(_answer(form, send, served, row, np.asarray(vector), bound))
+            answers.append(_answer(form, served, row, np.asarray(vector), bound))
             if progress is not None:
                 progress(answers[-1])
     return answers
@@ -259,12 +254,10 @@ def _served_name(url: str) -> str:
     return listed[0]["id"]
 
 
-def _answer(
-    form: str, send: Callable[[Served, Row], np.ndarray], served: Served, row: Row, expected: np.ndarray, bound: float
-) -> Answer:
+def _answer(form: str, served: Served, row: Row, expected: np.ndarray, bound: float) -> Answer:
     """Send one row in one form."""
     try:
-        vector = send(served, row)
+        vector = _vector(served, form, row)
     except urllib.error.HTTPError as error:
         return Answer(form, row.name, "refused", note=f"{error.code}: {_message(error)}")
     except (OSError, KeyError, ValueError) as error:  # no JSON, no vector in it, a server that went away
@@ -296,7 +289,7 @@ def summary(answers: list[Answer]) -> list[str]:
         Form, worst verdict, the worst row with its numbers, and what to do.
     """
     lines = []
-    for form, (_, advice) in FORMS.items():
+    for form, how in FORMS.items():
         own = [answer for answer in answers if answer.form == form]
         wrong = [answer for answer in own if answer.verdict == "WRONG"]
         refused = [answer for answer in own if answer.verdict == "refused"]
@@ -305,7 +298,7 @@ def summary(answers: list[Answer]) -> list[str]:
             worst = min(wrong, key=lambda answer: -1.0 if answer.cosine is None else answer.cosine)
             rows = ", ".join(answer.row for answer in wrong)
             seen = worst.note if worst.cosine is None else f"cosine {worst.cosine:.3f} on {worst.row!r}"
-            text = f"WRONG    {seen}; wrong rows: {rows}. {advice}"
+            text = f"WRONG    {seen}; wrong rows: {rows}. {how.advice}"
         elif not own:
             continue
         elif compared:

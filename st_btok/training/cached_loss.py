@@ -2,12 +2,12 @@
 
 sentence-transformers' `CachedLossMixin` does the three steps of GradCache (arXiv 2101.06983): embed every mini-batch
 without gradients; compute the loss and its gradient with respect to the embeddings; embed every mini-batch again, with
-gradients, and go on from there. Here `embed_minibatch` takes rows and calls `BTokLoss.embed`, and what it returns has
-one column more than the embeddings: the mini-batch's NLL. So one backward pass carries the gradients of both parts.
+gradients, and back-propagate from there. Here `embed_minibatch` takes rows and calls `BTokLoss.embed`. It returns the
+embeddings with one more column, the mini-batch's NLL. So one backward pass carries the gradients of both parts.
 
-The NLL is part of the returned loss, so the pass without gradients reads the targets as well. The gradient of the NLL
-with respect to the states that predict the targets is known in that pass already, up to one factor for all tokens. It
-is kept (`_VocabularyOnce`), so the vocabulary, often the largest matrix of a model, is multiplied by no more often
+The NLL is part of the returned loss, so the pass without gradients reads the targets as well. That pass already knows
+the gradient of the NLL with respect to the states that predict the targets, up to one factor for all tokens.
+`_KeptNLL` keeps it. So the product with the vocabulary, often the largest matrix of a model, is computed no more often
 than in `BTokLoss`.
 
 Mini-batches hold rows of similar length, so that short ones are not read at the width of long ones.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from st_btok.training.loss import BTokLoss
 from st_btok.training.splitting import Part, row_lengths, row_offsets, sorted_by_length, take_rows
-from st_btok.training.vocabulary_loss import Solved, sum_with_gradients
+from st_btok.training.vocabulary_loss import KnownNLL, sum_with_gradients
 
 _COLUMN = "btok_column"
 
@@ -129,18 +129,18 @@ class CachedBTokLoss(nn.Module):
         ]
         cached = cache.forward_cached(prepared)
         self.loss.report(columns, targets, cache.ranking, cache.nll, cache.tokens, weight)
-        # The second pass starts from the gradient of this one tensor, whose value is the sum of both parts. Added to a
-        # part with the value 0, it leaves each part its own value.
+        # The mixin's second pass starts from the gradient of one tensor, `cached`. Both parts have their values, so
+        # `cached` is added with the value 0: it brings its gradient along and changes no value.
         zero_with_gradient = cached - cached.detach()
         return {"ranking": cache.ranking + zero_with_gradient, "condensation": weight * cache.nll}
 
     def _order(self, column: Part) -> list[int]:
-        """Row numbers in the order of the mini-batches: by length, where there are several."""
+        """Row numbers in the order in which mini-batches take them: by length, if there are several mini-batches."""
         rows = len(column.features["input_ids"])
         return list(range(rows)) if rows <= self.mini_batch_size else sorted_by_length(row_lengths(column))
 
     def _prepared(self, number: int, column: Part, order: list[int]) -> dict[str, Any]:
-        """What the mixin counts the rows of, and cuts into mini-batches by their places in the order."""
+        """A column for the mixin, which counts the rows of `input_ids` and asks for mini-batches by begin and end."""
         offsets = row_offsets(column.features, self.loss.reader.media_tokens)
         return {"input_ids": column.features["input_ids"], _COLUMN: _Column(number, column, offsets, order)}
 
@@ -178,7 +178,14 @@ class CachedBTokLoss(nn.Module):
 
 @dataclass(frozen=True)
 class _Column:
-    """One column of a batch, with all that its mini-batches are made from."""
+    """One column of a batch, from which `embed_minibatch` takes rows.
+
+    Attributes:
+        number: Its number in the batch.
+        whole: All rows.
+        offsets: From `row_offsets`.
+        order: Row numbers in the order of the mini-batches.
+    """
 
     number: int
     whole: Part
@@ -189,7 +196,8 @@ class _Column:
 class _GradCache(CachedLossMixin):
     """GradCache over the [embeddings | NLL] of one batch.
 
-    Apart from the loss, so that what a loss modifier wraps, `CachedBTokLoss.calculate_loss`, gets embeddings only.
+    A class beside `CachedBTokLoss`, because loss modifiers wrap that one's `calculate_loss` and expect it to get
+    embeddings only.
     """
 
     def __init__(self, owner: CachedBTokLoss, weight: float, tokens: int) -> None:
@@ -197,7 +205,7 @@ class _GradCache(CachedLossMixin):
         self.model = owner.loss.model
         self.mini_batch_size = owner.mini_batch_size
         self.show_progress_bar = owner.show_progress_bar
-        self.vocabulary = _VocabularyOnce()
+        self.kept = _KeptNLL()
         self.ranking = self.nll = self.tokens = torch.zeros(())
 
     def embed_minibatch(
@@ -213,11 +221,11 @@ class _GradCache(CachedLossMixin):
         column: _Column = sentence_feature[_COLUMN]
         part = take_rows(column.whole, column.order[begin:end], column.offsets)
         key = (column.number, begin)
-        likelihood = None  # in evaluation, with one pass only
+        likelihood = None  # evaluation has one pass only
         if copy_random_state:  # the first of two passes
-            likelihood = partial(self.vocabulary.first, key)
+            likelihood = partial(self.kept.first_pass, key)
         elif with_grad:
-            likelihood = partial(self.vocabulary.second, key)
+            likelihood = partial(self.kept.second_pass, key)
         with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
             state = RandContext(*part.features.values()) if copy_random_state else None
             embedded = self.owner.loss.embed(part, likelihood)
@@ -231,7 +239,7 @@ class _GradCache(CachedLossMixin):
     ) -> Tensor:
         """Both parts; with `with_backward`, their gradients are left in `reps`."""
         loss = self.owner.loss
-        # 1. Apart again: embeddings of the loss' own shape, and the NLL of the whole batch.
+        # 1. Split `reps` into embeddings in the loss' own shape and the NLL of the whole batch.
         shape = (-1,) if loss.budgets is None else (len(loss.budgets), -1)
         embeddings = [[rep[:, :-1].detach().unflatten(1, shape) for rep in column] for column in reps]
         nll = torch.stack([rep[:, -1].detach().sum() for column in reps for rep in column]).sum()
@@ -241,7 +249,7 @@ class _GradCache(CachedLossMixin):
         self.ranking = self.owner.calculate_loss(embeddings, labels, with_backward=with_backward)
         mean, self.tokens = loss.condense(nll, self.own_tokens, self.weight)
         self.ranking, self.nll = self.ranking.detach(), mean.detach()
-        # 3. The gradient of every embedding, and beside it the one gradient of every share of the NLL.
+        # 3. Join the gradients again: each embedding's, and beside it that of the NLL, the same for all rows.
         if with_backward:
             slope = torch.autograd.grad(self.weight * mean, nll)[0]
             for column, parts in zip(reps, embeddings, strict=True):
@@ -252,26 +260,30 @@ class _GradCache(CachedLossMixin):
 
 
 @dataclass
-class _VocabularyOnce:
-    """Cross entropies of the first pass over a batch, whose gradients the second pass sends on.
+class _KeptNLL:
+    """The NLL of every mini-batch, computed in the first pass and used again in the second.
+
+    The first pass has no graph. But the gradients of the NLL, with respect to the states and to the LM head, are known
+    as soon as its logits are; they still lack one factor, which the backward pass brings. The second pass puts the
+    kept values and gradients into its graph, and does not multiply by the vocabulary.
 
     Attributes:
-        solved: By mini-batch, without the gradient of the head.
-        head_grad: (V, D), summed over the batch; None for a frozen head.
+        found: What the first pass computed, by mini-batch, without the gradient of the head.
+        head_grad: (V, D): that gradient, summed over the batch. None for a frozen head.
     """
 
-    solved: dict[tuple[int, int], Solved] = field(default_factory=dict)
+    found: dict[tuple[int, int], KnownNLL] = field(default_factory=dict)
     head_grad: Tensor | None = None
 
-    def first(self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        """The likelihood in the pass without gradients."""
-        found = sum_with_gradients(states, head, labels, True, head.requires_grad, self.head_grad)
-        self.head_grad = found.weight_grad
-        self.solved[key] = Solved(found.value, found.input_grad, None)
-        return found.value
+    def first_pass(self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        """Compute and keep a mini-batch's NLL and its gradients."""
+        known = sum_with_gradients(states, head, labels, True, head.requires_grad, self.head_grad)
+        self.head_grad = known.weight_grad
+        self.found[key] = KnownNLL(known.value, known.input_grad, None)
+        return known.value
 
-    def second(self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        """The same value in the pass with gradients. The first mini-batch brings the head's, for all of them."""
-        kept = self.solved[key]
-        head_grad = self.head_grad if key == next(iter(self.solved)) else None
-        return Solved(kept.value, kept.input_grad, head_grad).entered(states, head)
+    def second_pass(self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        """The same value, now with a graph. The first mini-batch brings the gradient of the head, for all of them."""
+        known = self.found[key]
+        head_grad = self.head_grad if key == next(iter(self.found)) else None
+        return KnownNLL(known.value, known.input_grad, head_grad).with_graph(states, head)

@@ -73,7 +73,7 @@ class BTokLoss(nn.Module):
         condensation_steps: The condensation loss is on for the first N optimizer steps only. Default None: always.
             The authors' preset is `condensation_weight=5.0, condensation_steps=2000` (of 5,000). A weight that depends
             on the step needs to be told it: `callbacks=[BTokCallback()]` for the Trainer.
-        max_target_tokens: Longest target in tokens, the closing end-of-turn token included; at least 1. Default 64.
+        max_target_tokens: Longest target in tokens, the closing EOS token included; at least 1. Default 64.
         instructions: Texts with which the data's own texts begin and which are not generated, as in MMEB-train.
             Prompts are never generated: they are no part of a row.
         lm_head: Where the output embeddings of an untied backbone come from; see `lm_head.output_embeddings`.
@@ -216,7 +216,7 @@ class BTokLoss(nn.Module):
         embeddings, nll, tokens = self._embed_columns(columns, targets, weight)
         ranking = self.rank(embeddings, self.fingerprints(columns))
         nll, all_tokens = self.condense(nll, tokens, weight)
-        if tokens or not any(targets):  # a loss modifier's repeated calls find no new likelihood: nothing to report
+        if tokens or not any(targets):  # a loss modifier's repeated calls read no target: nothing new to report
             self.report(columns, targets, ranking, nll, all_tokens, weight)
         parts = {"ranking": ranking, "condensation": weight * nll}
         return torch.stack(list(parts.values())).sum() if in_modifier(self.model) else parts
@@ -263,7 +263,7 @@ class BTokLoss(nn.Module):
         return [*(targets if any(map(len, targets)) else None for targets in chosen), *[None] * (len(columns) - 2)]
 
     def join(self, part: Part) -> JointBatch:
-        """The rows `[input][BToks][target]` of the attention route, and which of them reads what.
+        """The rows `[input][BToks][target]` of the attention route, and who reads what in them.
 
         Args:
             part: Rows of a column with their targets.
@@ -276,10 +276,11 @@ class BTokLoss(nn.Module):
     def _embed_columns(
         self, columns: list[dict[str, Any]], targets: list[list[Tensor] | None], weight: float
     ) -> tuple[list[Tensor], Tensor, int]:
-        """Every column's embeddings, the NLL summed over all of them, and the number of tokens it is summed over."""
-        # 1. Each column in parts. 2. Columns with targets, or in several parts, by themselves. FSDP gathers weights in
-        #    every call, so all processes make the same ones: also columns that may have targets elsewhere are alone.
+        """The embeddings of every column, the NLL summed over the batch, and the number of its target tokens."""
+        # 1. Split each column into parts of similar length.
         split = [self.split(Part(features, target)) for features, target in zip(columns, targets, strict=True)]
+        # 2. Columns that have targets, or several parts, run alone. FSDP gathers weights in every call, so all
+        #    processes must make the same calls: a column runs alone even if only another process has targets for it.
         equal = get_world_size() > 1 and weight != 0 and self.target != "none"
         alone = [n for n in range(len(columns)) if equal or targets[n] is not None or len(split[n]) > 1]
         embeddings: dict[int, Tensor] = {}
@@ -289,7 +290,7 @@ class BTokLoss(nn.Module):
             embeddings[number] = unsort(split[number], [embedded.embedding for embedded in found])
             sums += [embedded.nll for embedded in found]
             tokens += sum(embedded.tokens for embedded in found)
-        # 3. All others as in MultipleNegativesRankingLoss: a query column by itself, the candidates in one call.
+        # 3. All other columns run as in MultipleNegativesRankingLoss: queries in one call, candidates in another.
         together = [n for n in range(len(columns)) if n not in alone]
         if together:
             with self._passes():
@@ -298,14 +299,14 @@ class BTokLoss(nn.Module):
         return [embeddings[number] for number in range(len(columns))], torch.stack(sums).sum(), tokens
 
     def split(self, column: Part) -> list[Part]:
-        """A column in the parts that it runs in.
+        """Split a column into the parts that run in one call each.
 
         Args:
             column: All of its rows.
 
         Returns:
-            Parts of similar length. The whole column where several processes must make equal calls, whatever their
-            rows hold, and for `AdaptiveLayerLoss`, which reads the states of all layers in the column's own dict.
+            Parts of similar length. One part, the whole column, where several processes must make equal calls whatever
+            their rows hold, and under `AdaptiveLayerLoss`, which reads all layers' states in the column's own dict.
         """
         if get_world_size() > 1 or "forward" in vars(self._transformer):
             return [column]
@@ -344,7 +345,7 @@ class BTokLoss(nn.Module):
         return stack
 
     def fingerprints(self, columns: list[dict[str, Any]]) -> list[Tensor]:
-        """If negatives are filtered: for each column what tells equal rows, of all processes, from different ones."""
+        """Numbers that are equal for rows of equal content, for each column; none if negatives are not filtered."""
         if self.filter is None:
             return []
         found = [content_fingerprints(features, self.reader.media_tokens) for features in columns]
@@ -354,8 +355,8 @@ class BTokLoss(nn.Module):
         """The ranking part over the whole batch.
 
         Args:
-            embeddings: From the own rows of every column, (B, D) or (B, budgets, D).
-            fingerprints: From `fingerprints`.
+            embeddings: For every column those of this process' rows, (B, D) or (B, budgets, D).
+            fingerprints: What `fingerprints` returned.
 
         Returns:
             A scalar.
@@ -375,8 +376,8 @@ class BTokLoss(nn.Module):
         """The condensation loss without its weight.
 
         Args:
-            nll: Summed over the own rows' target tokens.
-            tokens: Their number.
+            nll: Summed over the target tokens of this process' rows.
+            tokens: The number of these tokens.
             weight: The weight of the condensation loss.
 
         Returns:
@@ -398,7 +399,7 @@ class BTokLoss(nn.Module):
         tokens: Tensor,
         weight: float,
     ) -> None:
-        """Keep what this call measured in `measured`, and give it to the Trainer's `BTokCallback`, if it has one."""
+        """Keep what this call measured in `measured`, and give it to the `BTokCallback` of the Trainer, if any."""
         read = torch.stack([features["attention_mask"].sum() for features in columns]).sum()
         read = read + sum(len(target) for column in targets if column for target in column)
         self.measured = Measured(ranking.detach(), nll.detach(), tokens, weight, read, self.leak)

@@ -6,11 +6,11 @@
 * `prefix`: the K last-layer states become the first K inputs of a sequence of their own, followed by the target. It
   needs neither mask nor cache, so hybrids and state-space models can use it, and it trains exactly what is pooled.
 
-A route is a function from a part of a column to what it embeds to. It calls the wrapped model once, on the part's
-features, and works through hooks on the `Transformer` module. So what wraps the model sees one ordinary call, and
-pooling sees the column's own layout. The negative log-likelihood is computed inside that call, and returned in the
-model's output: FSDP holds the whole LM head only while the model runs, and it prepares the backward pass only for what
-the model returns.
+A route is a function from a part of a column to its `Embedded`: embeddings and the targets' negative log-likelihood
+(NLL). It calls the model once, on the part's features. Everything else that it does happens in hooks on the
+`Transformer` module. So a wrapper of the model (DDP, FSDP, compile) sees one ordinary call, and pooling sees the
+column's own layout. The NLL is computed inside that call and returned in the model's output, because FSDP holds the
+whole LM head only while the model runs, and prepares the backward pass only for what the model returns.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 Route = Literal["attention", "kv", "prefix"]
 _NLL = "condensation_nll"
-# Where `AdaptiveLayerLoss` looks for the states of every layer.
+# The key under which `AdaptiveLayerLoss` reads the states of every layer.
 ALL_LAYERS = "all_layer_embeddings"
 # (M, D) states, the (V, D) head and (M,) labels -> their summed negative log-likelihood.
 Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,7 +50,7 @@ _sum_of_tokens: Likelihood = partial(linear_cross_entropy, reduction="sum")
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a route makes of a part.
+    """What a route computes for a part of a column.
 
     Attributes:
         embedding: (B, D); with budgets (B, budgets, D).
@@ -65,16 +65,17 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Call:
-    """What every route needs beside the part.
+    """How to call the model: what every route needs besides the part.
 
     Attributes:
-        model: What is called; wrapped (DDP, FSDP, compile) or not.
+        model: The model that is called; wrapped (DDP, FSDP, compile) or not.
         transformer: Its first module, unwrapped.
-        btoks: The token ids that targets read.
-        join: Makes joint rows of a part, for the attention route.
-        head: (V, D) output embedding matrix. None for the input embeddings, which are looked up while the model runs:
-            a sharded matrix is whole only then.
-        likelihood: Default `linear_cross_entropy`, summed.
+        btoks: Ids of the bottleneck tokens that targets read.
+        join: Builds the rows `[input][BToks][target]` of a part, for the attention route.
+        head: The (V, D) matrix of an untied LM head. None where the head is tied to the input embeddings. Their matrix
+            is then looked up inside the call of the model, because under FSDP it is whole only there.
+        likelihood: The function that turns states, head and labels into a summed NLL. Default:
+            `linear_cross_entropy`.
     """
 
     model: nn.Module
@@ -91,7 +92,7 @@ class Call:
 
 
 def plain(call: Call, part: Part) -> Embedded:
-    """The part without its targets."""
+    """Embeddings alone: the part's targets are not read."""
     return _run(call, part)
 
 
@@ -100,19 +101,19 @@ def attention(call: Call, part: Part) -> Embedded:
     joint = call.join(part)
 
     def restored(states: Tensor) -> Tensor:
-        """(B, T + N, D) -> (B, T, D): padding goes back to where the column has it."""
+        """(B, T + N, D) -> (B, T, D): states without the targets, padded as the column is."""
         return states.gather(1, joint.positions[..., None].expand(-1, -1, states.shape[-1]))
 
     def after(output: dict[str, Any]) -> dict[str, Any]:
         states = output["token_embeddings"]  # (B, T + N, D)
         rows, positions = joint.predictors.T
         nll = call.nll(states[rows, positions], joint.labels)
-        if ALL_LAYERS in output:  # kept in the column's own dict, where AdaptiveLayerLoss reads it
+        if ALL_LAYERS in output:  # AdaptiveLayerLoss reads it in the column's own dict
             part.features[ALL_LAYERS] = tuple(restored(layer) for layer in output[ALL_LAYERS])
         return {**part.features, "token_embeddings": restored(states), _NLL: nll}
 
     with condensation_attention(call.transformer.model, joint.segments):
-        # A copy of the joint rows: the model writes its output into what it is given.
+        # A copy, because the model writes its output into the dict that it is given.
         return _run(call, part, before=lambda features: dict(joint.features), after=after)
 
 
@@ -122,7 +123,7 @@ def prefix(call: Call, part: Part) -> Embedded:
     def after(output: dict[str, Any]) -> dict[str, Any]:
         model, states = call.transformer.model, output["token_embeddings"]
         rows, ids, mask = _padded(part.targets or [], states.device)
-        # The K last-layer states of the rows with a target stand in for input embeddings.
+        # In rows with a target, the K last-layer states take the place of input embeddings.
         states = states[rows[:, None], _btok_positions(call, part)[rows]]  # (R, K, D)
         embedded = model.get_input_embeddings()(ids[:, :-1])
         read = model.get_decoder()(
@@ -144,33 +145,33 @@ def kv(call: Call, part: Part) -> Embedded:
     _check_attention_layers(call.transformer)
     model = call.transformer.model
     decoder = model.get_decoder()
-    # The first call fills it. Without a config, so that sliding layers too keep every position.
+    # Filled by the first call. It has no config, so that sliding-window layers keep every position too.
     filled = DynamicCache()
-    first_position_ids: list[Tensor | None] = []  # one item: those of the first call; empty before it
+    first_position_ids: list[Tensor | None] = []  # position ids of the first call; empty until it has begun
 
     def before(features: dict[str, Any]) -> dict[str, Any]:
-        """Of a text-only backbone sentence-transformers calls `forward` past its hooks, so the cache is given here."""
+        """Give a text-only backbone the cache: sentence-transformers calls its `forward` directly, past any hook."""
         return features if decoder is not model else {**features, "past_key_values": filled, "use_cache": True}
 
     def before_decoder(arguments: dict[str, Any]) -> dict[str, Any]:
-        """Inside a multimodal backbone only the decoder is told the positions."""
+        """Give the decoder of a multimodal backbone the cache, and note the position ids that only it is told."""
         if first_position_ids:  # this is the second call
             return arguments
         first_position_ids.append(arguments.get("position_ids"))
         return {**arguments, "past_key_values": filled, "use_cache": True}
 
     def after(output: dict[str, Any]) -> dict[str, Any]:
-        # sentence-transformers returns the features that it was given: the cache and its flag among them.
+        # The output holds the features that went in, so the cache and its flag are taken out again.
         output = {key: value for key, value in output.items() if value is not filled and key != "use_cache"}
         states = output["token_embeddings"]
-        # 1. Of the rows with a target: the last BTok's state, which predicts the first target token, and the keys and
-        #    values of all BToks.
+        # 1. For the rows with a target: the state of the last BTok, which predicts the first target token, and the
+        #    keys and values of all BToks.
         rows, ids, mask = _padded(part.targets or [], states.device)
         places = _btok_positions(call, part)[rows]  # (R, K)
         cache = _btok_cache(filled, rows, places, states.shape[1])
         filled.layers.clear()  # nothing else reads it, and it holds every position
         predictors = states[rows, places[:, -1]][:, None]  # (R, 1, D)
-        # 2. All target tokens but the last, on positions that continue on every axis, as in the joint sequence.
+        # 2. Read all target tokens but the last. Their positions continue behind the input's, as in the joint rows.
         if ids.shape[1] > 1:
             own = part.features["attention_mask"][rows]
             last = own.shape[1] - 1 - own.flip(1).argmax(1)  # (R,): index of each row's last token
@@ -214,7 +215,7 @@ def _run(
             )
             stack.callback(inner.remove)
         output = call.model(part.features)
-    # Taken out: MatryoshkaLoss hands the same output to one call per dimension, and the condensation loss counts once.
+    # `pop`, because MatryoshkaLoss reuses this output for every dimension, and the condensation loss counts once.
     nll = output.pop(_NLL, None)
     embedding = output["sentence_embedding"]
     if nll is None:
@@ -231,12 +232,12 @@ def _padded(targets: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _btok_positions(call: Call, part: Part) -> Tensor:
-    """(B, K) where the bottleneck tokens that targets read stand in the column's own layout."""
+    """(B, K): positions, in the column's own layout, of the bottleneck tokens that targets read."""
     return check_btoks(part.features["input_ids"], part.features["attention_mask"], call.btoks, "the batch")
 
 
 def _behind_btoks(mask: Tensor, num_btoks: int) -> Tensor:
-    """(R, N) real target tokens -> (R, K + N - 1) what a target's tokens may read: all BToks and earlier targets."""
+    """The attention mask (R, K + N - 1) of BToks and targets, from the mask (R, N) of real target tokens."""
     return torch.cat([mask.new_ones(len(mask), num_btoks), mask[:, :-1]], 1).long()
 
 
@@ -252,7 +253,7 @@ def _check_attention_layers(transformer: Transformer) -> None:
 
 
 def _btok_cache(filled: DynamicCache, rows: Tensor, places: Tensor, width: int) -> DynamicCache:
-    """The cache of every layer at the bottleneck tokens (R, K) of some rows (R,) only."""
+    """A cache that holds, of some rows (R,), only the positions (R, K) of their bottleneck tokens."""
     cache = DynamicCache()
     for number, layer in enumerate(filled.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)  # (B, H, T, d)
@@ -273,7 +274,7 @@ def _btok_cache(filled: DynamicCache, rows: Tensor, places: Tensor, width: int) 
 
 
 def _positions_of(positions: Tensor | None, rows: Tensor, places: Tensor, batch_size: int) -> Tensor:
-    """The position that the backbone gives to one token of each row.
+    """The position id that the backbone gives to one token of each row.
 
     Args:
         positions: (B, T), (1, T), or (A, B, T) for mRoPE with A axes; None where the backbone counts from 0.
@@ -293,16 +294,16 @@ def _positions_of(positions: Tensor | None, rows: Tensor, places: Tensor, batch_
 
 
 def choose_route(call: Call, end: int, route: Route | Literal["auto"]) -> tuple[Route, float | None]:
-    """Settle the route of a loss; the choice is logged.
+    """Choose the route of a loss, and log the choice.
 
-    Whether a mask can cut a target off from its input is a property of the backbone's code. So it is measured, on one
-    row, when the loss is made.
+    Whether a mask can cut a target off from its input depends on the backbone's code. So it is measured, on one row,
+    when the loss is made.
 
     Args:
-        call: Of the loss, with its model not wrapped yet.
-        end: Id of the end-of-turn token.
-        route: What the user asked for; `"auto"` for the first that is right: attention, `kv` under flash attention,
-            which takes no mask, else prefix.
+        call: The call of the loss, whose model is not wrapped yet.
+        end: Id of the EOS token.
+        route: What the user asked for. `"auto"` takes the first that is right: `attention`, or `kv` under flash
+            attention, which takes no mask; else `prefix`.
 
     Returns:
         The route, and the leak; None where nothing was measured.
@@ -312,7 +313,7 @@ def choose_route(call: Call, end: int, route: Route | Literal["auto"]) -> tuple[
     """
     transformer = call.transformer
     features, target = probe_row(transformer, end)
-    if route in ("kv", "prefix"):  # cut off by construction; whether the backbone can run it shows here
+    if route in ("kv", "prefix"):  # no input is read by construction; this shows whether the backbone can run it
         with torch.no_grad():
             ROUTES[route](call, Part(features, [target]))
         return route, None
@@ -344,7 +345,7 @@ def probe_row(transformer: Transformer, end: int) -> tuple[dict[str, Any], Tenso
 
     Args:
         transformer: The model's first module.
-        end: Id of the end-of-turn token.
+        end: Id of the EOS token.
 
     Returns:
         Features of an image, where the backbone takes images, and text, on its device; and the ids of a short target.

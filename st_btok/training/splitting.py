@@ -1,12 +1,12 @@
 """Parts of a batch: which rows run in one call of the model, and which entries of every feature belong to a row.
 
-Padding is read like text. A row's states do not depend on the other rows of its batch, so a column may run in parts,
-each as wide as its own longest row: the same loss and gradients from fewer positions. (Dropout draws its masks in
-another order, as with any other order of rows.)
+The model computes padding like text. A row's states do not depend on the other rows of its batch. So a column may run
+in parts, each padded to its own longest row: the loss and its gradients are the same, from fewer positions. (Dropout
+draws its masks in another order, as with any other order of rows.)
 
 Token tensors have one entry per row. Media tensors often do not: the images of a batch are stacked one after the
-other, per image (LLaVA, Gemma), per tile (InternVL) or per patch (Qwen-VL). sentence-transformers gives counts for
-some of them. For the others the placeholder tokens in the rows decide.
+other, per image (LLaVA, Gemma), per tile (InternVL) or per patch (Qwen-VL). sentence-transformers counts some of them
+per row. For the others, the placeholder tokens of the rows tell how many entries each row has.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# What one more call costs, in positions that could be read in the same time: some for the weights and their gradients,
-# which are read and written once more, and some for starting the kernels, fewer the larger the model is. Measured on
-# one core for widths from 64 to 896, and on an H100 for width 576 with LoRA: 0.17 s, forward and backward, 30 layers.
+# The cost of one more call, as the number of positions that could be computed in the same time. It has two parts:
+# reading and writing the weights and their gradients once more, and starting the kernels, which weighs less the larger
+# the model is. Measured on one core for widths from 64 to 896, and on an H100 for width 576 with LoRA: 0.17 s, forward
+# and backward, 30 layers.
 _WEIGHTS = 20
 _STARTS = {"cpu": 5e5}  # divided by the square of the width
 _STARTS_ON_ACCELERATOR = 5e9
@@ -55,13 +56,13 @@ class Part:
 
 
 def call_cost(backbone: PreTrainedModel) -> int:
-    """What one more call of the model costs.
+    """The cost of one more call of the model.
 
     Args:
         backbone: The backbone inside the `Transformer` module.
 
     Returns:
-        How many positions it could read in the same time.
+        The number of positions that it could compute in the same time.
     """
     # A trained vocabulary gets a gradient of its own size in every call, however few of its rows were looked up.
     vocabulary = list(backbone.get_input_embeddings().parameters())
@@ -87,21 +88,21 @@ def sorted_by_length(lengths: list[int]) -> list[int]:
 
 
 def best_split(lengths: list[int], cost: int) -> list[list[int]]:
-    """Split rows into groups of neighbouring lengths, so that the fewest positions are read.
+    """Split rows into groups of similar length, so that the fewest positions are computed.
 
     Args:
         lengths: Length of each row in tokens.
-        cost: From `call_cost`: what each group costs beside its positions.
+        cost: Positions that each group costs besides its own; from `call_cost`.
 
     Returns:
-        Row numbers by group, the shortest first, ascending within each group, so that a single group leaves the batch
-        as it is.
+        Row numbers by group, the group of the shortest rows first. Numbers ascend within a group, so a single group is
+        the batch as it was.
     """
     order = sorted_by_length(lengths)
     least = np.zeros(len(order) + 1)  # least[n]: positions and costs of the best split of the first n rows
     begins = [0]  # begins[n]: where the last group of that split begins
     for end, row in enumerate(order, 1):
-        # A last group of rows begin to end is padded to its longest row, which is the one at the end.
+        # If the last group holds the sorted rows from `begin` on, all of them are padded to the longest, `row`.
         totals = least[:end] + (end - np.arange(end)) * lengths[row] + cost
         begins.append(int(totals.argmin()))
         least[end] = totals[begins[-1]]
@@ -138,7 +139,7 @@ def split_by_length(column: Part, media_tokens: dict[str, int], cost: int) -> li
 
 
 def unsort(parts: list[Part], values: list[Tensor]) -> Tensor:
-    """Results of every part, in the order of the column's rows.
+    """Join the results of all parts in the order of the column's rows.
 
     Args:
         parts: From `split_by_length`.
@@ -157,7 +158,7 @@ def unsort(parts: list[Part], values: list[Tensor]) -> Tensor:
 
 
 def row_offsets(features: dict[str, Any], media_tokens: dict[str, int]) -> dict[str, list[int]]:
-    """For every tensor, where the entries of each row start: row i owns `value[offsets[i]:offsets[i + 1]]`.
+    """For every tensor, the place where each row's entries begin: row i owns `value[offsets[i]:offsets[i + 1]]`.
 
     Args:
         features: Features of B rows.
@@ -200,7 +201,7 @@ def _kind(key: str) -> str:
 
 
 def _placeholders(features: dict[str, Any], kind: str, media_tokens: dict[str, int]) -> Tensor:
-    """(B, T): where a row has the placeholder of this kind; of images, where the kind has none of its own."""
+    """(B, T): positions of a kind's placeholder token, or of the image placeholder if the kind has none."""
     token = media_tokens.get(kind, media_tokens.get("image"))
     ids = features["input_ids"]
     return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids == token
@@ -208,7 +209,8 @@ def _placeholders(features: dict[str, Any], kind: str, media_tokens: dict[str, i
 
 def _media_counts(key: str, value: Tensor, features: dict[str, Any], media_tokens: dict[str, int]) -> list[int]:
     """How many entries along the first axis of a media tensor belong to each row."""
-    # 1. By sentence-transformers' counts, with the patches of every image where the entries are patches.
+    # 1. sentence-transformers counted the media of every row. Where entries are patches, the grid tells how many each
+    #    medium has.
     kind = _kind(key)
     given = features.get(_COUNTS.get(kind, ""))
     grid = features.get(_GRIDS.get(key, ""))
@@ -218,13 +220,13 @@ def _media_counts(key: str, value: Tensor, features: dict[str, Any], media_token
         return [patches[end] - patches[start] for start, end in zip(ends, ends[1:], strict=False)]
     if given is not None and sum(given.tolist()) == len(value):
         return given.tolist()
-    # 2. By the placeholders of a row, if every entry fills equally many: tiles, frames, equal videos.
+    # 2. Every entry fills equally many placeholders (tiles, frames, equal videos): divide.
     places = _placeholders(features, kind, media_tokens)
     tokens = places.sum(1).tolist()  # (B,)
     each, rest = divmod(sum(tokens), max(1, len(value)))
     if each and not rest and not any(count % each for count in tokens):
         return [count // each for count in tokens]
-    # 3. By the runs of placeholders in a row, if there are as many as entries.
+    # 3. There are as many runs of placeholders as entries: each run is one entry.
     runs = (places[:, 0] + (places[:, 1:] & ~places[:, :-1]).sum(1)).tolist()
     if sum(runs) == len(value):
         return runs

@@ -27,7 +27,7 @@ def choose_targets(
         query: Contents of the first column.
         positive: Contents of the second column.
         target: The side that is generated (the authors' `ntp_side`), or `auto`.
-        end: Id of the end-of-turn token that closes every target.
+        end: Id of the EOS token that closes every target.
         max_target_tokens: Longest target, the closing token included (at least 1). A longer one is cut, not closed.
 
     Returns:
@@ -93,7 +93,7 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
     labels = torch.cat(targets).to(device)  # (M,)
     # 1. Where everything stands: a row's real tokens in order, then its target, then padding.
     lengths, sizes = mask.sum(1), torch.tensor(counts, device=device)  # (B,)
-    total = int((lengths + sizes).max())  # the one wait for the device
+    total = int((lengths + sizes).max())  # the only point where the host waits for the device
     columns = torch.arange(total, device=device)
     is_input = columns < lengths[:, None]  # (B, T + N)
     is_target = ~is_input & (columns < (lengths + sizes)[:, None])
@@ -113,8 +113,8 @@ def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[in
     # 3. What each position is.
     is_btok = torch.isin(joint["input_ids"], torch.tensor(btoks, device=device)) & is_input
     segments = torch.where(is_btok, BTOK, torch.where(is_target, TARGET, INPUT))
-    # 4. What predicts each target token: the token before it; of a row's first, the last BTok that the target reads,
-    #    also with another behind it.
+    # 4. Each target token is predicted by the token before it; a row's first one by the last BTok that the target
+    #    reads, even if another BTok stands between them.
     rows_of = torch.tensor([row for row, count in enumerate(counts) for _ in range(count)]).long().to(device)  # (M,)
     places = torch.tensor([place for count in counts for place in range(count)]).long().to(device)
     last = torch.where(is_btok, columns, -1).amax(1)  # (B,)

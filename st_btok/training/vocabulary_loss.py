@@ -56,12 +56,12 @@ def linear_cross_entropy(
         torch.is_grad_enabled() and linear_weight.requires_grad,
         max_logits=max_logits,
     )
-    total = found.entered(input, linear_weight)
+    total = found.with_graph(input, linear_weight)
     return total / len(target) if reduction == "mean" else total
 
 
 @dataclass(frozen=True)
-class Solved:
+class KnownNLL:
     """The summed cross entropy of some tokens, and its gradients.
 
     Attributes:
@@ -74,12 +74,12 @@ class Solved:
     input_grad: Tensor | None
     weight_grad: Tensor | None
 
-    def entered(self, input: Tensor, linear_weight: Tensor) -> Tensor:
-        """The value as a part of the graph behind `input` and `linear_weight`."""
-        return _Solved.apply(input, linear_weight, self.value, self.input_grad, self.weight_grad)  # type: ignore[no-any-return, no-untyped-call]
+    def with_graph(self, input: Tensor, linear_weight: Tensor) -> Tensor:
+        """The value as a node of the graph, whose backward pass sends the known gradients on."""
+        return _Known.apply(input, linear_weight, self.value, self.input_grad, self.weight_grad)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Solved(torch.autograd.Function):
+class _Known(torch.autograd.Function):
     """A known value with known gradients."""
 
     @staticmethod
@@ -107,7 +107,7 @@ def sum_with_gradients(
     weight_needs_grad: bool,
     weight_grad: Tensor | None = None,
     max_logits: int = MAX_LOGITS,
-) -> Solved:
+) -> KnownNLL:
     """Value and gradients of the summed cross entropy, chunk by chunk.
 
     Args:
@@ -153,7 +153,7 @@ def sum_with_gradients(
                 input_grad[chunk] = _product(grad, matrix) / factor
             if weight_grad is not None:
                 _add_product(weight_grad, grad.T, states, 1 / factor, max_logits)
-    return Solved(value, input_grad, weight_grad)
+    return KnownNLL(value, input_grad, weight_grad)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def test_the_first_word_names_the_benchmark(monkeypatch):
 
 
 def test_every_module_beside_it_is_a_benchmark():
-    modules = {path.stem for path in Path(bench.__file__).parent.glob("[!_]*.py")} - {"settings"}
+    modules = {path.stem for path in Path(bench.__file__).parent.glob("[!_]*.py")} - {"settings", "paired"}
     assert modules == BENCHMARKS.keys()
 
 

@@ -55,7 +55,7 @@ def test_rows_of_tar_shards_are_checked_as_they_come(shards, tmp_path, caplog):
     assert all(isinstance(row["positive"]["image"], Image.Image) for row in rows)
     assert rows[0]["negative"] == {"text": "not 4"}
     assert [len(source.pairs) for source in found.held_out] == [4]
-    assert found.held_out[0].read(2, "positive")["image"].size == rows[0]["positive"]["image"].size
+    assert found.held_out[0].read_all([(2, "positive")])[0]["image"].size == rows[0]["positive"]["image"].size
     reasons = [json.loads(line) for line in skipped.read_text().splitlines()]
     assert [entry["index"] for entry in reasons] == [7, 12]
     assert "truncated" in reasons[0]["reason"] and "query is empty" in reasons[1]["reason"]

@@ -98,7 +98,7 @@ def test_a_file_that_goes_missing_after_the_check_is_an_error(table, tmp_path):
     source = check_source("mine", table, partial(read, folder=tmp_path))
     (tmp_path / "2.jpg").unlink()
     with pytest.raises(BrokenMediaError, match="mine, row 2, query"):
-        source.read(2, "query")
+        source.read_all([(2, "query")])
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])

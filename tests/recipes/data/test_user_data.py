@@ -75,7 +75,7 @@ def test_saved_datasets_with_image_columns_and_negatives(tmp_path):
     row = source.dataset()[1]
     assert row["query"] == {"text": "c"} and row["negative_2"] == {"text": "z"}
     assert row["positive"]["image"].tobytes() != row["negative_1"]["image"].tobytes()
-    assert source.read(0, "positive")["image"].tobytes() == row["negative_1"]["image"].tobytes()
+    assert source.read_all([(0, "positive")])[0]["image"].tobytes() == row["negative_1"]["image"].tobytes()
 
 
 def test_structs_and_an_image_column_beside_the_text(tmp_path):

@@ -146,7 +146,7 @@ def test_runs_are_made_once_and_in_a_comparable_order(folder, capsys):
     assert remade["ranks"] == last["ranks"] and remade["loss"] == last["loss"], "the same run in another process"
     text = again.write()
     assert "| BToks, condensation 0.2 | 2 |" in text and "saved by the own BToks" in text and "| 1.50x |" in text
-    for name in ("study.md", "study.png", "curves.png"):
+    for name in ("study.md", "study.png"):
         assert (folder / "study" / name).stat().st_size > 300
 
 
