@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from recipes.search import page_html
-from recipes.search.index import open_index, update
+from recipes.search.index import frames_of, open_index, update
 from recipes.search.lookup import Spread
-from recipes.search.page import Page, build_page, launch
+from recipes.search.page import PREVIEW_PIXELS, Page, build_page, launch
 from recipes.search.store import Hit
 from tests.backbones import picture
 
@@ -38,7 +38,10 @@ def test_a_search_shows_hits_and_a_hit_its_details(page, folder):
     hit = next(hit for hit in hits if hit.row["place"] == "page 2")
     about = page.details(hits, hit.row["id"])
     assert about.count("<img") == 1 and "page 2" in about
-    assert page._picture(page._value(hit)).size == (56 * 2, 84 * 2)  # 72 dots per inch in the file, drawn at 144
+    assert frames_of(page._value(hit), page.model, PREVIEW_PIXELS)[0].size == (
+        56 * 2,
+        84 * 2,
+    )  # 72 dots per inch in the file, drawn at 144
 
 
 def test_a_hit_of_an_earlier_search_is_not_a_hit_of_this_one(page):
@@ -212,7 +215,7 @@ def test_a_table_in_the_place_of_a_folder(tmp_path, qwen, folder):
     page = Page(store, qwen, root)
     grid, _, hits = search(page, "What is the city?")
     assert [(hit.row["place"], hit.row["kind"]) for hit in hits] == [("row 1", "text"), ("row 2", "image")]
-    assert grid.count("<img") == 1 and page._picture(page._value(hits[1])).size == (56, 56)
+    assert grid.count("<img") == 1 and frames_of(page._value(hits[1]), page.model, PREVIEW_PIXELS)[0].size == (56, 56)
     assert update(store, qwen, root, progress=False).unchanged == 1
     csv = folder / "rows.csv"
     picture(28, 28).save(folder / "q.png")
