@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-# No text has that many characters a token on average; what lies beyond is dropped before the tokenizer reads it.
+# No text has so many characters per token on average: text beyond `limit` times this is dropped before tokenizing.
 _CHARS_PER_TOKEN = 16
-_SLACK = 4  # tokens below the limit that are not worth another try
-_TRIES = 16
+_SLACK = 4  # tokens: a cut that ends so close below the limit is good enough
+_TRIES = 16  # cuts that are tried for one input
 
 
 class TooLongError(ValueError):
@@ -50,8 +50,9 @@ def truncate_to_limit(
     length = num_tokens(features)
     if length <= limit:
         return cut, features
-    # Search in characters: `most` are too many, `least` are few enough (a guess until `best` is found). The first
-    # guess is where the text's own tokens start. A cut can join or part tokens, so the rest is counted again.
+    # Search for the number of characters to keep. `most` is known to be too many; `least` few enough (assumed, until
+    # `best` is found). The first try comes from the text's own tokens. As a cut can change the tokens around it, every
+    # try is preprocessed and counted.
     starts = _token_starts(text, tokenizer)
     least, most = (0, length - len(starts)), (len(text), length)  # (characters, tokens of the input)
     room = limit - least[1]
