@@ -91,9 +91,6 @@ def run(command: Callable[[], object]) -> None:
 
     Errors that our code raises on purpose, files that are missing and hubs that don't answer become `st_btok: ...`;
     `--traceback` shows where they were raised. Any other error keeps its traceback, which a report of a bug needs.
-
-    Args:
-        command: What to run.
     """
     try:
         command()

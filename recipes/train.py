@@ -38,11 +38,7 @@ from recipes.training.settings import (
 
 
 def check_flags(arguments: Sequence[str] | None = None) -> None:
-    """Answer `--help` and flags that don't exist before anything heavy is imported.
-
-    Args:
-        arguments: Words of the command line; by default the process's.
-    """
+    """Answer `--help` and flags that don't exist before anything heavy is imported."""
     parser = Parser(
         (RunSettings, DataSettings, ModelSettings, LossSettings, TrainerDefaults),
         usage="python -m recipes.train --backbone NAME --data pairs.jsonl --output_dir out [further settings]",

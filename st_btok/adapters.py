@@ -316,13 +316,9 @@ def _changed_weight(backbone: PreTrainedModel, origin: str, held: set[int]) -> s
 
 
 def base_fingerprint(origin: str) -> str:
-    """What tells whether an adapter's base is still the same.
+    """What tells whether an adapter's base is still the same: a hash of weights and config, or a commit of the hub.
 
-    Args:
-        origin: Name or path of the base.
-
-    Returns:
-        SHA-256 over weights and config of a folder, `"sha256:..."`; of a name on the hub its commit, `"commit:..."`.
+    `"sha256:..."` for a folder, `"commit:..."` for a name on the hub.
     """
     folder = Path(origin)
     if not folder.is_dir():
@@ -336,13 +332,9 @@ def base_fingerprint(origin: str) -> str:
 
 
 def base_change(model: SentenceTransformer) -> str | None:
-    """Whether a loaded adapter stands on the base that it was trained on.
+    """Why a loaded adapter does not stand on the base that it was trained on, and what to do.
 
-    Args:
-        model: As `SentenceTransformer(path)` loads an adapter's checkpoint.
-
-    Returns:
-        What is wrong and what to do; None if nothing is, or if the checkpoint keeps no fingerprint.
+    None if it does, or if its checkpoint keeps no fingerprint.
     """
     transformer, _ = find_btoks(model)
     kept: Any = transformer.processing_kwargs.get("chat_template", {}).get(FINGERPRINT)

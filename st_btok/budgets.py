@@ -52,14 +52,7 @@ def check_budgets(model: SentenceTransformer, budgets: Sequence[int]) -> tuple[i
 
 
 def check_appends_all(model: SentenceTransformer) -> None:
-    """Refuse to train a model that appends fewer bottleneck tokens than it has, such as one from `read_budget`.
-
-    Args:
-        model: A BTok model.
-
-    Raises:
-        ValueError: If an input does not hold each of the K tokens.
-    """
+    """Refuse to train a model that appends fewer bottleneck tokens than it has, such as one from `read_budget`."""
     transformer, ids = find_btoks(model)
     row = transformer.preprocess([{"text": "a"}])["input_ids"][0].tolist()
     count = sum(token in row for token in ids)

@@ -102,26 +102,15 @@ def append_btoks(
 
 
 def template_part(name: str) -> str:
-    """One of the files that the template is put together from.
-
-    Args:
-        name: Its name in `templates/`, without the suffix.
-
-    Returns:
-        Jinja text without its comments, which every saved model would carry.
-    """
+    """A file of `templates/` without its comments, which every saved model would carry."""
     text = (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     return re.sub(r"\{#-.*?-#\}\n", "", text, flags=re.DOTALL)
 
 
 def pin_date(chat_template: str) -> str:
-    """A `strftime_now` of the template's own: the embedding of an input must not change with the day.
+    """A `strftime_now` of the template's own, fixed to `DATE`: an input's embedding must not change with the day.
 
-    Args:
-        chat_template: A Jinja chat template.
-
-    Returns:
-        Jinja text that goes before it and sets the date to `DATE`; empty for a template that asks for none.
+    Empty for a template that asks for no date.
     """
     if "strftime_now" not in chat_template:
         return ""

@@ -69,17 +69,7 @@ def unwrap(model: Any) -> SentenceTransformer:
 
 
 def tokenizer_of(transformer: Transformer) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Transformer module.
-
-    Args:
-        transformer: A module of sentence-transformers.
-
-    Returns:
-        The tokenizer, the processor's own where there is a processor.
-
-    Raises:
-        ValueError: If the module has none, as for a pure vision or audio model.
-    """
+    """The tokenizer of a Transformer module; a `ValueError` if it has none, as for a pure vision or audio model."""
     if transformer.tokenizer is None:
         raise ValueError(
             f"the backbone must be a language model with a tokenizer; {type(transformer.model).__name__} has none."
@@ -238,15 +228,7 @@ def _load_part(
 
 
 def without_adapter(model: nn.Module, name: str) -> Tensor:
-    """A weight by the name that it has without adapters.
-
-    Args:
-        model: With or without adapters.
-        name: As in the state dict of the bare model.
-
-    Returns:
-        The weight itself, not a copy.
-    """
+    """The weight itself, not a copy, by the name that it has in the state dict of the model without adapters."""
     *path, leaf = name.split(".")
     for part in path:
         model = bare_module(getattr(model, part))
@@ -305,14 +287,7 @@ def forget_adapters(model: PreTrainedModel) -> None:
 
 
 def media_tokens(transformer: Transformer) -> dict[str, int]:
-    """Ids of the placeholder tokens of a backbone, by kind of medium.
-
-    Args:
-        transformer: The model's first module.
-
-    Returns:
-        `"image"`, `"video"`, `"audio"`, as far as the backbone has them.
-    """
+    """Ids of the backbone's placeholder tokens by kind, `"image"`, `"video"`, `"audio"`, as far as it has them."""
     named = {kind: getattr(transformer.config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
     return {kind: token for kind, token in named.items() if token is not None}
 

@@ -57,16 +57,9 @@ def kill_often(
     work: float,
     seed: int = 0,
 ) -> tuple[int, int]:
-    """Kill jobs in one folder until it was done often enough or everything is written, then let one finish.
+    """Kill jobs in one folder, `together` at a time, until that hit often enough or all is written; let one finish.
 
-    Args:
-        config: Of every job.
-        model: The embedder.
-        kills: Jobs to kill.
-        together: Jobs that run at a time, of which one is killed.
-        startup: Seconds that a job takes to start.
-        work: Seconds that the killed one works at most.
-        seed: Of the times.
+    A job takes `startup` seconds to start, and the killed one works at most `work` seconds after that.
 
     Returns:
         Kills that hit a running job, and shards that were there after the last of them.
@@ -96,11 +89,7 @@ def kill_often(
 
 
 def same_shards(first: Path, second: Path) -> int:
-    """Shards of two folders that are equal, table by table, bit by bit.
-
-    Raises:
-        ValueError: If one differs or is missing, or the first folder holds anything unfinished.
-    """
+    """Number of shards of two folders that are equal, bit by bit; a `ValueError` if one differs or is unfinished."""
     names = [sorted(path.name for path in folder.glob("shard-*.parquet")) for folder in (first, second)]
     left = [path.name for path in first.glob("*.unfinished")]
     different = [name for name in names[0] if not pq.read_table(first / name).equals(pq.read_table(second / name))]

@@ -76,17 +76,7 @@ def lora_parameters(name: str, rank: int) -> int:
 
 
 def step(name: str, tuning: str, inputs: str, config: MemoryConfig) -> Step:
-    """Memory and time of one step of `CachedBTokLoss` with gradient checkpointing.
-
-    Args:
-        name: One of `BACKBONES`.
-        tuning: `"LoRA"` or `"all weights"`.
-        inputs: One of `INPUTS`.
-        config: Batch and mini-batch.
-
-    Returns:
-        The computed sizes.
-    """
+    """Memory and time of a step of `CachedBTokLoss` with checkpointing; `tuning` is `"LoRA"` or `"all weights"`."""
     size, (query, document, target, is_picture) = BACKBONES[name], INPUTS[inputs]
     total, layers, vision = parameters(name)
     lora = tuning == "LoRA"

@@ -22,13 +22,7 @@ Found = TypeVar("Found")
 def rounds_of(ways: Mapping[str, Callable[[], Found]], rounds: int, warm: int = 0) -> list[dict[str, Found]]:
     """Run every way once a round; the order turns from round to round, so that none is always the first.
 
-    Args:
-        ways: What to run, by name.
-        rounds: How often.
-        warm: Rounds before them whose results are dropped.
-
-    Returns:
-        What each way returned, by name, for every round.
+    The results of the first `warm` rounds are dropped. Returns what each way returned, by name, for every round.
     """
     names, found = list(ways), []
     for number in tqdm(range(warm + rounds), desc="rounds"):

@@ -38,14 +38,7 @@ class Corpus:
     def __init__(
         self, start: Callable[[int], Iterator[Any]], folder: Path, num_rows: int | None, digest: CorpusDigest
     ) -> None:
-        """Keep what opens it.
-
-        Args:
-            start: Gives the records from a number on.
-            folder: Where relative paths start from.
-            num_rows: Records, if they were counted.
-            digest: What was read of it.
-        """
+        """Keep what gives the records from a number on, where relative paths start from, and what was read so far."""
         self.folder, self.num_rows, self.digest = folder, num_rows, digest.value()
         self._start = start
         self._place, self._coming = -1, iter(())
@@ -83,13 +76,9 @@ class Corpus:
 
 
 def open_corpus(names: Sequence[str]) -> Corpus:
-    """Open a corpus; all but streams are counted: one pass over files of text, the footers of Parquet files.
+    """Open a corpus: files of one kind, one folder, or one name on the hub.
 
-    Args:
-        names: Files of one kind, one folder, or one name on the hub.
-
-    Returns:
-        The corpus.
+    All but streams are counted: one pass over files of text, the footers of Parquet files.
 
     Raises:
         ValueError: If there is nothing, the files are of several kinds, or there is no column text, image or video.
@@ -178,17 +167,9 @@ def _undecoded(table: Any, where: Path | str) -> Any:
 
 
 def as_input(record: Any, folder: Path) -> dict[str, Any]:
-    """The input of a record, undecoded, in the order of its columns.
+    """The undecoded input of a record, in the order of its columns: a dict, so that no text is taken for a path.
 
-    Args:
-        record: From `Corpus.records`.
-        folder: Where relative paths start from.
-
-    Returns:
-        A dict for the reader of `st_btok`, so that no text is taken for a path.
-
-    Raises:
-        BrokenRecordError: If there is no content.
+    Relative paths start from `folder`. Raises `BrokenRecordError` if there is no content.
     """
     if isinstance(record, Exception):
         raise record

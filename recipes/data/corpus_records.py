@@ -58,14 +58,7 @@ def of_folder(folder: Path, first: int) -> Iterator[Any]:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Files of a folder and the folders in it, by name; one folder's names are held at a time, hidden files are not.
-
-    Args:
-        folder: A folder.
-
-    Yields:
-        Paths, always in the same order.
-    """
+    """Files of a folder and the folders in it, by name, but hidden ones; one folder's names are held at a time."""
     with os.scandir(folder) as entries:
         names = sorted((entry.name, entry.is_dir()) for entry in entries)
     for name, is_folder in names:

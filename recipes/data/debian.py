@@ -44,14 +44,7 @@ class RealPair:
 
 
 def package_folder(package: str, cache: Path) -> Path:
-    """Where a package lies unpacked; fetched if it is not there.
-
-    Args:
-        package: Name of a Debian package.
-        cache: Folder of unpacked packages.
-
-    Returns:
-        The folder that holds what the package installs, `usr/...`.
+    """The folder that holds what a package installs, `usr/...`; fetched into `cache` if it is not there.
 
     Raises:
         FileNotFoundError: If it is neither there nor to be had.

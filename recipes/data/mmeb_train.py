@@ -34,7 +34,7 @@ def load_mmeb_train(
     max_rows: int | None = None,
     **check: Any,
 ) -> list[Source]:
-    """Load sources of the mix.
+    """Load sources of the mix, in the order of `MMEB_TRAIN`.
 
     Args:
         data_root: Folder with the local copies.
@@ -42,12 +42,6 @@ def load_mmeb_train(
         offline: Never ask the hub for an annotation table. Media are always local.
         max_rows: Use the first rows of each source only.
         **check: For `check_source`: `on_error`, `check_media`, `num_proc`, `recheck`.
-
-    Returns:
-        The checked sources, in the order of `MMEB_TRAIN`.
-
-    Raises:
-        ValueError: An unknown name, or what `check_source` raises.
     """
     unknown = set(names) - {source.name for source in MMEB_TRAIN}
     if unknown:

@@ -35,16 +35,10 @@ DEFAULT_CACHE = Path.home() / ".cache" / "st_btok" / "debian"
 
 
 def group_pairs(pairs: Sequence[RealPair]) -> np.ndarray:
-    """Group of every pair: pairs that share a text, nearly, or a picture, nearly, are in one.
+    """(N,) group of every pair: pairs that share a text, nearly, or a picture, nearly, are in one.
 
     Texts are the same if their first twelve words are, without case, digits and punctuation. Pictures are the same if
     their difference hashes (8 x 8 signs of neighbouring brightnesses) differ in at most 3 of 64 bits.
-
-    Args:
-        pairs: N pairs.
-
-    Returns:
-        (N,) int group numbers.
     """
     keys: dict[str, list[int]] = {}
     hashes: list[tuple[int, int]] = []
@@ -89,12 +83,6 @@ def split_pairs(pairs: Sequence[RealPair]) -> dict[str, list[int]]:
     """Row numbers of each split: of every 10 groups about 7 train, 1 validation, 2 test; one pair per group.
 
     One pair of a group, its first, is kept: of two that are nearly the same neither would be the only right answer.
-
-    Args:
-        pairs: The pairs.
-
-    Returns:
-        `train`, `validation` and `test`, disjoint.
     """
     chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
     seen: set[int] = set()
@@ -115,13 +103,7 @@ def _content(pair: RealPair) -> str:
 
 
 def write_corpus(name: str, to: Path, cache: Path, limit: int | None = None) -> dict[str, int]:
-    """Write one corpus.
-
-    Args:
-        name: One of `CORPORA`.
-        to: Folder to write.
-        cache: Folder of unpacked packages.
-        limit: At most so many pairs are read, spread over the corpus. Default: all.
+    """Write a corpus of `CORPORA` to a folder; at most `limit` pairs are read, spread over the corpus.
 
     Returns:
         Number of pairs of each split, and under `"dropped"` of those that were nearly the same as another.

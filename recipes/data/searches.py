@@ -55,12 +55,7 @@ class Search:
 def retrieval_of(
     source: Source, asked: str, sought: str
 ) -> tuple[dict[str, tuple[int, str]], dict[str, tuple[int, str]], dict[str, set[str]]]:
-    """The search of one side of pairs by the other; equal contents are one query, or one document.
-
-    Args:
-        source: Pairs.
-        asked: The side that asks, such as `query`.
-        sought: The side that is found.
+    """The search of one side of pairs by another, such as `query`; equal contents are one query, or one document.
 
     Returns:
         Queries and documents by content, each as its row and side, and the right documents of every query.
@@ -77,15 +72,7 @@ def retrieval_of(
 
 
 def searches_of(source: Source, batch_size: int) -> list[Search]:
-    """Search of the positives by the queries and the other way round.
-
-    Args:
-        source: Held-out pairs.
-        batch_size: Inputs per forward pass.
-
-    Returns:
-        Two searches.
-    """
+    """Search of the held-out positives by the queries, and the other way round."""
     found = []
     for asked, sought in (("query", "positive"), ("positive", "query")):
         queries, documents, relevant = retrieval_of(source, asked, sought)

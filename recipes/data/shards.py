@@ -38,15 +38,7 @@ class Shard:
 
 
 def plan(config: EncodeConfig, corpus: Corpus, model: SentenceTransformer) -> Iterator[Shard]:
-    """The shards that are still missing; of a stream they show one by one, as it is read.
-
-    Args:
-        config: The settings.
-        corpus: The corpus.
-        model: The embedder.
-
-    Returns:
-        Ranges and files, in order.
+    """The shards that are still missing, in order; of a stream they show one by one, as it is read.
 
     Raises:
         ValueError: If the folder holds shards of another model, corpus or setting.
@@ -96,17 +88,7 @@ def _clean_up(folder: Path) -> None:
 
 
 def encode_shard(model: SentenceTransformer, corpus: Corpus, shard: Shard, config: EncodeConfig) -> int:
-    """Embed the rows of a shard and write its file in one step.
-
-    Args:
-        model: The embedder.
-        corpus: The corpus.
-        shard: The rows and the file.
-        config: The settings.
-
-    Returns:
-        Number of rows that could not be embedded.
-    """
+    """Embed the rows of a shard and write its file in one step; the number of rows that could not be embedded."""
     ids: list[str] = []
     vectors, errors = _embed(model, corpus, shard.first, shard.stop, config, ids)
     if corpus.num_rows is not None and len(ids) < shard.stop - shard.first:

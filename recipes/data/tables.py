@@ -71,13 +71,7 @@ def read_table(path: str | Path, first: int = 0) -> Iterator[Row]:
 
 
 def as_text(value: Any) -> Any:
-    """A cell of a text column as text.
-
-    Args:
-        value: A cell.
-
-    Returns:
-        Numbers, dates and UTF-8 bytes as text, None for a number that is none (NaN), anything else as it is.
+    """A cell of a text column: numbers, dates and UTF-8 bytes as text, NaN as None, anything else as it is.
 
     Raises:
         BrokenRecordError: If it holds bytes that are not UTF-8.
@@ -300,17 +294,7 @@ def _csv_record(
 
 
 def parquet_facts(path: str | Path) -> tuple[list[str], int]:
-    """Columns and number of rows of a Parquet file, out of its footer.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Names, and rows.
-
-    Raises:
-        ValueError: If it is empty, damaged or no Parquet file.
-    """
+    """Columns and number of rows of a Parquet file, out of its footer; a `ValueError` if it is empty or damaged."""
     _check_file(Path(path))
     with _parquet(Path(path)) as file:
         return file.schema_arrow.names, file.metadata.num_rows

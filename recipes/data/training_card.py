@@ -27,11 +27,7 @@ def describe_data(model: SentenceTransformer, sources: Sequence[Source]) -> None
 def write_card(path: Path, sources: Sequence[Source], held_out: Sequence[Source], target: str = "") -> None:
     """Add the data to the saved model card, which has settings and scores already.
 
-    Args:
-        path: Folder of the saved model.
-        sources: All sources as they were read.
-        held_out: Their validation parts.
-        target: The side that was generated, where it was not each source's own.
+    `target` is the side that was generated, where it was not each source's own.
     """
     validation = {source.name: len(source.pairs) for source in held_out}
     lines = ["", "## Data of this training", ""]

@@ -150,14 +150,9 @@ def _text_table(path: Path) -> tuple[Dataset, list[str]]:
 
 
 def packed_rows(paths: Sequence[str], version: str = "") -> Iterator[dict[str, str]]:
-    """Rows of text tables in one form: the row and its columns as JSON, or the problem.
+    """Rows of text tables in one form: `record` and `columns` as JSON, or the `problem`.
 
-    Args:
-        paths: The files.
-        version: What `datasets` tells changed files by.
-
-    Yields:
-        `record`, `columns`, `problem`.
+    By `version` `datasets` tells changed files from those that it read.
     """
     for path in paths:
         for _, row in read_table(path):
@@ -168,14 +163,7 @@ def packed_rows(paths: Sequence[str], version: str = "") -> Iterator[dict[str, s
 
 
 def unpacked(record: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Mapping[str, Any]:
-    """A row of a table under our columns' names.
-
-    Args:
-        record: A row, packed or not.
-        names: Our name of every column. Default: `usual_names` of the row's own.
-
-    Returns:
-        The row.
+    """A row of a table, packed or not, under our columns' names (default: `usual_names` of its own).
 
     Raises:
         BrokenRowError: If it could not be read.

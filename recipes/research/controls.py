@@ -94,16 +94,7 @@ class CachedControlLoss(CachedBTokLoss):
 
 
 def btok_loss(model: SentenceTransformer, mini_batch_size: int = 0, **options: Any) -> BTokLoss | CachedBTokLoss:
-    """The loss of a variant.
-
-    Args:
-        model: A BTok model.
-        mini_batch_size: Rows in memory at a time (GradCache); 0: the whole batch.
-        **options: For `BTokLoss`, or for `ControlLoss` if it alone knows them.
-
-    Returns:
-        The loss.
-    """
+    """The loss of a variant: `BTokLoss`, or `ControlLoss` if it alone knows the options; cached with mini-batches."""
     control = options.get("route") == "unmasked" or options.get("target") == "self"
     control = control or not options.keys().isdisjoint(("condensation_warmup", "condensation_btoks"))
     if mini_batch_size:

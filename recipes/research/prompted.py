@@ -52,15 +52,9 @@ def prompted_model(
 
 
 def append_prompt(transformer: Transformer, prompt: str, opened: bool) -> int:
-    """Let the chat template end every input in a prompt.
+    """Let the chat template end every input in a prompt; the number of the prompt's tokens.
 
-    Args:
-        transformer: The model's first module, changed in place.
-        prompt: The text; may be empty.
-        opened: Whether the template opens the assistant's turn before it.
-
-    Returns:
-        Number of the prompt's tokens.
+    Changes `transformer` in place. With `opened` the template opens the assistant's turn before the prompt.
 
     Raises:
         ValueError: If there is no chat template that could open a turn.

@@ -116,11 +116,7 @@ def queries_that_show(values: np.ndarray, points: float) -> int | None:
     """How many queries show a difference of so many points: 95 % confidence, in four of five comparisons.
 
     The variance over queries falls with their number, that over seeds does not: with n queries, SE^2 = var(m_s) / S +
-    var(m_q) / n must be (points / (1.96 + 0.84))^2.
-
-    Args:
-        values: (S, Q) differences of a comparison that was made.
-        points: The difference to be shown, in the unit of `values`.
+    var(m_q) / n must be (points / (1.96 + 0.84))^2. `values` (S, Q) are the differences of a comparison that was made.
 
     Returns:
         The number; None if no number does, because the seeds differ too much.
@@ -138,16 +134,9 @@ def queries_that_show(values: np.ndarray, points: float) -> int | None:
 
 
 def verdicts(runs: Sequence[Run], baseline: str, pairs: int, points: float = 3.0) -> list[str]:
-    """What the comparison shows, in a sentence for each variant; over all searches together.
+    """What the comparison shows, in a sentence for each variant but the baseline; over all searches together.
 
-    Args:
-        runs: All runs.
-        baseline: The variant that the others are compared with.
-        pairs: Number of held-out pairs.
-        points: The difference (MRR, in points) that the sentence on too few pairs speaks of.
-
-    Returns:
-        A sentence for each variant but the baseline.
+    `points` is the difference in MRR that the sentence on too few held-out pairs speaks of.
     """
     groups = by_variant(runs)
     lines = []
@@ -197,16 +186,10 @@ def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: Sequence[Run], baseline: str, documents: Mapping[str, int], pairs: int | None = None) -> str:
-    """Markdown: MRR before and after, hit@1 and hit@10, the paired difference, and the cost.
+    """Markdown: MRR before and after, hit@1 and hit@10, the paired difference to the baseline, and the cost.
 
-    Args:
-        runs: All runs.
-        baseline: The variant that the others are compared with, on the seeds that both have.
-        documents: Number of documents of every search, for the level of chance.
-        pairs: Number of held-out pairs, for the head.
-
-    Returns:
-        A head that names held-out pairs, candidates, chance and seeds; the table; and a line that says how to read it.
+    `documents` holds the number of documents of every search, for the level of chance. The head names held-out pairs,
+    candidates, chance and seeds; a last line says how to read the table.
     """
     groups = by_variant(runs)
     head = ["search", "variant", "MRR before", "MRR after", f"against {baseline}"]
@@ -275,12 +258,7 @@ def _cost(mine: Sequence[Run], baseline: Sequence[Run]) -> str:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """A panel for each search with every seed before and after training; and the ranking loss over time.
-
-    Args:
-        runs: All runs.
-        path: Where the picture goes.
-    """
+    """A panel for each search with every seed before and after training; and the ranking loss over time."""
     groups = by_variant(runs)
     searches = list(runs[0].after)
     figure, axes = plt.subplots(1, len(searches) + 1, figsize=(4 * len(searches) + 5, 4.2), layout="constrained")

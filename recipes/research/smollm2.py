@@ -18,9 +18,6 @@ def smollm2_folder(to: Path, layers: int | None = None, chat: bool = True) -> st
         layers: So many of its first layers; None: all.
         chat: Whether it keeps its chat template.
 
-    Returns:
-        Its folder.
-
     Raises:
         FileNotFoundError: If the package is not installed.
     """

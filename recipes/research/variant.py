@@ -70,14 +70,7 @@ _RANKING = (
 
 @cache
 def options_of(pooling: str) -> frozenset[str]:
-    """The options that a pooling takes, by the signatures of what they reach.
-
-    Args:
-        pooling: One of `POOLINGS`.
-
-    Returns:
-        Names.
-    """
+    """The options that a pooling takes, by the signatures of what they reach."""
     names = {"opened"} | _arguments(*_RANKING)
     if pooling == "btok":
         names |= {"train_btoks", "row_lr"} | _arguments("st_btok.model", "build_model")

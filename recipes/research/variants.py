@@ -43,16 +43,7 @@ from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, bu
 def build_variant(
     variant: Variant, settings: VariantSettings, seed: int
 ) -> tuple[SentenceTransformer, torch.nn.Module]:
-    """The untrained model and its loss.
-
-    Args:
-        variant: The model.
-        settings: What it shares with the others.
-        seed: Seed of the BTok rows and the adapters.
-
-    Returns:
-        Model and loss.
-    """
+    """The untrained model and its loss; `seed` is that of the BToks' token embeddings and of the adapters."""
     torch.manual_seed(seed)
     known = set(inspect.signature(build_model).parameters)
     own = {name: value for name, value in variant.options.items() if name in known}
@@ -90,13 +81,10 @@ def build_variant(
 
 
 def template_of(backbone: str) -> str:
-    """The template of the BToks' inputs, so that they read what the other poolings read, and the BToks.
-
-    Args:
-        backbone: Hub name or path.
+    """The template of the BToks' inputs, under which they read what the other poolings read, and the BToks.
 
     Returns:
-        `chat`, or `plain` for a backbone without a chat template, whose other poolings read the bare text.
+        `chat`, or `plain` for a backbone without a chat template, whose other poolings read the text without one.
     """
     try:
         processor = AutoProcessor.from_pretrained(backbone)
@@ -106,14 +94,7 @@ def template_of(backbone: str) -> str:
 
 
 def opened_template(backbone: str) -> str:
-    """The backbone's own chat template, which opens the assistant's turn behind every input.
-
-    Args:
-        backbone: Hub name or path, with a chat template.
-
-    Returns:
-        A chat template.
-    """
+    """The backbone's own chat template, which opens the assistant's turn behind every input."""
     return f"{{%- set add_generation_prompt = true -%}}{AutoProcessor.from_pretrained(backbone).chat_template}"
 
 
@@ -222,21 +203,7 @@ def fit_variant(
     title: str = "",
     callbacks: Callable[[SentenceTransformer], list[TrainerCallback]] = lambda model: [],
 ) -> Training:
-    """Train a model that `build_variant` made.
-
-    Args:
-        model: The model.
-        loss: Its loss.
-        variant: What it was made from.
-        settings: What it shares with the others.
-        seed: Of the order of the pairs and of dropout.
-        data: Data sets of pairs by name.
-        title: Label of the progress bar.
-        callbacks: Further callbacks of the Trainer, for the model that it trains.
-
-    Returns:
-        What it took and logged.
-    """
+    """Train a model and a loss that `build_variant` made; the other arguments are those of `train_variant`."""
     card = model.model_card_data
     card.widget = [{}]  # or the Trainer would decode a thousand rows for examples of a card that nobody reads
     rates = {}

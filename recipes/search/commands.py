@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 
 try:
     from recipes.search import index, lookup
-    from recipes.search.page import serve
+    from recipes.search.page import build_page, launch
 except ImportError as error:
     raise ImportError(f"searching needs an extra, in the checkout: pip install -e '.[search]' ({error})") from error
 
@@ -26,7 +26,8 @@ def main(options: Namespace) -> None:
         return
     store, folder = index.open_index(options.index, model)
     if options.command == "serve":
-        serve(store, model, folder, options.host, options.port, options.allowed_hosts)
+        page = build_page(store, model, folder)
+        launch(page, options.host, options.port, allowed_hosts=options.allowed_hosts)
         return
     value = lookup.query_of(options.text, options.image)
     hits = lookup.find(store, model, value, options.limit, options.kind, options.below)
@@ -38,16 +39,7 @@ def main(options: Namespace) -> None:
 
 
 def report_text(report: index.Report, rows: int, random: lookup.Spread | None = None) -> str:
-    """What `index` says at the end.
-
-    Args:
-        report: What the run did.
-        rows: Rows of the index.
-        random: Similarities of random pairs.
-
-    Returns:
-        Lines.
-    """
+    """What `index` says at the end: what the run did, the rows of the index, and how alike random items are."""
     counts = ", ".join(f"{getattr(report, name):,} {name}" for name in ("new", "changed", "deleted", "unchanged"))
     lines = [f"{counts} files; {rows:,} items"]
     if report.suffixes:

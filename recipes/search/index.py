@@ -200,15 +200,9 @@ def _write(
 
 
 def frames_of(value: Any, model: SentenceTransformer, max_pixels: int) -> list[Image.Image]:
-    """The picture of an input, or the frames of its video; of several media the first.
+    """The picture of an input of `items_of`, or the frames of its video; of several media the first.
 
-    Args:
-        value: An input of the model, as `items_of` gives it.
-        model: The model.
-        max_pixels: Largest area of a picture.
-
-    Returns:
-        Pictures; none for a text, or where the file has changed and can't be read any more.
+    None for a text, or where the file has changed and can't be read any more.
     """
     if value.keys() <= {"text"}:
         return []
@@ -225,16 +219,7 @@ def frames_of(value: Any, model: SentenceTransformer, max_pixels: int) -> list[I
 
 
 def thumbnail(value: Any, model: SentenceTransformer, longest: int = 256) -> bytes:
-    """A small JPEG of what the model read; of a video the frame in the middle.
-
-    Args:
-        value: An input of the model, as `items_of` gives it; a text has no picture.
-        model: The model.
-        longest: Largest width and height, in pixels. Default 256.
-
-    Returns:
-        The file's bytes; empty for a text.
-    """
+    """A small JPEG of what the model read of an input; of a video the frame in the middle. Empty for a text."""
     frames = frames_of(value, model, 4 * longest**2)
     if not frames:
         return b""

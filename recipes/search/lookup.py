@@ -43,14 +43,7 @@ class Spread:
 
 
 def spread(store: Store) -> Spread | None:
-    """Similarities of random pairs of rows.
-
-    Args:
-        store: From `open_index`.
-
-    Returns:
-        Their median and 95th percentile, from at most 200 rows; None if there are fewer than 20 pairs of other files.
-    """
+    """Similarities of random pairs of rows: at most 200 are drawn. None with fewer than 20 pairs of other files."""
     rows = store.sample(_SAMPLE)
     if len(rows) < 2:
         return None
@@ -66,12 +59,8 @@ def spread(store: Store) -> Spread | None:
 def query_of(text: str | None, image: str | Path | None) -> Any:
     """The model's input for a text, a picture's file, or both (picture first, as the recipes train it).
 
-    Args:
-        text: Words; never taken for a path.
-        image: A picture's file. Its bytes are handed on, so that no message names where the server keeps it.
-
-    Returns:
-        A dict.
+    The text is never taken for a path. The picture's bytes are handed on, so that no message names where the server
+    keeps it.
 
     Raises:
         ValueError: If there is neither, or no such file.
@@ -97,18 +86,9 @@ def find(
     kinds: Sequence[str] = (),
     path: str = "",
 ) -> list[Hit]:
-    """The items nearest to a query.
+    """The items nearest to a query, best first; only of some kinds, or below a path, if given.
 
-    Args:
-        store: From `open_index`.
-        model: The model of the index.
-        value: From `query_of`; it goes through the checked reader, so an upload can't harm.
-        limit: Number of hits.
-        kinds: Only items of these kinds; default all.
-        path: Only items whose path starts with this.
-
-    Returns:
-        Hits, best first.
+    The query, from `query_of`, goes through the checked reader, so an upload can't harm.
 
     Raises:
         ValueError: If the query can't be read.

@@ -58,15 +58,9 @@ class Page:
         return text if self.random is None else f"{text} {self.random.warning}".strip()
 
     def search(self, query: dict[str, Any] | None, kinds: list[str], path: str) -> tuple[str, str, list[Hit]]:
-        """Hits of a text, a picture or both.
+        """The grid of hits of a text, a picture or both, a line about it, and the hits.
 
-        Args:
-            query: `text`, and `files` with at most one path of an upload.
-            kinds: Only items of these kinds; none: all.
-            path: Only items whose path starts so.
-
-        Returns:
-            The grid, a line about it, and the hits.
+        `query` holds `text`, and `files` with at most one path of an upload. No kinds: all; `path`: how paths start.
         """
         text, files = (query or {}).get("text") or "", (query or {}).get("files") or []
         kinds, path = kinds or [], (path or "").strip()  # nothing comes from filters that were never unfolded
@@ -163,16 +157,7 @@ class Page:
 
 
 def build_page(store: Store, model: SentenceTransformer, folder: Path) -> gr.Blocks:
-    """The page, not yet served.
-
-    Args:
-        store: From `open_index`.
-        model: The model of the index.
-        folder: Where the paths in the index start from, or the table that is indexed.
-
-    Returns:
-        Gradio's blocks.
-    """
+    """The page, not yet served. `folder` is where the paths in the index start from, or the table that is indexed."""
     page = Page(store, model, folder)
 
     def choose(hits: list[Hit], event: gr.EventData) -> tuple[Any, ...]:
@@ -229,22 +214,6 @@ def build_page(store: Store, model: SentenceTransformer, folder: Path) -> gr.Blo
     return blocks
 
 
-def serve(
-    store: Store, model: SentenceTransformer, folder: Path, host: str, port: int, allowed_hosts: Sequence[str] = ()
-) -> None:
-    """Serve the page until it is stopped.
-
-    Args:
-        store: From `open_index`.
-        model: The model of the index.
-        folder: Where the paths in the index start from, or the table that is indexed.
-        host: Address to listen on.
-        port: Port.
-        allowed_hosts: See `launch`.
-    """
-    launch(build_page(store, model, folder), host, port, allowed_hosts=allowed_hosts)
-
-
 def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True, allowed_hosts: Sequence[str] = ()) -> Any:
     """Start the server. Nothing is shared, no file of this machine is served, uploads are at most `LARGEST_UPLOAD`.
 
@@ -255,9 +224,6 @@ def launch(blocks: gr.Blocks, host: str, port: int, block: bool = True, allowed_
         block: Whether to stay until the server is stopped.
         allowed_hosts: Names that the page may be asked for by, beside `host`, localhost and this machine's own name
             and addresses. Any other is refused: a foreign site whose name leads here would read the answers.
-
-    Returns:
-        Gradio's app, its local address and its public one.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     own = [host, "localhost", "127.0.0.1", *allowed_hosts]

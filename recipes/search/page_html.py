@@ -73,14 +73,9 @@ _SHOWN_TEXT = 220  # characters of a text on its card
 
 
 def grid(hits: Sequence[Hit], chance: float | None = None) -> str:
-    """The hits as cards, best first.
+    """The hits as cards, best first; a line stands before those that are no closer than `chance`, if given.
 
-    Args:
-        hits: The hits.
-        chance: Similarity from which on a hit is no closer than random items of the index are to each other.
-
-    Returns:
-        HTML.
+    `chance` is how similar random items of the index are to each other.
     """
     cards, has_line = [], False
     for hit in hits:
@@ -127,9 +122,6 @@ def details(
         words: The input's tokens and the attention to each; shown instead of the plain text.
         generated: What the bottleneck tokens can generate; None where nobody asked.
         note: What there is to say about the file.
-
-    Returns:
-        HTML.
     """
     parts = [f'<p class="note">{escaped(note)}</p>'] if note else []
     parts += [f'<img alt="{escaped(hit.row["path"])}" src="{_address(picture)}">' for picture in pictures]
@@ -151,15 +143,9 @@ def details(
 
 
 def heat(picture: Image.Image, weights: np.ndarray, highest: float) -> Image.Image:
-    """A heat map over a picture.
+    """A heat map of attention (rows, columns) over an RGB picture; where it is low, the picture in dim grey shows.
 
-    Args:
-        picture: RGB.
-        weights: (rows, columns) attention.
-        highest: What is drawn brightest.
-
-    Returns:
-        RGB; where attention is low, the picture in dim grey shows through.
+    `highest` is drawn brightest.
     """
     lowest = float(weights.min())
     share = Image.fromarray(((weights - lowest) / max(highest - lowest, 1e-12)).astype(np.float32))

@@ -42,13 +42,9 @@ class Costs:
         return float(np.median([mine[r] / base[r] for r in both])) if both else None
 
     def equal_time_steps(self, wanted: Wanted) -> int | None:
-        """Steps that a variant gets in the baseline's time.
+        """Steps in the baseline's time for a run at equal steps.
 
-        Args:
-            wanted: The run at equal steps.
-
-        Returns:
-            The number; None where equal steps are equal time already, or nothing was timed.
+        None where equal steps are equal time already, or nothing was timed.
         """
         ratio = self.ratio(wanted.backbone, wanted.corpus, wanted.variant)
         return None if ratio is None or abs(ratio - 1) <= SAME_COST else max(2, round(wanted.steps / ratio))
@@ -56,18 +52,7 @@ class Costs:
     def measure(
         self, backbone: str, corpus: Corpus, variants: Sequence[str], settings: VariantSettings, rounds: int
     ) -> Iterator[str]:
-        """Time what is not timed yet, every variant once a round.
-
-        Args:
-            backbone: Its name on the command line.
-            corpus: What to train on.
-            variants: Their names.
-            settings: What they share.
-            rounds: How often.
-
-        Yields:
-            A line on each measurement.
-        """
+        """Time what is not timed yet, every variant once a round; a line on each measurement."""
         own = replace(settings, steps=1 + TIMED_STEPS)
         for number in range(rounds):
             for variant in variants:

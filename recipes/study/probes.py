@@ -54,14 +54,9 @@ class Conflict(TrainerCallback):
 
 
 def information(loss: Any, columns: Sequence[Sequence[Any]]) -> dict[str, float]:
-    """Nats per target token with the own source's BToks, and with another row's.
+    """Nats per target token with the source's `own` BToks, and with those of an `other` row; after training.
 
-    Args:
-        loss: A `BTokLoss` after training.
-        columns: Inputs of the two columns, in batches small enough for one pass.
-
-    Returns:
-        `own` and `other`.
+    The inputs of the two columns must be few enough for one pass.
     """
     model = loss.model.eval()
     found = {}

@@ -134,14 +134,7 @@ def _at_several_rates(lines: Sequence[dict[str, Any]]) -> set[tuple[str, str, in
 
 
 def table(groups: Sequence[Group]) -> str:
-    """Markdown, a variant a line.
-
-    Args:
-        groups: What was run.
-
-    Returns:
-        A table for every group and how to read it.
-    """
+    """Markdown: a table for every group, a variant a line, and how to read it."""
     lines = []
     for group in groups:
         prompted = PROMPTED in group.runs["steps"]
@@ -186,11 +179,7 @@ def _shown(found: Difference | None) -> str:
 def reasons(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: the two gradients' cosine over the training, and what the BToks tell the decoder.
 
-    Args:
-        lines: Runs, of which those with probes are shown, seed by seed averaged.
-
-    Returns:
-        A table, empty without probed runs.
+    Empty without probed runs; of several seeds the mean.
     """
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in lines:
@@ -215,12 +204,7 @@ def reasons(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(groups: Sequence[Group], path: Path) -> None:
-    """Paired differences to the baseline with their intervals: filled at equal steps, hollow at equal time.
-
-    Args:
-        groups: What was run.
-        path: The PNG.
-    """
+    """Paired differences to the baseline with their intervals: filled at equal steps, hollow at equal time."""
     groups = [group for group in groups if len(group.runs["steps"]) > 1]  # nothing is compared with a lone baseline
     names = [name for name in VARIANTS if name != BASELINE and any(name in group.runs["steps"] for group in groups)]
     columns = min(len(groups), COLUMNS) or 1

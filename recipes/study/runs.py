@@ -62,12 +62,6 @@ class Log(RunLog):
 def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: str) -> dict[str, Any]:
     """Train and score a variant.
 
-    Args:
-        wanted: What to run.
-        settings: Backbone and everything that the variants share.
-        corpus: Pairs and searches.
-        title: Label of the progress bar.
-
     Returns:
         The line for the log: ranks by search, seconds a step (where several runs share the machine, of that too), the
         losses, and what the probes found.

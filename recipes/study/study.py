@@ -98,11 +98,7 @@ class Study:
                     print(line, flush=True)
 
     def run(self) -> None:
-        """Make every run that is missing.
-
-        Raises:
-            RuntimeError: Some runs failed; the others are in the log all the same.
-        """
+        """Make every run that is missing; a `RuntimeError` at the end if some failed: the others are in the log."""
         failed: list[str] = []
         for phase in self.missing():
             jobs = [Job(run, self.config) for run in phase]

@@ -45,14 +45,7 @@ _OPTIMIZER = ("optimizer.pt", "optimizer_*", "optimizer.bin", "global_step*")
 
 
 def newest_complete(folder: str | Path) -> Path | None:
-    """The newest checkpoint in which every file is whole; what is passed over is logged as a warning with its reason.
-
-    Args:
-        folder: The `output_dir` of a training; it need not exist.
-
-    Returns:
-        The checkpoint's folder, None if there is no whole one.
-    """
+    """The newest checkpoint of an `output_dir` in which every file is whole; what is passed over is logged."""
     found = [(int(match[1]), path) for path in Path(folder).glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
     for step, path in sorted(found, reverse=True):
         problem = what_is_torn(path, step)
@@ -63,17 +56,10 @@ def newest_complete(folder: str | Path) -> Path | None:
 
 
 def what_is_torn(checkpoint: Path, step: int) -> str:
-    """What makes a checkpoint unusable, in words; empty if it is whole.
+    """What makes the checkpoint of a step unusable, in words; empty if it is whole.
 
     Every JSON file must parse, every safetensors file must be as long as its header says, every file of `torch.save`
     must pass the checksums of its archive; weights, optimizer and the Trainer's state of that step must be there.
-
-    Args:
-        checkpoint: Folder of the checkpoint.
-        step: The optimizer step in its name.
-
-    Returns:
-        The first problem, or an empty string.
     """
     if problem := _missing(checkpoint):
         return problem
@@ -186,11 +172,7 @@ def write_identity(folder: str | Path, identity: Mapping[str, Any]) -> None:
 
 
 def check_identity(folder: str | Path, identity: Mapping[str, Any]) -> None:
-    """Refuse to resume another training than the interrupted one.
-
-    Args:
-        folder: The `output_dir` of both.
-        identity: Of the training that wants to go on.
+    """Refuse to resume another training than the interrupted one in a folder.
 
     Raises:
         ValueError: A value differs; the message names each with both values.
@@ -216,15 +198,9 @@ def check_identity(folder: str | Path, identity: Mapping[str, Any]) -> None:
 
 @contextmanager
 def only_training_in(folder: str | Path) -> Iterator[None]:
-    """Hold the folder's lock inside this block.
+    """Hold the lock of an `output_dir`, which is made if it does not exist, inside this block.
 
     A POSIX record lock: it is released when the process ends, however it ends, and forked workers don't inherit it.
-
-    Args:
-        folder: The `output_dir`; made if it does not exist.
-
-    Yields:
-        Nothing.
 
     Raises:
         RuntimeError: Another process trains in this folder.

@@ -143,9 +143,6 @@ def trainer_flags() -> dict[str, str]:
     """Every training argument of sentence-transformers with its help, read from the sources without importing them.
 
     Importing them takes ten seconds, and `--help` or a mistyped flag is to be answered at once.
-
-    Returns:
-        Help by name; empty where a class says nothing.
     """
     found: dict[str, str] = {}
     for package, file in (

@@ -43,14 +43,7 @@ class WriteScores(TrainerCallback):
 
 
 def before_and_after(path: Path) -> str:
-    """The first and the last scores of the held-out rows, as a table.
-
-    Args:
-        path: The file of `WriteScores`.
-
-    Returns:
-        A line for every search with its scores in per cent, and a heading that names both steps.
-    """
+    """The first and the last scores of the held-out rows in a file of `WriteScores`, as a table, in per cent."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     first, last = lines[0], lines[-1]
     searches = [name.removesuffix("_cosine_ndcg@10") for name in last if name.endswith("_cosine_ndcg@10")]

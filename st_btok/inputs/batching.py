@@ -110,27 +110,13 @@ class Batcher:
     # --- rows to windows ---------------------------------------------------------------------------------------------
 
     def batches(self, items: Iterable[tuple[int, Any]]) -> Iterator[tuple[list[Row], list[Batch]]]:
-        """Read, preprocess and sort inputs, window by window.
-
-        Args:
-            items: Row numbers and inputs.
-
-        Yields:
-            The bad rows of a window, and its batches.
-        """
+        """Read, preprocess and sort numbered inputs; the bad rows and the batches of one window after the other."""
         for window in self._windows(items):
             bad = [row for row in window if row.reason]
             yield bad, list(self._batches([row for row in window if not row.reason]))
 
     def features(self, batch: Batch) -> dict[str, Any]:
-        """What the model reads of a batch.
-
-        Args:
-            batch: From `batches`.
-
-        Returns:
-            Features, on the CPU.
-        """
+        """The features of a batch, on the CPU."""
         if batch.features is not None:
             return batch.features
         tokenizer = self.model.tokenizer
@@ -201,11 +187,7 @@ class Batcher:
                 self._preprocess(chosen)
 
     def _preprocess(self, rows: Sequence[Row]) -> None:
-        """Give rows their features and lengths.
-
-        Args:
-            rows: Several texts, or one row with media.
-        """
+        """Give rows their features and lengths: several texts, or one row with media."""
         reason = ""
         features: dict[str, Any] = {}
         try:
@@ -319,14 +301,7 @@ def _is_quick(value: Any) -> bool:
 
 
 def media_of(value: Any) -> list[tuple[str, Any]]:
-    """Every medium of an input, as read, with its kind.
-
-    Args:
-        value: A normalised input.
-
-    Returns:
-        Kinds and media, in order; empty for a text, a dict of texts, or a conversation of texts.
-    """
+    """Kind and value of every medium of a decoded input, in order; none for texts and conversations of texts."""
     if isinstance(value, str):
         return []
     if isinstance(value, list):  # a conversation
@@ -339,14 +314,7 @@ def media_of(value: Any) -> list[tuple[str, Any]]:
 
 
 def content_hash(value: Any) -> Any:
-    """A key that is equal for equal inputs. Media are compared by their values, whatever object or file held them.
-
-    Args:
-        value: A normalised input.
-
-    Returns:
-        Something hashable.
-    """
+    """A key that is equal for equal inputs. Media are compared by their values, whatever object or file held them."""
     if isinstance(value, Image.Image):
         return Image.Image, value.mode, value.size, hashlib.sha256(value.tobytes()).digest()
     if isinstance(value, Tensor):

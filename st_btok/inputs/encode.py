@@ -124,18 +124,7 @@ def checked_inputs(
 
 
 def as_batch(inputs: Iterable[Any], model: SentenceTransformer) -> Iterable[Any]:
-    """Refuse one input where a batch is expected.
-
-    Args:
-        inputs: Anything.
-        model: The model that will embed it.
-
-    Returns:
-        The batch, as it was given.
-
-    Raises:
-        ValueError: If it is one input and not a batch.
-    """
+    """The batch as it was given; a `ValueError` if it is one input and not a batch."""
     is_one = isinstance(inputs, str | bytes | Path | dict | Image.Image) or getattr(inputs, "ndim", 1) != 1
     if isinstance(inputs, list | np.ndarray | Tensor):
         is_one = is_one or model.is_singular_input(inputs)
@@ -160,19 +149,7 @@ def _numbered(inputs: Iterable[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def check_rows(rows: Iterable[tuple[int, Any]], reader: InputReader, on_error: OnError) -> CheckedInputs:
-    """Read rows, and sort out bad ones.
-
-    Args:
-        rows: Row numbers and inputs.
-        reader: Reads one input.
-        on_error: See `checked_inputs`.
-
-    Returns:
-        What can be encoded, and what was skipped.
-
-    Raises:
-        ValueError: If a row is bad under `on_error="raise"`.
-    """
+    """Read numbered rows, and sort out bad ones, or raise one error for all of them; see `checked_inputs`."""
     kept, kept_rows, skipped = [], [], []
     for row, value in rows:
         try:
@@ -391,14 +368,7 @@ def _encode(inputs: Iterable[Any], batcher: Batcher, run: Any) -> Iterator[Encod
 
 
 def prefetch(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items; a thread makes the next one while the caller uses the one before it.
-
-    Args:
-        items: An iterable, which is never asked by two threads at once.
-
-    Yields:
-        Its items.
-    """
+    """The same items; a thread makes the next one while the caller uses the one before it."""
     iterator = iter(items)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, iterator, _END)

@@ -137,14 +137,7 @@ def _open_path(source: str | Path) -> IO[bytes]:
 def fetch(url: str) -> bytes:
     """Download from a public address.
 
-    Args:
-        url: `http://` or `https://`.
-
-    Returns:
-        The content.
-
-    Raises:
-        ValueError: If an address is private, or the answer fails, takes longer than 30 s or exceeds 256 MiB.
+    A `ValueError` if an address is private, or the answer fails, takes longer than 30 s or exceeds 256 MiB.
     """
     opener = urllib.request.OpenerDirector()
     # Neither proxies nor the handlers for files and ftp, which a redirect could lead to.

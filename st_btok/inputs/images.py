@@ -113,18 +113,7 @@ def rgb_image(
 
 
 def decode_image(opened: Opened, media: MediaOptions) -> Image.Image:
-    """The pixels of an opened image, by the rules of this module.
-
-    Args:
-        opened: An open file, a PIL image, an array or a tensor.
-        media: How it is read.
-
-    Returns:
-        A decoded RGB image.
-
-    Raises:
-        ValueError: See `rgb_image`.
-    """
+    """The RGB pixels of an opened file, PIL image, array or tensor; errors as those of `rgb_image`."""
     value = opened.value
     if isinstance(value, np.ndarray | torch.Tensor):
         image = normalise(_image_of_array(value), media.background)
@@ -143,14 +132,7 @@ def decode_image(opened: Opened, media: MediaOptions) -> Image.Image:
 
 
 def check_image(opened: Opened) -> None:
-    """What can be said of an image without decoding it.
-
-    Args:
-        opened: See `decode_image`.
-
-    Raises:
-        ValueError: If the header or the array is no image's, or the image is empty or too large.
-    """
+    """Find what is wrong with an image without decoding it: its header or array, and its size."""
     if isinstance(opened.value, np.ndarray | torch.Tensor):
         check_brightness(opened.value, _check_array(opened.value))
     else:
@@ -158,17 +140,7 @@ def check_image(opened: Opened) -> None:
 
 
 def image_header(opened: Opened) -> Image.Image:
-    """An image whose header is checked.
-
-    Args:
-        opened: An open file or a PIL image.
-
-    Returns:
-        A PIL image, not decoded; it reads from the open file.
-
-    Raises:
-        ValueError: If it is not an image, empty, or too large.
-    """
+    """An undecoded PIL image, which reads from the open file; a `ValueError` if it is no image, empty or too large."""
     image = opened.value if opened.file is None else _identified(opened, opened.file)
     if not isinstance(image, Image.Image):
         raise ValueError(f"{opened.name} is not an image. Pass a path, bytes, an array or a PIL image")
@@ -234,14 +206,7 @@ def _without_metadata(file: IO[bytes]) -> IO[bytes] | None:
 
 
 def is_postscript(start: bytes) -> bool:
-    """Whether a file starts as PostScript does, or as the binary form that wraps it.
-
-    Args:
-        start: The file's first bytes, at least 4.
-
-    Returns:
-        True for PostScript.
-    """
+    """Whether a file's first bytes are those of PostScript, or of the binary form that wraps it."""
     return start[:4] in (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 
@@ -268,14 +233,9 @@ def _decoded(opened: Opened, background: str | None) -> Image.Image:
 
 
 def normalise(image: Image.Image, background: str | None = None) -> Image.Image:
-    """A decoded image of any mode as upright RGB.
+    """A decoded image of any mode as upright RGB of at most `LARGE_IMAGE` pixels, without metadata.
 
-    Args:
-        image: A decoded image; it is left as it is.
-        background: See `rgb_image`.
-
-    Returns:
-        An RGB image, of at most `LARGE_IMAGE` pixels, without metadata.
+    The given image is left as it is. `background` as for `rgb_image`.
     """
     turn, lies_over = _turn(image), background if image.has_transparency_data else None
     factor = _factor(image)
@@ -312,18 +272,7 @@ def _factor(image: Image.Image) -> int:
 
 
 def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    """Shrink an image to an area, keeping its shape.
-
-    Args:
-        image: Any image.
-        max_pixels: Largest area, at least 1; None leaves the image as it is.
-
-    Returns:
-        The image, or a smaller copy.
-
-    Raises:
-        ValueError: If `max_pixels` is smaller than 1.
-    """
+    """Shrink an image to an area of at most `max_pixels`, keeping its shape; None leaves it as it is."""
     if max_pixels is None or image.width * image.height <= max_pixels:
         return image
     if max_pixels < 1:
@@ -375,18 +324,7 @@ def to_bytes(values: Any, what: str) -> np.ndarray:
 
 
 def check_brightness(values: Any, what: str) -> tuple[np.ndarray, float]:
-    """Check that an array or tensor holds brightness values.
-
-    Args:
-        values: See `to_bytes`.
-        what: How an error calls it.
-
-    Returns:
-        The values as an array of any dtype, and the largest of them.
-
-    Raises:
-        ValueError: See `to_bytes`.
-    """
+    """Check that an array or tensor holds brightness values as `to_bytes` takes them; it, and the largest value."""
     values = _array(values, what)
     if values.dtype in (np.uint8, bool) or not values.size:
         return values, 255.0

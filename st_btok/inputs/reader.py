@@ -236,16 +236,7 @@ class InputReader:
 
 
 def reader_for(model: SentenceTransformer, media: MediaOptions | None = None, decode: bool = True) -> InputReader:
-    """The reader for a model.
-
-    Args:
-        model: Any SentenceTransformer.
-        media: How media are read.
-        decode: See `InputReader`.
-
-    Returns:
-        A reader that knows what the model takes.
-    """
+    """A reader that knows what a model takes."""
     formatter = getattr(model[0], "input_formatter", None)
     return InputReader(
         modalities=tuple(model.modalities),

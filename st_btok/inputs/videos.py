@@ -107,19 +107,7 @@ def read_video(
 
 
 def decode_video(opened: Opened, media: MediaOptions) -> Video:
-    """The frames of an opened video.
-
-    Args:
-        opened: An open file, or what `read_video` takes beside files.
-        media: How it is read.
-
-    Returns:
-        The chosen frames.
-
-    Raises:
-        ImportError: See `read_video`.
-        ValueError: See `read_video`.
-    """
+    """The chosen frames of an opened file, or of what `read_video` takes beside files; errors as there."""
     if opened.file is not None:
         frames, metadata = _from_file(opened, opened.file, media)
     else:
@@ -142,15 +130,9 @@ def decode_video(opened: Opened, media: MediaOptions) -> Video:
 
 
 def check_video(opened: Opened, media: MediaOptions) -> None:
-    """What can be said of a video without decoding it; URLs of frames that may be fetched are left alone.
+    """Find what is wrong with a video without decoding it; URLs of frames that may be fetched are left alone.
 
-    Args:
-        opened: See `decode_video`.
-        media: How it will be read.
-
-    Raises:
-        ImportError: If PyAV is missing.
-        ValueError: If it is not a video, has no frames, or its frames are too large.
+    An `ImportError` if PyAV is missing, a `ValueError` if it is no video, has no frames, or its frames are too large.
     """
     if opened.file is not None:
         if _animation(opened, opened.file) is None:

@@ -131,15 +131,6 @@ def export(target: Literal["onnx", "openvino"], model: str | Path | SentenceTran
 
 
 def main(target: Literal["onnx", "openvino"], model: str, out: str) -> int:
-    """The command `st-btok export`; its arguments are described in `tools/command.py`.
-
-    Args:
-        target: `"onnx"` or `"openvino"`.
-        model: Path or hub name.
-        out: Directory to write.
-
-    Returns:
-        0.
-    """
+    """The command `st-btok export`; its arguments are described in `tools/command.py`."""
     print(f"wrote {export(target, model, out)}")
     return 0

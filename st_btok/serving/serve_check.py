@@ -197,12 +197,7 @@ def serve_check(
 def rows_of(transformer: Transformer, btok_ids: list[int]) -> list[Row]:
     """The inputs: what people send, what is over the limit, and what tries to forge control tokens.
 
-    Args:
-        transformer: First module of the model.
-        btok_ids: Its K ids.
-
-    Returns:
-        Rows of every kind that the model takes.
+    Of every kind that the model takes.
     """
     tokenizer: Any = transformer.tokenizer
     btok, end = tokenizer.convert_ids_to_tokens(btok_ids[0]), tokenizer.eos_token
@@ -280,14 +275,7 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 
 def summary(answers: list[Answer]) -> list[str]:
-    """One line for each form of request.
-
-    Args:
-        answers: What `serve_check` returned.
-
-    Returns:
-        Form, worst verdict, the worst row with its numbers, and what to do.
-    """
+    """One line for each form of request: the worst verdict, the worst row with its numbers, and what to do."""
     lines = []
     for form, how in FORMS.items():
         own = [answer for answer in answers if answer.form == form]
@@ -311,15 +299,9 @@ def summary(answers: list[Answer]) -> list[str]:
 
 
 def serves(answers: list[Answer]) -> bool:
-    """Whether every row has a right answer in one of the two right forms.
+    """Whether `messages` or the token states are equal in every row.
 
     A text over the limit may be refused instead: sentence-transformers cuts it by tokens, which no engine does alike.
-
-    Args:
-        answers: What `serve_check` returned.
-
-    Returns:
-        True if `messages` or the token states are equal for every row.
     """
     for form in (RIGHT, TOKEN_STATES):
         own = {answer.row: answer.verdict for answer in answers if answer.form == form}
@@ -332,15 +314,7 @@ def serves(answers: list[Answer]) -> bool:
 def main(url: str, model: str, name: str | None, bound: float, json: Path | None) -> int:
     """The command `st-btok serve-check`; its arguments are described in `tools/command.py`.
 
-    Args:
-        url: Root of the server.
-        model: Path or hub name of the model it serves.
-        name: The served model's name.
-        bound: Largest difference that counts as equal.
-        json: File for the answers.
-
-    Returns:
-        1 if no right form of request is equal in every row (or refuses the one over the limit), else 0.
+    Returns 1 if no right form of request is equal in every row (or refuses the one over the limit), else 0.
     """
     encoder = SentenceTransformer(model, model_kwargs={"dtype": "float32"})
     answers = serve_check(url, encoder, name, bound, progress=_show)

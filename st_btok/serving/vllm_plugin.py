@@ -133,15 +133,7 @@ def averaged_btoks(model: str, revision: str | None) -> int:
 
 
 def check_prompt(token_ids: Sequence[int] | None, btoks: Sequence[int]) -> None:
-    """Let only prompts pass that end with all BToks.
-
-    Args:
-        token_ids: Ids of the prompt.
-        btoks: The K ids; none for a model of another kind, where every prompt passes.
-
-    Raises:
-        ValueError: If the prompt does not end with the BToks, or has one of them elsewhere.
-    """
+    """Refuse a prompt that does not end with all BToks, or has one elsewhere; without `btoks` all pass."""
     if not btoks:
         return
     ids = list(token_ids or [])
@@ -154,15 +146,9 @@ def check_prompt(token_ids: Sequence[int] | None, btoks: Sequence[int]) -> None:
 
 
 def check_bare(token_ids: Sequence[int] | None, frame: Sequence[int], special: Sequence[int]) -> None:
-    """Let no bare text pass that quotes control tokens, where the tokenizer frames bare text (`bare_text.py`).
+    """Refuse a text that quotes control tokens, where the tokenizer frames text without a template (`bare_text.py`).
 
-    Args:
-        token_ids: Ids of the prompt.
-        frame: What the tokenizer makes of an empty text; empty where it frames nothing.
-        special: Ids of all control tokens.
-
-    Raises:
-        ValueError: If the prompt has other control tokens than the frame.
+    `frame` is what the tokenizer makes of an empty text; empty where it frames nothing.
     """
     control = set(special)
     own = Counter(token for token in frame if token in control)

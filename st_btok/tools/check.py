@@ -192,15 +192,7 @@ def _measure(name: str, measure: Callable[[], Measured]) -> Verdict:
 def main(backbone: str, template: str, max_pixels: int | None, gguf_file: str | None, json: Path | None) -> int:
     """The command `st-btok check`; its arguments are described in `tools/command.py`.
 
-    Args:
-        backbone: Hub name or path.
-        template: `"chat"` or `"plain"`.
-        max_pixels: Largest image area.
-        gguf_file: Name of a .gguf file inside `backbone`.
-        json: File for the verdicts.
-
-    Returns:
-        1 if a verdict is `"failed"`, else 0.
+    Returns 1 if a verdict is `"failed"`, else 0.
     """
     options: dict[str, Any] = {"template": template, "max_pixels": max_pixels, "device": "cpu"}
     if gguf_file:

@@ -110,11 +110,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
 
 
 def parser_of_all() -> argparse.ArgumentParser:
-    """The parser of `st-btok` with a sub-parser for each of `COMMANDS`.
-
-    Returns:
-        A parser whose result holds the command's name as `command`, beside the command's own arguments.
-    """
+    """The parser of `st-btok`; its result holds the command's name as `command`, beside its arguments."""
     parser = _Parser(
         prog="st-btok", description="Bottleneck-token embeddings: tools around a model.", allow_abbrev=False
     )

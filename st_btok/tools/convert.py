@@ -373,16 +373,7 @@ def _assemble(
 
 
 def main(src: str, dst: str, base: str | None) -> int:
-    """The command `st-btok convert`; its arguments are described in `tools/command.py`.
-
-    Args:
-        src: Directory of the release's checkpoint.
-        dst: Directory to write.
-        base: Where the base model of an adapter is.
-
-    Returns:
-        0.
-    """
+    """The command `st-btok convert`; its arguments are described in `tools/command.py`."""
     written = convert(src, dst, base)
     sys.stdout.write(f"written: {written}; load it with SentenceTransformer({str(written)!r})\n")
     return 0

@@ -125,23 +125,7 @@ def main(
     layers: list[int] | None,
     beams: int,
 ) -> int:
-    """The command `st-btok explain`; its arguments are described in `tools/command.py`.
-
-    Args:
-        model: Path or hub name.
-        image: Path of an image.
-        text: Text, alone or beside the image.
-        prompt: Instruction of the input.
-        out: PNG to write.
-        layers: Layers to average over; None for all.
-        beams: Hypotheses of the generated text.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError: If there is neither an image nor a text.
-    """
+    """The command `st-btok explain`; its arguments are described in `tools/command.py`."""
     if not image and not text:
         raise ValueError("there must be something to look at. Give an --image, a --text or both.")
     picture = rgb_image(image) if image else None

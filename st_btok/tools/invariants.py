@@ -69,14 +69,7 @@ class Subject:
 
 
 def samples_of(modalities: list[str]) -> dict[str, list[Any]]:
-    """At least two different inputs of every kind, with equal texts beside the media.
-
-    Args:
-        modalities: What the backbone takes, of `text`, `image`, `video` and `audio`.
-
-    Returns:
-        Inputs by kind; kinds that the backbone does not take are left out.
-    """
+    """At least two different inputs of every kind that the backbone takes, with equal texts beside the media."""
     rng = np.random.default_rng(0)
 
     def image(width: int, height: int) -> Image.Image:
@@ -322,14 +315,7 @@ def _lora(subject: Subject) -> Measured:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, at most 300 characters; its type where it has none.
-
-    Args:
-        error: Any exception.
-
-    Returns:
-        One line.
-    """
+    """The first line of an error's message, at most 300 characters; its type where it has none."""
     return (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__
 
 

@@ -91,17 +91,9 @@ class Schedule:
 
 
 def check_weight(weight: float, place: str = "") -> float:
-    """Refuse a weight that would turn the condensation loss around (negative) or into NaN.
+    """The weight as a float; a `ValueError` if it would turn the condensation loss around (negative) or into NaN.
 
-    Args:
-        weight: The weight.
-        place: Where it comes from, for the message.
-
-    Returns:
-        The weight as a float.
-
-    Raises:
-        ValueError: If it is negative, infinite or NaN.
+    `place` says in the message where it comes from.
     """
     value = float(weight)
     if not (value >= 0 and math.isfinite(value)):  # NaN compares false with everything
@@ -205,26 +197,17 @@ class BTokCallback(TrainerCallback):
 
     @staticmethod
     def of(model: Any) -> BTokCallback | None:
-        """The callback that follows a model.
+        """The callback that follows a model, wrapped or not.
 
-        Args:
-            model: The model of a loss, also wrapped.
-
-        Returns:
-            The callback. None where there is none, and for a model that trains on after its callback's training has
-            ended: another training must not be given that one's last step.
+        None where there is none, and for a model that trains on after its callback's training has ended: another
+        training must not be given that one's last step.
         """
         inner = unwrap(model)
         callback = _FOLLOWING.get(inner)
         return None if callback is not None and callback._finished and inner.training else callback
 
     def record(self, measured: Measured, training: bool) -> None:
-        """Take one call of a loss into the next log entry.
-
-        Args:
-            measured: What the loss measured.
-            training: Whether the model was in training mode.
-        """
+        """Take one call of a loss, in training mode or not, into the next log entry."""
         if training:
             self._sums["train"].add(measured)
         else:
@@ -308,17 +291,11 @@ _DECORATORS = (matryoshka.ForwardDecorator, adaptive_layer.ForwardDecorator)
 
 
 def in_modifier(model: Any) -> bool:
-    """Whether one of sentence-transformers' loss modifiers is calling a loss of this model.
+    """Whether one of sentence-transformers' loss modifiers is calling a loss of this model, wrapped or not.
 
     `MatryoshkaLoss`, `AdaptiveLayerLoss` and `Matryoshka2dLoss` call a loss once per dimension or layer, multiply what
     it returns and add it up. They want a number, and fail with a dict of parts, which the Trainer likes. The cached
     losses need none of this: there a modifier wraps `calculate_loss` and hands on what the loss returns.
-
-    Args:
-        model: The model of the loss; wrapped (DDP, compile) or not.
-
-    Returns:
-        True between the modifier's first and last call of its loss.
     """
     layers = (model, unwrap(model))  # MatryoshkaLoss decorates what it was given, AdaptiveLayerLoss what is inside
     return any(isinstance(vars(layer).get("forward"), _DECORATORS) for layer in layers)
@@ -332,17 +309,11 @@ _MASTER_COPY = ("_hp_mapping", "ds_id")
 
 
 def half_precision_warning(model: nn.Module) -> str | None:
-    """Why training this model as it is loses updates, with the remedy.
+    """Why training this model as it is loses updates, with the remedy; None if it does not.
 
     A bfloat16 weight keeps 8 bits: an update of less than 1/512 of the weight is rounded away, which most are at
     learning rates below 1e-4. In float16 AdamW's epsilon (1e-8) and its mean of small squared gradients are 0, and its
-    step divides by them.
-
-    Args:
-        model: The model, wrapped or not.
-
-    Returns:
-        The message; None if no weight that trains is half-precision, or the optimizer updates a float32 copy of them.
+    step divides by them. Weights of which the optimizer updates a float32 copy lose nothing.
     """
     found: dict[torch.dtype, int] = {}
     for parameter in model.parameters():
@@ -361,11 +332,7 @@ def half_precision_warning(model: nn.Module) -> str | None:
 
 
 def warn_of_half_precision(model: nn.Module) -> None:
-    """Log `half_precision_warning`, if there is one.
-
-    Args:
-        model: The model, wrapped or not.
-    """
+    """Log `half_precision_warning`, if there is one."""
     if message := half_precision_warning(model):
         logger.warning("%s", message)
 

@@ -81,12 +81,7 @@ class FilteredSimilarity:
         self._positive = torch.zeros(0)
 
     def begin(self, contents: list[Tensor], directions: tuple[str, ...]) -> None:
-        """Name the rows of the loss value that is computed next.
-
-        Args:
-            contents: `content_fingerprints` of each column, of the whole batch.
-            directions: The `directions` of the ranking loss.
-        """
+        """Name the rows of the loss value that is computed next: fingerprints of each column of the whole batch."""
         self._contents = contents
         self._pending = [direction for direction in _ORDER if direction in directions]
 

@@ -56,14 +56,7 @@ class Part:
 
 
 def call_cost(backbone: PreTrainedModel) -> int:
-    """The cost of one more call of the model.
-
-    Args:
-        backbone: The backbone inside the `Transformer` module.
-
-    Returns:
-        The number of positions that it could compute in the same time.
-    """
+    """The cost of one more call: the number of positions that the backbone could compute in the same time."""
     # A trained vocabulary gets a gradient of its own size in every call, however few of its rows were looked up.
     vocabulary = list(backbone.get_input_embeddings().parameters())
     size = sum(parameter.numel() for parameter in vocabulary)
