@@ -1,4 +1,4 @@
-"""LoRA and DoRA on the language model, with the K bottleneck rows trained beside them; and back to stock weights.
+"""LoRA and DoRA on the language model, with the K token embeddings of the BToks; and back to stock weights.
 
 The adapter is peft's, added with sentence-transformers' own `model.add_adapter(btok_lora_config(model))`. What a save
 then writes is the adapter alone, which refers to its base model by name. That loads as the trained model only if that
@@ -64,7 +64,7 @@ def btok_lora_config(
     base: str | Path | None = None,
     **lora: Any,
 ) -> LoraConfig:
-    """A peft config for `model.add_adapter`: LoRA on every linear layer of the language model, and the K BTok rows.
+    """A peft config for `model.add_adapter`: LoRA on every linear layer of the language model, and the BToks.
 
     Vision and audio towers and their projectors stay as they are. Defaults are the authors' (r 16, alpha 32, dropout
     0.05), who also set `use_dora=True`.
@@ -81,8 +81,8 @@ def btok_lora_config(
             says so): rows for the BToks, a place to load it from, or weights that were trained or merged since.
             Default None: they refer to where the backbone came from, which is read once more to compare.
         **lora: Further arguments of `peft.LoraConfig`, such as `use_rslora`. `target_modules` replaces the choice
-            made here; `trainable_token_indices`, a list or a dict of them, adds tokens to the BToks (None: no token's
-            row is trained, the BToks' neither).
+            made here; `trainable_token_indices`, a list or a dict of them, adds tokens to the BToks (None: no token
+            embedding is trained, the BToks' neither).
 
     Returns:
         The config.
@@ -193,7 +193,7 @@ def language_model_linears(model: PreTrainedModel) -> str:
 
 
 def merge_adapters(model: SentenceTransformer) -> SentenceTransformer:
-    """Write all adapters and trained BTok rows into the weights they adapt, in place; what is left is stock.
+    """Write all adapters and the trained BToks into the weights they adapt, in place; what is left is stock.
 
     Embeddings stay equal up to the rounding of the weights' own type: 1e-6 in float32, visibly less in bfloat16 (call
     `model.float()` first, or keep the adapter). The merged weights are frozen as the base was: call
@@ -210,7 +210,7 @@ def merge_adapters(model: SentenceTransformer) -> SentenceTransformer:
     if not getattr(backbone, "peft_config", None):
         return model
     for name, module in list(_outermost_adapters(backbone)):
-        if isinstance(module, AuxiliaryTrainingWrapper):  # the trained BTok rows, which are no layer of LoRA's
+        if isinstance(module, AuxiliaryTrainingWrapper):  # the trained token embeddings, which are no layer of LoRA's
             plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=True, adapter_names=None)
         else:
             module.merge(safe_merge=True)
@@ -254,11 +254,12 @@ def save_trained(model: SentenceTransformer, path: str | Path) -> str:
 def base_gap(model: SentenceTransformer) -> str | None:
     """Why an adapter checkpoint that refers to the backbone's origin would not load as the model in memory.
 
-    Checked are the place, the size of the embedding matrix, who holds the BTok rows, and every weight that no adapter
-    replaces: the origin is read once more, in parts. Quantised weights are taken for those of the origin.
+    Checked are the place, the size of the embedding matrix, who holds the embeddings of the BToks, and every weight
+    that no adapter replaces: the origin is read once more, in parts. Quantised weights are taken for those of the
+    origin.
 
     Args:
-        model: With or without adapters. Without, one that trains the BTok rows is assumed.
+        model: With or without adapters. Without, one that trains the BToks is assumed.
 
     Returns:
         The reason; None if there is none.

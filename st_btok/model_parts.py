@@ -80,8 +80,8 @@ def tokenizer_of(transformer: Transformer) -> PreTrainedTokenizerBase:
 def embedding_matrix(model: PreTrainedModel) -> Tensor:
     """The live (V, D) input embedding matrix, also under adapters and FSDP.
 
-    Under `trainable_token_indices` this is the base matrix, whose K BTok rows are the untrained ones. As an LM head
-    that is what is wanted: BToks are never generated.
+    Under `trainable_token_indices` this is the base matrix, with the untrained embeddings of the BToks. That is right
+    for an LM head, as BToks are never generated.
 
     Args:
         model: The backbone.
@@ -152,13 +152,15 @@ def checkpoint_head(source: str, config: PreTrainedConfig, **hub: Any) -> tuple[
     return (None if names & found["missing_keys"] else head.weight.detach()), tied
 
 
-def checkpoint_tensors(own: type[PreTrainedModel], source: str, most: int = 2**29) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(
+    own: type[PreTrainedModel], source: str, max_numbers: int = 2**29
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight and saved buffer of a checkpoint under the names of a class, as that class loads it, part by part.
 
     Args:
         own: The class.
         source: Name or path of the checkpoint.
-        most: Numbers in memory at a time, at least; a single module's are never split.
+        max_numbers: Numbers in memory at a time; a single module, which is never split, may have more.
 
     Yields:
         Name and tensor on the CPU, in the checkpoint's own type.
@@ -175,7 +177,7 @@ def checkpoint_tensors(own: type[PreTrainedModel], source: str, most: int = 2**2
     parts: list[list[str]] = [[]]
     size = 0
     for name, numbers in owners:
-        if parts[-1] and size + numbers > most:
+        if parts[-1] and size + numbers > max_numbers:
             parts.append([])
             size = 0
         parts[-1].append(name)

@@ -1,8 +1,9 @@
-"""Bottleneck tokens as vocabulary entries: their names, their ids and their embedding rows.
+"""Bottleneck tokens as vocabulary entries: their names, their ids and their token embeddings.
 
 The names `<|btok_0|>` ... `<|btok_{K-1}|>` are those of the authors' release, so their checkpoints and ours agree.
-The rows are always written. Many checkpoints have spare embedding rows (Qwen2-VL: 151,936 rows for 151,657 tokens),
-where adding tokens resizes nothing, and an initialisation that hangs on the resize silently does not happen.
+The embeddings are always written. Many checkpoints have spare rows in their embedding matrix (Qwen2-VL: 151,936 rows
+for 151,657 tokens). There adding tokens resizes nothing, and an initialisation that is part of the resize would
+silently not happen.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ BTOK_PATTERN = re.compile(r"<\|btok_(\d+)\|>")
 # Vocabulary size and BTok ids of each tokenizer that was asked. Reading a vocabulary takes 26 ms at 49,152 tokens, and
 # the losses ask at each pass through the model.
 _KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, list[int]]] = WeakKeyDictionary()
-# What the rows start as: the beginning of a sentence whose next word says what the input is about (the idea is
+# The default initialisation: the beginning of a sentence whose next word says what the input is about (the idea is
 # PromptEOL's, https://arxiv.org/abs/2307.16645). Four tokens of most vocabularies.
 PROMPT = " The topic is the"
-# Relative size of the noise that tells K equal rows apart; it keeps the meaning of the row they start from.
+# Relative size of the noise that makes K equal embeddings differ, too small to change what they mean.
 INIT_NOISE = 0.02
 
 
@@ -98,22 +99,22 @@ def add_btoks(
     init: str = "prompt",
     seed: int = 0,
 ) -> list[int]:
-    """Add K bottleneck tokens to a tokenizer and write their rows in the model's embedding matrices, in place.
+    """Add K bottleneck tokens to a tokenizer and write their token embeddings into the model, in place.
 
-    Each row is `base + 0.02 * rms(base) * noise` with standard normal noise. The matrix grows only when it has too few
-    rows. An untied output matrix, where the model has one, gets rows made the same way from its own entries.
-    Tokens that are there already keep their (perhaps trained) rows.
+    Each embedding is `base + 0.02 * rms(base) * noise` with standard normal noise. The embedding matrix grows only if
+    it has too few rows. An untied output matrix gets rows that are made in the same way from its own. Tokens that are
+    there already keep their (perhaps trained) embeddings.
 
     Args:
         model: A transformers model with input embeddings, with or without an LM head.
         tokenizer: Its tokenizer.
         num_btoks: K, at least 1. Default 4 (paper).
-        init: What a row starts from: `"prompt"`, each from the row of its token in " The topic is the" (default: the
-            best start of the study, docs/findings.md), fewer than four from its last tokens, more than four as
-            `"newline"` before it, and all as `"newline"` where the vocabulary lacks these words; `"newline"`, the row
-            of the line break, or as `"eos"` for a tokenizer without one; `"eos"`, the end-of-turn row; `"mean"`, the
-            mean of all token rows; `"random"`, only noise of the matrix' own scale; any other text of K tokens, each
-            from its own token's row; of another length, all from the mean of that text's token rows.
+        init: The base of each embedding. `"prompt"` (default, the best of the study, docs/findings.md): the tokens of
+            " The topic is the", one each; its last tokens if K is below four, newline tokens before it if K is above,
+            and `"newline"` where the vocabulary lacks these words. `"newline"`: the newline token, or `"eos"` for a
+            tokenizer without one. `"eos"`: the EOS token. `"mean"`: the mean of all token embeddings. `"random"`: only
+            noise of the matrix' own scale. Any other text of K tokens: its tokens, one each; of another length, their
+            mean for all.
         seed: Seed of the noise.
 
     Returns:
@@ -121,7 +122,7 @@ def add_btoks(
 
     Raises:
         ValueError: If the tokenizer holds another number of bottleneck tokens, `num_btoks` is smaller than 1, `init`
-            is empty, the tokenizer has no end-of-turn token where one is needed, or the embedding matrix is not in
+            is empty, the tokenizer has no EOS token where one is needed, or the embedding matrix is not in
             memory.
     """
     names = btok_tokens(num_btoks)
@@ -156,15 +157,15 @@ def add_btoks(
 
 
 def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str, num_btoks: int) -> list[int] | None:
-    """Token ids whose rows the new rows start from; an empty list for all tokens, None for pure noise."""
+    """Ids of the tokens whose embeddings are the base; an empty list for all tokens, None for pure noise."""
     if init == "random":
         return None
     if init == "mean":
         return []
     if init == "prompt":
-        return _prompt_ids(tokenizer, num_btoks) or [_break_id(tokenizer, "newline")]
+        return _prompt_ids(tokenizer, num_btoks) or [_newline_or_eos(tokenizer, "newline")]
     if init in ("newline", "eos"):
-        return [_break_id(tokenizer, init)]
+        return [_newline_or_eos(tokenizer, init)]
     ids = tokenizer(init, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(
@@ -180,23 +181,23 @@ def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str, num_btoks: int) -
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, num_btoks: int) -> list[int]:
-    """Ids of the last K tokens of the prompt, after line breaks where it has fewer; none if its words are unknown."""
+    """Ids of the last K tokens of the prompt, behind newlines if it has fewer; none if its words are unknown."""
     for text in (PROMPT, PROMPT.lstrip()):  # some write the blank themselves
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) == len(PROMPT.split()) and str(tokenizer.decode(ids)).strip() == PROMPT.strip():
             missing = num_btoks - len(ids)
-            return [_break_id(tokenizer, "newline")] * missing + ids if missing > 0 else ids[-num_btoks:]
+            return [_newline_or_eos(tokenizer, "newline")] * missing + ids if missing > 0 else ids[-num_btoks:]
     return []
 
 
-def _break_id(tokenizer: PreTrainedTokenizerBase, init: str) -> int:
-    """Id of the line break, for `"newline"` and where there is one, or of the end of a turn."""
+def _newline_or_eos(tokenizer: PreTrainedTokenizerBase, init: str) -> int:
+    """Id of the newline token, for `"newline"` and where there is one, else of the EOS token."""
     if init == "newline":
         ids = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]  # some write a blank before it
         if "\n" in str(tokenizer.decode(ids)):
             return ids[0]
     if tokenizer.eos_token_id is None:
-        needed = "an eos_token" if init == "eos" else "a line break or an eos_token"
+        needed = "an eos_token" if init == "eos" else "a newline token or an eos_token"
         raise ValueError(
             f"init={init!r} needs a tokenizer with {needed}, this one has none. "
             "Set tokenizer.eos_token, or pass init='mean'."

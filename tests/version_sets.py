@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     if found and newer:
         print(
             f"\n{'!' * 100}\nThe core fails with releases newer than those here: {newer}.\nThe change under test was "
-            f"not made for them: exclude them in pyproject.toml, or mend the package.\n{'!' * 100}", flush=True
+            f"not made for them: exclude them in pyproject.toml, or repair the package.\n{'!' * 100}", flush=True
         )  # fmt: skip
         return 3
     print(f"{kind} versions: {'failed' if found else 'passed'}", flush=True)

@@ -44,10 +44,10 @@ def load_model() -> SentenceTransformer:
     return build_model(str(_HERE / "backbone"), device="cpu").float()
 
 
-def texts(count: int, fewest: int, most: int, seed: int = 0) -> list[str]:
+def texts(count: int, min_words: int, max_words: int, seed: int = 0) -> list[str]:
     """Texts of random words."""
     words, draw = (_HERE / "toy" / "words.txt").read_text().split(), random.Random(seed)
-    return [" ".join(draw.choice(words) for _ in range(draw.randint(fewest, most))) for _ in range(count)]
+    return [" ".join(draw.choice(words) for _ in range(draw.randint(min_words, max_words))) for _ in range(count)]
 
 
 def mixed_rows(count: int, folder: Path) -> list[Any]:

@@ -21,7 +21,7 @@ from recipes.research.run_log import RunLog
 from recipes.research.significance import Run, draw, table, verdicts
 from recipes.research.variant import Variant, VariantSettings
 from recipes.research.variants import quiet, train_variant
-from recipes.training.resume import identity_of, only_training_in
+from recipes.training.resume import only_training_in, run_fingerprint
 
 CALIBRATION = 8  # steps; the median of their times decides how many fit the baseline's time
 
@@ -56,7 +56,7 @@ def compare(config: CompareConfig) -> str:
 def run_all(config: CompareConfig, training: Sequence[Source], searches: Sequence[Search]) -> list[Run]:
     """Every run, from `runs.jsonl` where it has one with these settings and these data."""
     shared = {name: value for name, value in asdict(config).items() if name not in _FREE}
-    identity = identity_of(training, config.backbone, shared)
+    identity = run_fingerprint(training, config.backbone, shared)
     key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     log = RunLog(Path(config.output_dir) / "runs.jsonl")
     data = DatasetDict({source.name: source.dataset() for source in training})

@@ -2,9 +2,9 @@
 
 A variant is named `btok`, `lasttoken` or `mean`, with options behind a colon that reach `build_model` and the loss by
 their own names: `btok:condensation_weight=0`, `btok:readout=last,num_btoks=1`. Two more are for controls:
-`train_btoks=false` keeps the token embeddings of the BToks as they start, and `row_lr=10` multiplies their learning
-rate (with LoRA, where they are parameters of their own). With `opened=true` the BToks, or the token
-that is read, stand in the assistant's opened turn; `lasttoken` and `mean` also take a prompt as plain text,
+`train_btoks=false` keeps the token embeddings of the BToks as they are initialised, and `row_lr=10` multiplies their
+learning rate (with LoRA, where they are parameters of their own). With `opened=true` the BToks, or the token that is
+read, stand in the assistant's opened turn; `lasttoken` and `mean` also take a prompt as plain text,
 `lasttoken:prompt= The topic is the`: see `prompted.py`.
 """
 

@@ -99,7 +99,7 @@ def opened_template(backbone: str) -> str:
 
 
 def _freeze_btoks(loss: BTokLoss | CachedBTokLoss) -> None:
-    """The rows of the BToks get no gradient, while all other rows do."""
+    """The token embeddings of the BToks get no gradient; all others do."""
     matrix = loss.model[0].model.get_input_embeddings().weight
     kept = torch.ones(len(matrix), 1, device=matrix.device)
     kept[getattr(loss, "loss", loss).btoks] = 0

@@ -33,7 +33,7 @@ print("EMBEDDINGS " + json.dumps(model.encode(json.loads(sys.argv[2])).tolist())
 """
 
 
-# The rows of the BToks start the same in every run.
+# The BToks are initialised the same in every run.
 VARIANTS = {
     "last token": Variant("lasttoken"),
     "BToks": Variant("btok", {"seed": 0}),

@@ -10,8 +10,8 @@ GME-style one; the v2 preset and those of the expanded mixes set `generation_los
 
 Not reproduced: their second pass on a cache (here one masked pass, which trains the last layer too), their target
 texts (here without instruction, and without limit there), LoRA on `gate_proj` and `up_proj` (theirs leaves these two
-out), the BTok rows' start (theirs: unused rows of the vocabulary), their choice of checkpoint by scores on test data,
-their leak filter, and a pixel limit of its own for videos (602,112; 301,056 in the expanded presets).
+out), the BToks' initialisation (theirs: unused rows of the vocabulary), their choice of checkpoint by scores on test
+data, their leak filter, and a pixel limit of its own for videos (602,112; 301,056 in the expanded presets).
 
 The expanded mixes (62 entries in `btoks_expanded_train_datasets_v1.yaml`, six more in v2) are not in `mmeb_train.py`:
 those presets set what differs in the training, and want the data of the mix as `--data`. `qwen2-vl-2b-v2` pools with

@@ -5,7 +5,8 @@ in turn and `trainer_state.json` last; a full disk or a power cut can tear any o
 newest checkpoint in which every file is whole and says which it passed over and why.
 
 A resumed training must be the interrupted one: other data, another seed or another model would go on from an optimizer
-and a place in the data that mean nothing to them. `identity_of` describes a run by content, `check_identity` compares.
+and a place in the data that mean nothing to them. `run_fingerprint` describes a run by content, `check_fingerprint`
+compares.
 
 `only_training_in` keeps a second training out of a folder. Its lock belongs to the process, so a killed training
 leaves none behind, and worker processes that outlive it don't hold it.
@@ -123,7 +124,7 @@ def _torn_archive(path: Path) -> str:
     return f"is damaged in {damaged}" if damaged else ""
 
 
-def identity_of(sources: Sequence[Source], backbone: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def run_fingerprint(sources: Sequence[Source], backbone: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a resumed training must share with the interrupted one.
 
     Args:
@@ -164,14 +165,14 @@ def _backbone(name: str) -> str:
     return f"a folder with content {digest.hexdigest()[:16]}"
 
 
-def write_identity(folder: str | Path, identity: Mapping[str, Any]) -> None:
+def write_fingerprint(folder: str | Path, identity: Mapping[str, Any]) -> None:
     """Keep the identity in the folder, whole or not at all."""
     path = Path(folder) / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(identity, indent=1) + "\n")
 
 
-def check_identity(folder: str | Path, identity: Mapping[str, Any]) -> None:
+def check_fingerprint(folder: str | Path, identity: Mapping[str, Any]) -> None:
     """Refuse to resume another training than the interrupted one in a folder.
 
     Raises:

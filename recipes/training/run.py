@@ -30,7 +30,13 @@ from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
 from recipes.training.config import TrainConfig, parse
 from recipes.training.interrupt import SaveOnInterrupt
-from recipes.training.resume import check_identity, identity_of, newest_complete, only_training_in, write_identity
+from recipes.training.resume import (
+    check_fingerprint,
+    newest_complete,
+    only_training_in,
+    run_fingerprint,
+    write_fingerprint,
+)
 from recipes.training.validation import SCORES, WriteScores, before_and_after
 from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, build_model, merge_adapters
 
@@ -176,14 +182,14 @@ def begin(config: TrainConfig, training: Sequence[Source], files: Mapping[str, S
     stream = ("stream", "shuffle_buffer")
     settings = {name: getattr(config, name) for name in (*model, *stream, *order, "gradient_accumulation_steps")}
     settings |= {f"files of {name}": "; ".join(names) for name, names in files.items()}
-    identity = identity_of(training, config.backbone, settings)
+    identity = run_fingerprint(training, config.backbone, settings)
     last = newest_complete(config.output_dir) if config.resume else None
     if last and not config.allow_changes:
-        check_identity(config.output_dir, identity)
+        check_fingerprint(config.output_dir, identity)
     if config.resume:
         logger.info("Training goes on from %s.", last.name if last else "the start: there is no whole checkpoint")
     if config.process_index == 0:
-        write_identity(config.output_dir, identity)
+        write_fingerprint(config.output_dir, identity)
     return last
 
 

@@ -109,7 +109,7 @@ class LossSettings:
     scale: float = option(50.0, "Inverse temperature.")
     condensation_weight: float = option(0.2, "Weight of the condensation loss.")
     condensation_steps: int | None = option(None, "Steps that it is on for; always by default.")
-    target: str = option("", "Generated side: auto, query, positive, both, self, none; empty: each source's own.")
+    target: str = option("", "Generated side: auto, query, positive, both, none; empty: each source's own.")
     max_target_tokens: int = option(64, "Longest target.")
     route: str = option("auto", "How the target reaches the BToks: auto, or a route of BTokLoss.")
     false_negative_margin: float | None = option(None, "Drop negatives that score above the positive by this margin.")

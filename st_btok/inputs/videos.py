@@ -107,7 +107,7 @@ def read_video(
 
 
 def decode_video(opened: Opened, media: MediaOptions) -> Video:
-    """The chosen frames of an opened file, or of what `read_video` takes beside files; errors as there."""
+    """The chosen frames of an opened file, or of what `read_video` takes besides files; errors as there."""
     if opened.file is not None:
         frames, metadata = _from_file(opened, opened.file, media)
     else:

@@ -37,7 +37,7 @@ class Decoded:
 
     Attributes:
         text: The text, without special tokens.
-        ids: (N,) generated token ids, the closing end-of-turn token included where it was reached.
+        ids: (N,) generated token ids, the closing EOS token included where it was reached.
         scores: (N,) log-likelihood of each token, in nats; their sum is minus the NLL of the condensation loss.
     """
 
@@ -96,7 +96,7 @@ def decode_btoks(
 ) -> list[Decoded]:
     """The most likely text given only the bottleneck tokens of an input.
 
-    y = argmax sum_i log p(y_i | BToks, y_<i), by greedy or beam search, until the end-of-turn token. Meaningful for
+    y = argmax sum_i log p(y_i | BToks, y_<i), by greedy or beam search, until the EOS token. Meaningful for
     models trained with condensation, through the route they were trained with. Each step reads the whole sequence
     again, so the cost is that of `max_new_tokens` encoder calls per input and beam.
 

@@ -258,7 +258,7 @@ def _kv_equals_attention(subject: Subject) -> Measured:
     return ((attention - kv).abs() / attention).item(), 1e-4, "likelihood, relative"
 
 
-def _without_term(subject: Subject) -> Measured:
+def _without_condensation(subject: Subject) -> Measured:
     columns = subject.columns()
     expected = _step(MultipleNegativesRankingLoss(subject.model, scale=50.0), columns)
     found = _step(BTokLoss(subject.model, condensation_weight=0, target="none"), columns)
@@ -375,7 +375,7 @@ MEASUREMENTS: dict[str, Callable[[Subject], Measured]] = {
     "attention implementations": _implementations,
     **{f"{name} route": lambda subject, name=name: _route(subject, name) for name in ROUTES},  # type: ignore[misc]
     "kv = attention": _kv_equals_attention,
-    "no term = MNRL": _without_term,
+    "weight 0 = MNRL": _without_condensation,
     "gradient checkpointing": _gradient_checkpointing,
     "GradCache": _cached,
     "LoRA": _lora,

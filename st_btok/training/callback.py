@@ -106,7 +106,7 @@ def check_weight(weight: float, place: str = "") -> float:
 
 @dataclass
 class Measured:
-    """What one call of a loss found out beside the loss.
+    """What one call of a loss measured, besides its value.
 
     Attributes:
         ranking: The ranking part.

@@ -107,7 +107,7 @@ class BTokLoss(nn.Module):
     Attributes:
         read_btoks: Ids of the bottleneck tokens that targets read: all K. An experiment may set fewer, or override
             `targets` (what is generated), `join` (who reads what, on the attention route) or `rank`.
-        measured: What the last call found out beside the loss, such as the condensation loss in nats; see
+        measured: What the last call measured besides its value, such as the condensation loss in nats; see
             `callback.Measured`.
         schedule: The weight over the steps; a loop of one's own sets `schedule.step`, if the weight depends on it.
 

@@ -65,7 +65,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Call:
-    """How to call the model: what every route needs besides the part.
+    """How to call the model: what every route needs, besides the part.
 
     Attributes:
         model: The model that is called; wrapped (DDP, FSDP, compile) or not.

@@ -239,7 +239,7 @@ def test_presets_name_settings_that_exist():
         assert set(preset) <= names
         assert preset["block_size"] % preset["per_device_train_batch_size"] == 0
     assert PRESETS["qwen3-vl-2b"]["backbone"] == "Qwen/Qwen3-VL-2B-Instruct"
-    # The authors' files: the term is on for the whole run in those of v2 and of the expanded mixes only.
+    # The authors' files: the condensation loss is on for the whole run in those of v2 and of the expanded mixes only.
     whole_run = {name for name, preset in PRESETS.items() if preset["condensation_steps"] == preset["max_steps"]}
     assert whole_run == {"qwen2-vl-2b-v2"} | {name for name in PRESETS if "expanded" in name} and len(whole_run) == 4
     assert {name for name, preset in PRESETS.items() if preset["readout"] == "attention"} == {"qwen2-vl-2b-v2"}

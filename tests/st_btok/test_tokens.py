@@ -152,7 +152,7 @@ def test_starts_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="'eos' needs a tokenizer with an eos_token"):
         add_btoks(model, own, init="eos")
     own.backend_tokenizer.normalizer = normalizers.Replace("\n", " ")
-    with pytest.raises(ValueError, match="'newline' needs a tokenizer with a line break or an eos_token"):
+    with pytest.raises(ValueError, match="'newline' needs a tokenizer with a newline token or an eos_token"):
         add_btoks(model, own)
     assert btok_ids(own) == [], "a refused call leaves the tokenizer as it was"
 

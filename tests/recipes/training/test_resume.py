@@ -27,12 +27,12 @@ from recipes.data.user_data import load_user_data
 from recipes.training.config import TrainConfig
 from recipes.training.resume import (
     LOCK,
-    check_identity,
-    identity_of,
+    check_fingerprint,
     newest_complete,
     only_training_in,
+    run_fingerprint,
     what_is_torn,
-    write_identity,
+    write_fingerprint,
 )
 from recipes.training.run import train
 from st_btok import build_model
@@ -127,21 +127,21 @@ def test_another_training_is_refused_and_moved_files_are_not_another(tmp_path, c
     for name in ("backbone", "moved"):
         backbone.save_pretrained(tmp_path / name)
     settings = {"seed": 1, "num_btoks": 4}
-    first = identity_of(pairs(tmp_path / "a"), str(tmp_path / "backbone"), settings)
-    write_identity(tmp_path / "out", first)
-    check_identity(tmp_path / "out", identity_of(pairs(tmp_path / "b"), str(tmp_path / "moved"), settings))
+    first = run_fingerprint(pairs(tmp_path / "a"), str(tmp_path / "backbone"), settings)
+    write_fingerprint(tmp_path / "out", first)
+    check_fingerprint(tmp_path / "out", run_fingerprint(pairs(tmp_path / "b"), str(tmp_path / "moved"), settings))
     changed = {
-        "data": identity_of(pairs(tmp_path / "c", ("one", "two", "four")), str(tmp_path / "backbone"), settings),
+        "data": run_fingerprint(pairs(tmp_path / "c", ("one", "two", "four")), str(tmp_path / "backbone"), settings),
         "seed": {**first, "seed": 2},
     }
     with torch.no_grad():
         next(backbone.parameters()).add_(1)
     backbone.save_pretrained(tmp_path / "backbone")
-    changed["backbone"] = identity_of(pairs(tmp_path / "a"), str(tmp_path / "backbone"), settings)
+    changed["backbone"] = run_fingerprint(pairs(tmp_path / "a"), str(tmp_path / "backbone"), settings)
     for name, identity in changed.items():
         with pytest.raises(ValueError, match=f"this differs from .*training.json:\n  {name}: .* before, .* now"):
-            check_identity(tmp_path / "out", identity)
-    check_identity(tmp_path, first)
+            check_fingerprint(tmp_path / "out", identity)
+    check_fingerprint(tmp_path, first)
     assert "can't be checked" in caplog.text
 
 

@@ -48,7 +48,7 @@ def test_every_family_and_its_line_in_the_table(family):
         assert found[modality] == ("ok" if takes(family, modality) else "not applicable")
     assert found["attention route"] == ("not applicable" if family in MASKLESS else "ok")
     assert found["kv route"] == ("not applicable" if family in ("qwen3_5", "mamba") else "ok")
-    for name in ("prefix route", "GradCache", "LoRA", "no term = MNRL", "gradient checkpointing", "plain reload"):
+    for name in ("prefix route", "GradCache", "LoRA", "weight 0 = MNRL", "gradient checkpointing", "plain reload"):
         assert found[name] == "ok", name
 
 
