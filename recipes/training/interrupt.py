@@ -8,7 +8,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -41,15 +41,11 @@ class SaveOnInterrupt(TrainerCallback):
             "\nst_btok: this step is finished and saved, then the training stops. Ctrl-C again: at once.\n"
         )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """From the first step on there is something to save."""
         self.stepping = args.world_size == 1
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Save and stop, if it was asked for."""
         if self.asked and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from evaluation import markdown
 
@@ -26,9 +26,7 @@ class WriteScores(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer after each evaluation, once its scores are in the log."""
         if not state.is_world_process_zero:
             return

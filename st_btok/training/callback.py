@@ -21,7 +21,7 @@ from PIL.Image import Image
 from sentence_transformers.base.model_card import BaseModelCardData
 from sentence_transformers.sentence_transformer.losses import adaptive_layer, matryoshka
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from st_btok.model_parts import unwrap
 
@@ -218,15 +218,11 @@ class BTokCallback(TrainerCallback):
         if model is not None:
             _FOLLOWING[unwrap(model)] = self
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Evaluation may come before training."""
         self._follow(state, kwargs.get("model"))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """The first step: 0, or that of the checkpoint that training goes on from."""
         model = kwargs.get("model")
         self._follow(state, model)
@@ -234,31 +230,25 @@ class BTokCallback(TrainerCallback):
         if model is not None:
             sanitize_model_card(unwrap(model).model_card_data)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Before the first batch of an update."""
         self._follow(state, kwargs.get("model"))
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """After each batch of an evaluation: other calls in evaluation mode are not the Trainer's."""
         if self._last is not None:
             self._sums["eval"].add(self._last)
         self._last = None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Evaluation may come after training."""
         self._follow(state, kwargs.get("model"), finished=True)
 
     def on_log(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
