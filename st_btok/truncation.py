@@ -1,7 +1,7 @@
-"""One input within a limit, to the token: its text gives way at the end, media and bottleneck tokens never.
+"""Cutting one input to a limit, exactly: its text is cut at the end, media and bottleneck tokens never.
 
-sentence-transformers cuts text-only inputs by tokens and writes the template's tail back; inputs with media it leaves
-alone. The checked path and training count such an input's real tokens and shorten its text here.
+sentence-transformers cuts text-only inputs by tokens and writes the template's tail back. It does not cut inputs with
+media. For those, the checked path and training count the real tokens and cut the text here.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ class TooLongError(ValueError):
 def truncate_to_limit(
     value: Any, preprocess: Callable[[Any], dict[str, Any]], limit: int, tokenizer: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Shorten the text of an input with media until it keeps the limit, and no more than that.
+    """Cut the text of an input with media so that the input keeps the limit, and no more than needed.
 
-    sentence-transformers cuts text-only inputs by tokens and writes the template's tail back; inputs with media it
-    leaves alone. Here the input is preprocessed whole, and only if that is too long, its text gives way at the end,
-    media and BToks never. So `model.max_seq_length`, whenever it was set, holds for every input.
+    The input is preprocessed whole first. Only if that is too long, its text is cut. So `model.max_seq_length` holds
+    for every input, whenever it was set.
 
     Args:
         value: A normalised input: dict, medium or conversation.

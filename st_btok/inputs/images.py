@@ -1,17 +1,17 @@
 """Images to upright 8-bit RGB: identify -> open -> bound -> decode -> normalise.
 
-The pixels are those that plain `SentenceTransformer.encode` makes of the same file, because queries come through it;
-measured over Pillow's formats (transformers 5.23, torchvision 0.29): equal wherever `encode` reads a file. Where it
-does not, or not soundly, this module differs:
+The pixels equal those of plain `SentenceTransformer.encode` wherever that reads a file, because queries go through it
+(measured over Pillow's formats; transformers 5.23, torchvision 0.29). Where `encode` does not read a file, or reads it
+wrongly, this module differs:
 
 * identify, open: by content, from a list of formats; PostScript is refused, as loading it starts another program.
   `encode` fails on BMP, TIFF and animations, and ends the process on some corrupt PNGs. HEIC needs `pillow-heif`.
 * bound: more than `LARGEST_IMAGE` pixels are refused by the header; `encode` decodes them. Images of more than
-  `LARGE_IMAGE` pixels are decoded one at a time and shrunk by a whole factor at once, strip by strip: whole, each
-  would be held several times over, and 4 bytes a value in the processor.
-* decode: truncated files are errors that name the file; broken metadata are not, as in `encode`. Of an animation the
-  first frame is taken, of layers the whole. Where a GIF is transparent, its own hidden colour shows; `encode` shows
-  another.
+  `LARGE_IMAGE` pixels are decoded one at a time and shrunk at once, strip by strip and by a whole factor. Else each
+  would be in memory several times, with 4 bytes a value in the processor.
+* decode: truncated files are errors that name the file; broken metadata are no error, as in `encode`. An animation
+  gives its first frame, a file of layers all of them together. A transparent GIF shows its own hidden colour; `encode`
+  shows another.
 * normalise: EXIF orientation is applied (`encode` forgets it for WebP, and for PIL images). Transparency is dropped as
   in `encode`, unless a `background` is asked for, and with it the key that lets processors paint a colour white. Grey
   of 16 bits is scaled (`encode` clips it to white); NaN is refused. A side shorter than 1/200 of the other is padded
@@ -34,21 +34,21 @@ from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from st_btok.inputs.fetch import MediaOptions, Opened, open_source
 
-# What is opened. Not on the list: formats whose plugins start programs (EPS), open what they hold as a file of any
-# other format (IPTC, MIC, FPX), or only announce what other software would have to read (GRIB, HDF5, BUFR, WMF).
+# The formats that are opened. Left out are formats whose plugins start programs (EPS), open their content as a file of
+# any other format (IPTC, MIC, FPX), or need other software to read it (GRIB, HDF5, BUFR, WMF).
 _FORMATS = (
     "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "ICNS", "CUR", "DIB", "PPM", "TGA", "PCX",
     "SGI", "QOI", "DDS", "PSD", "IM", "MSP", "XBM", "XPM", "SUN", "BLP", "FITS", "SPIDER", "PIXAR", "DCX",
 )  # fmt: skip
-# Pixels. Pillow's own limit for refusing a file as a decompression bomb, held also where a program has lifted it.
+# In pixels. Pillow's own limit, above which it refuses a file as a decompression bomb; kept where a program lifted it.
 LARGEST_IMAGE = 178_956_970
-LARGEST_DEEP_IMAGE = 2**25  # of 16 or 32 bits a value, which take several copies to bring to 8
+LARGEST_DEEP_IMAGE = 2**25  # for 16 or 32 bits a value, whose conversion to 8 bits takes several copies
 LARGE_IMAGE = 2**24  # pixels; more than most cameras make, and 16 times what a model of this package takes by default
 LONGEST_RATIO = 200  # the Qwen processors raise beyond
-_PADDED_PIXELS = 2**22  # of a thin image that has to be padded; a longer one is shrunk first
+_PADDED_PIXELS = 2**22  # largest area of a thin image after padding; a longer one is shrunk before
 _STRIP = 256  # rows that are laid over a background, or shrunk, at a time
-_ONE_LARGE_IMAGE = threading.Lock()  # the threads that read ahead would hold several at once
-# Loading changes an image object, and one of the caller's can stand in many rows, which several threads read.
+_ONE_LARGE_IMAGE = threading.Lock()  # else the threads that read ahead would hold several
+# Loading changes an image object, and the caller may have put one object into many rows, which several threads read.
 _ONE_READER_EACH = [threading.Lock() for _ in range(64)]
 # How each value of EXIF's orientation is turned upright.
 _UPRIGHT = {
@@ -189,7 +189,7 @@ def _identified_heif(opened: Opened, file: IO[bytes]) -> Image.Image:
 
 
 def _without_metadata(file: IO[bytes]) -> IO[bytes] | None:
-    """A PNG with nothing but what its pixels need, as broken metadata are errors to Pillow; None if it has no more."""
+    """A PNG with only what its pixels need, as Pillow fails on broken metadata; None if it held nothing else."""
     file.seek(0)
     data = file.read() if file.read(len(_PNG)) == _PNG else b""
     file.seek(0)
@@ -206,7 +206,7 @@ def _without_metadata(file: IO[bytes]) -> IO[bytes] | None:
 
 
 def is_postscript(start: bytes) -> bool:
-    """Whether a file's first bytes are those of PostScript, or of the binary form that wraps it."""
+    """Whether a file's first bytes are those of PostScript, or of the binary form around it."""
     return start[:4] in (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 
@@ -243,7 +243,7 @@ def normalise(image: Image.Image, background: str | None = None) -> Image.Image:
     if factor == 1 and lies_over is None:
         pixels = image.convert("RGB")
         pixels.info.clear()  # a transparency key left there lets processors paint that colour white
-    else:  # strip by strip: whole, this would hold the image three times more
+    else:  # strip by strip, or the whole image would be in memory three times more
         pixels = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
         for top in range(0, image.height, _STRIP * factor):
             strip = image.crop((0, top, image.width, min(top + _STRIP * factor, image.height)))
@@ -267,7 +267,7 @@ def _without_transparency(strip: Image.Image, background: str) -> Image.Image:
 
 
 def _factor(image: Image.Image) -> int:
-    """By what the sides of an image are divided to leave `LARGE_IMAGE` pixels, rounded up; 1 for nearly all images."""
+    """The whole number that divides both sides so that at most `LARGE_IMAGE` pixels are left; 1 for most images."""
     return math.ceil((image.width * image.height / LARGE_IMAGE) ** 0.5)
 
 

@@ -160,7 +160,7 @@ class PdfPages(Iterator[Image.Image]):
         return image
 
     def _user_unit(self, number: int) -> float:
-        """How many points a unit of the page has (`UserUnit`), which PDFium does not tell: read from a copy."""
+        """The points in one unit of the page (`UserUnit`), read from a copy of it, as PDFium does not tell them."""
         if self._new_document is None:
             return 1.0
         copy, written = self._new_document(), io.BytesIO()

@@ -1,15 +1,15 @@
-"""Videos as the checked path reads them: files, arrays or lists of frames, to (F, H, W, 3) uint8 on one rule.
+"""Reading videos in the checked path: files, arrays and lists of frames all become (F, H, W, 3) uint8, by one rule.
 
-What a plain `encode` makes of frame counts differs by family (measured, transformers 5.23): Qwen2-VL, Qwen2.5-VL,
+In plain `encode`, which frames are used differs by family (measured, transformers 5.23): Qwen2-VL, Qwen2.5-VL,
 Qwen2.5-Omni, LLaVA-OneVision, InternVL and SmolVLM use every frame; Qwen3-VL and Qwen3.5 take an array without frame
 rate for 24 frames a second and keep 2 of each second, at least 4, and refuse `num_frames`; so does SmolVLM. The pixel
 budget (`size`) counts the whole video for the Qwens and has no effect on LLaVA-OneVision and InternVL.
 Here frames are chosen and shrunk before any processor sees them, so `num_frames` and `max_pixels` mean the same
 everywhere; the processor's own resizing comes after that.
 
-Of a file, the frames are those that a player shows: without what an edit list cuts off or a missing start leaves
-undecodable, turned, mirrored and widened as the file says. They are evenly spaced in time. Where all frames last alike
-that is evenly by number, as MMEB-V2's harness chooses; else `frames_indices` are milliseconds.
+The frames of a file are those that a player shows: turned, mirrored and widened as the file says, without those that
+an edit list cuts off or that a missing start leaves undecodable. They are evenly spaced in time. If all frames last
+equally long, that is evenly by number, as in MMEB-V2's harness; if not, `frames_indices` are milliseconds.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ from st_btok.inputs.images import (
     to_bytes,
 )
 
-# FFmpeg's names. Not on the list: playlists (hls, concat, dash), numbered images, text drawn as a terminal (tty).
+# FFmpeg's names of what is opened. Left out are playlists (hls, concat, dash), numbered images and text drawn as a
+# terminal (tty).
 CONTAINERS = "mov,mp4,matroska,webm,avi,flv,mpeg,mpegts,mpegvideo,asf,ogg,m4v,h264,hevc,av1,ivf,nut,mxf,dv,rm,wav"
 FILE_FRAMES = 8  # the authors' count, and what `limits.py` reserves room for
 LARGEST_FRAME = 2**25  # pixels; 8K. A decoder holds several whole frames
-# Pixels of all chosen frames of a file: eight of 4 million, as processors hold each 12 bytes. More frames than eight
-# are asked for by the user, who gets each in at least half a million.
+# Pixels of all chosen frames of a file together, of which processors hold 12 bytes each: 4 million for each of eight
+# frames. A user who asks for more frames gets each with at least half a million.
 _FILE_PIXELS, _LEAST_PIXELS = 2**25, 2**19
-_SKIP = 32  # frames that are rather decoded than jumped over
-# What the two rows of a display matrix do to a frame, by the signs of (a, b, c, d) in x' = ax + cy, y' = bx + dy.
+_SKIP = 32  # up to so many frames are decoded rather than jumped over
+# How a display matrix turns a frame, by the signs of (a, b, c, d) in x' = ax + cy, y' = bx + dy.
 _TURNS = {
     (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
     (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
