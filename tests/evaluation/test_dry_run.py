@@ -1,4 +1,4 @@
-"""The rehearsal on three families: it takes the whole way, and its costs are counted per data set."""
+"""The dry run on three families: it takes the whole way, and its costs are counted per data set."""
 
 from __future__ import annotations
 
