@@ -15,6 +15,7 @@ WITH_A_BATCH = ("train", "compare", "quickstart", "study", "bench step")
 COMMANDS = (
     *WITH_A_BATCH,
     "encode_corpus",
+    "encode_corpus_ray",
     "search",
     "search index",
     "research.pretrain",

@@ -437,7 +437,8 @@ def test_the_command_says_a_users_mistake_in_one_line(tmp_path, monkeypatch):
 def test_ray_actors_write_the_same_shards_though_one_is_killed(tmp_path, qwen):
     ray = pytest.importorskip("ray", reason="needs the extra st_btok[ray]")
     psutil = pytest.importorskip("psutil")
-    from recipes.encode_corpus_ray import RayEncodeConfig, encode
+    from recipes.data.ray_shards import encode
+    from recipes.encode_corpus_ray import RayEncodeConfig
 
     qwen.save_pretrained(str(tmp_path / "model"))
     (tmp_path / "c.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(40)))
