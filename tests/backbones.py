@@ -10,7 +10,27 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.published_templates import PUBLISHED
+from tests.published_templates import NEWER, PUBLISHED
+from tests.tiny_newer import (
+    aya_vision,
+    deepseek_vl,
+    ernie4_5_vl,
+    gemma4,
+    glm4v,
+    glm46v,
+    granite,
+    kimi_k25,
+    lfm2_vl,
+    lfm3_vl,
+    llava_next,
+    minicpmv4_6,
+    ministral3,
+    mistral_small,
+    molmo2,
+    pixtral,
+    qwen3_vl_moe,
+    smollm3,
+)
 from tests.tiny_qwen import qwen2_5_omni, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from tests.tiny_text import gemma, gemma2, llama, mamba, mistral, qwen3
 from tests.tiny_tokenizer import LLAMA_TEMPLATE, QWEN_TEMPLATE, SPECIAL, TEXT, tokenizer
@@ -40,9 +60,31 @@ BUILDERS = {
     "mistral": mistral,
     "mamba": mamba,
 }
+# Further families, each with a template of its published shape; `test_families.py` has their tests.
+NEWER_BUILDERS = {
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "glm4v": glm4v,
+    "glm46v": glm46v,
+    "gemma4": gemma4,
+    "lfm2_vl": lfm2_vl,
+    "lfm3_vl": lfm3_vl,
+    "minicpmv4_6": minicpmv4_6,
+    "molmo2": molmo2,
+    "ernie4_5_vl": ernie4_5_vl,
+    "kimi_k25": kimi_k25,
+    "mistral_small": mistral_small,
+    "ministral3": ministral3,
+    "pixtral": pixtral,
+    "llava": llava,
+    "llava_next": llava_next,
+    "aya_vision": aya_vision,
+    "deepseek_vl": deepseek_vl,
+    "smollm3": smollm3,
+    "granite": granite,
+}
 # What each family takes beside text.
 MODALITIES = {
-    **dict.fromkeys(BUILDERS, ()),
+    **dict.fromkeys((*BUILDERS, *NEWER_BUILDERS), ()),
     **dict.fromkeys(
         ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "llava_onevision", "internvl"), ("image", "video")
     ),
@@ -56,8 +98,7 @@ MODALITIES = {
 def build(name: str, **options: object) -> tuple[torch.nn.Module, object]:
     """Model in eval mode and processor of one family, the same weights at every call."""
     torch.manual_seed(0)
-    # PaliGemma is the one that is refused; LLaVA stands for its templates.
-    builder = {**BUILDERS, "paligemma": paligemma, "llava": llava}[name]
+    builder = {**BUILDERS, **NEWER_BUILDERS, "paligemma": paligemma}[name]  # PaliGemma is the one that is refused
     model, processor = builder(**options)
     with torch.no_grad():
         for parameter in model.parameters():  # vision towers that ignore initializer_range
@@ -68,7 +109,7 @@ def build(name: str, **options: object) -> tuple[torch.nn.Module, object]:
 
 def published(name: str) -> tuple[torch.nn.Module, object, str]:
     """Model and processor of one family with a template of its published shape, and the token that closes a reply."""
-    family, template, control, end = PUBLISHED[name]
+    family, template, control, end = {**PUBLISHED, **NEWER}[name]
     model, processor = build(family)
     own = getattr(processor, "tokenizer", processor)
     own.add_special_tokens({"additional_special_tokens": [*control]}, replace_extra_special_tokens=False)

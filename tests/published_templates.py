@@ -5,6 +5,8 @@ What they share with the published ones is the layout of a rendered row, blanks 
 
 from __future__ import annotations
 
+from tests.tiny_tokenizer import QWEN_TEMPLATE
+
 
 def _loop(turn: str, before: str = "", after: str = "") -> str:
     """`before` once, `turn` for every message, `after` once."""
@@ -167,6 +169,106 @@ PHI3_VISION = "{%- set count = namespace(images=0) -%}" + _loop(
     after=_OPEN.replace("OPEN", "<|assistant|>\\n"),
 )
 
+# No end of a turn: the next role's token is one. A video's frames are written as images by the processor.
+GLM4V = _loop(
+    "{{- '<|' + message.role + '|>\\n' -}}"
+    + _parts(
+        image="<|begin_of_image|><|image|><|end_of_image|>",
+        video="<|begin_of_video|><|video|><|end_of_video|>",
+    )
+    + "{%- if message.role == 'user' and enable_thinking is defined and not enable_thinking -%}"
+    "{{- '/nothink' -}}{%- endif -%}",
+    before="{{- '[gMASK]<sop>' -}}",
+    after=_OPEN.replace("OPEN", "<|assistant|>\\n"),
+)
+GEMMA4 = _loop(
+    "{{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' -}}"
+    + _parts("{{- part.text | trim -}}", image="<|image|>", video="<|video|>", audio="<|audio|>")
+    + "{{- '<turn|>\\n' -}}",
+    before="{{- bos_token -}}",
+    after=_OPEN.replace("OPEN", "<|turn>model\\n"),
+)
+
+
+def _chatml(**media: str) -> str:
+    return _loop(
+        "{{- '<|im_start|>' + message.role + '\\n' -}}" + _parts(**media) + "{{- '<|im_end|>\\n' -}}",
+        after=_OPEN.replace("OPEN", "<|im_start|>assistant\\n"),
+    )
+
+
+LFM2_VL = "{{- bos_token -}}" + _chatml(image="<image>")
+LFM3_VL = "{{- bos_token -}}" + _chatml(image="<|vision_start|><|image_pad|><|vision_end|>", video="<|video_pad|>")
+MINICPM = _chatml(image="<|image_pad|>\\n", video="<|video_pad|>\\n")
+# Media first, pictures with numbers where there are several.
+MOLMO2 = _loop(
+    "{{- '<|im_start|>' + message.role + '\\n' -}}"
+    "{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+    "{%- set pictures = message.content | selectattr('type', 'equalto', 'image') | list -%}"
+    + _first("video", placeholder="<|{kind}|>")
+    + "{%- for picture in pictures -%}{%- if pictures | length > 1 -%}{{- 'Image ' ~ loop.index -}}{%- endif -%}"
+    "{{- '<|image|>' -}}{%- endfor -%}"
+    "{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}{%- endif -%}"
+    "{{- '<|im_end|>\\n' -}}",
+    after=_OPEN.replace("OPEN", "<|im_start|>assistant\\n"),
+)
+# Plain words as roles, an instruction without one, pictures with numbers as text.
+ERNIE = "{%- set count = namespace(images=0) -%}" + _loop(
+    "{%- if message.role == 'user' -%}{{- 'User: ' -}}{%- elif message.role == 'assistant' -%}{{- 'Assistant: ' -}}"
+    "{%- endif -%}{%- if message.content is string -%}{{- message.content -}}{%- else -%}"
+    "{%- for part in message.content -%}{%- if part.type == 'text' -%}{{- part.text -}}"
+    "{%- elif part.type == 'image' -%}{%- set count.images = count.images + 1 -%}"
+    "{{- 'Picture ' ~ count.images ~ ':<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>' -}}"
+    "{%- elif part.type == 'video' -%}{{- 'Video 1:<|VIDEO_START|><|VIDEO_PLACEHOLDER|><|VIDEO_END|>' -}}"
+    "{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{- '<|end_of_sentence|>' if message.role == 'assistant' else '\\n' -}}",
+    before="{{- '<|begin_of_sentence|>' -}}",
+    after=_OPEN.replace("OPEN", "Assistant: "),
+)
+KIMI = _loop(
+    "{{- '<|im_' + message.role + '|>' + message.role + '<|im_middle|>' -}}"
+    + _parts(
+        image="<|media_begin|>image<|media_content|><|media_pad|><|media_end|>\\n",
+        video="<|kimi_k25_video_placeholder|>",
+    )
+    + "{{- '<|im_end|>' -}}",
+    after=_OPEN.replace("OPEN", "<|im_assistant|>assistant<|im_middle|>"),
+)
+# Without an instruction it writes one, with today's date and yesterday's, which it reckons.
+MISTRAL_SMALL = (
+    "{{- bos_token -}}{%- set today = strftime_now('%Y-%m-%d') -%}"
+    "{%- set yesterday = today[:8] ~ '%02d' % (strftime_now('%d') | int - 1) -%}"
+    "{%- if messages[0].role == 'system' -%}{%- set told = messages[0].content -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}{%- set told = 'The current date is ' + today + ' (yesterday was ' + yesterday + ').' -%}"
+    "{%- set turns = messages -%}{%- endif -%}"
+    "{{- '[SYSTEM_PROMPT]' + (told if told is string else told[0].text) + '[/SYSTEM_PROMPT]' -}}"
+    "{%- for message in turns -%}{%- if message.role == 'user' -%}{{- '[INST]' -}}"
+    + _parts(image="[IMG]")
+    + "{{- '[/INST]' -}}{%- else -%}"
+    + _parts()
+    + "{{- eos_token -}}{%- endif -%}{%- endfor -%}"
+)
+# A preamble of its own before every conversation.
+AYA_VISION = (
+    "{{- bos_token + '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>You are Aya.' -}}"
+    "{%- for message in messages if message.role == 'system' -%}{{- '\\n\\n' -}}"
+    + _parts()
+    + "{%- endfor -%}{{- '<|END_OF_TURN_TOKEN|>' -}}"
+    "{%- for message in messages if message.role != 'system' -%}{{- '<|START_OF_TURN_TOKEN|>' -}}"
+    "{{- '<|USER_TOKEN|>' if message.role == 'user' else '<|CHATBOT_TOKEN|><|START_RESPONSE|>' -}}"
+    + _parts(image="<image>")
+    + "{{- '<|END_OF_TURN_TOKEN|>' if message.role == 'user' else '<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' -}}"
+    "{%- endfor -%}" + _OPEN.replace("OPEN", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>")
+)
+DEEPSEEK_VL = (
+    "{%- if messages[0].role != 'system' -%}{{- 'You can see.\\n\\n' -}}{%- endif -%}"
+    "{%- for message in messages -%}{%- if message.role == 'user' -%}{{- 'User: ' -}}"
+    "{%- elif message.role == 'assistant' -%}{{- 'Assistant: ' -}}{%- endif -%}"
+    + _parts(image="<image_placeholder>")
+    + "{{- '<|end_of_text|>' if message.role == 'assistant' else '\\n\\n' -}}{%- endfor -%}"
+    + _OPEN.replace("OPEN", "Assistant:")
+)
+
 # Backbone, template, further control tokens, and the token that closes a reply.
 PUBLISHED = {
     "gemma": ("gemma", GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
@@ -194,3 +296,39 @@ PUBLISHED = {
         "<|end|>",
     ),
 }
+# The same for the further families of `tests/tiny_newer.py`.
+NEWER = {
+    "glm4v": ("glm4v", GLM4V, ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"), "<|im_end|>"),
+    "glm46v": ("glm46v", GLM4V, ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"), "<|im_end|>"),
+    "gemma4": ("gemma4", GEMMA4, ("<|turn>", "<turn|>"), "<turn|>"),
+    "lfm2_vl": ("lfm2_vl", LFM2_VL, (), "<|im_end|>"),
+    "lfm3_vl": ("lfm3_vl", LFM3_VL, (), "<|im_end|>"),
+    "minicpmv4_6": ("minicpmv4_6", MINICPM, (), "<|im_end|>"),
+    "molmo2": ("molmo2", MOLMO2, (), "<|im_end|>"),
+    "ernie4_5_vl": ("ernie4_5_vl", ERNIE, ("<|begin_of_sentence|>", "<|end_of_sentence|>"), "<|end_of_sentence|>"),
+    "kimi_k25": (
+        "kimi_k25", KIMI, ("<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>"), "<|im_end|>"
+    ),
+    "mistral_small": (
+        "mistral_small", MISTRAL_SMALL, ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), "<|im_end|>"
+    ),
+    "ministral3": (
+        "ministral3", MISTRAL_SMALL, ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), "<|im_end|>"
+    ),
+    "pixtral": ("pixtral", PIXTRAL, ("[INST]", "[/INST]"), "<|im_end|>"),
+    "llava": ("llava", LLAVA, (), "<|im_end|>"),
+    "llava_next": ("llava_next", LLAVA_NEXT, (), "<|im_end|>"),
+    "aya_vision": (
+        "aya_vision",
+        AYA_VISION,
+        (
+            "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>",
+            "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+        ),
+        "<|END_RESPONSE|>",
+    ),
+    "deepseek_vl": ("deepseek_vl", DEEPSEEK_VL, ("<|end_of_text|>",), "<|end_of_text|>"),
+    "qwen3_vl_moe": ("qwen3_vl_moe", QWEN_TEMPLATE, (), "<|im_end|>"),
+    "smollm3": ("smollm3", SMOLLM3, (), "<|im_end|>"),
+    "granite": ("granite", GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"),
+}  # fmt: skip
