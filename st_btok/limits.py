@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -142,7 +142,9 @@ def _media_limits(transformer: Transformer) -> dict[str, Any]:
         limits[f"{kind}_tokens"] = 0
         if kind in transformer.modality_config:
             area = _largest_area(transformer, kind)
-            lengths = [_num_tokens(transformer, {kind: item, "text": "a"}) for item in _large_media(kind, bool(area))]
+            form = video_form(transformer) if kind == "video" else lambda item: item
+            large = _large_media(kind, bool(area))
+            lengths = [_num_tokens(transformer, {kind: form(item), "text": "a"}) for item in large]
             tokens = max(lengths) - empty
             if kind == "video" and tokens > area:  # the area is that of a frame, not of the whole video
                 area *= _FRAMES
@@ -182,6 +184,41 @@ def _large_media(kind: str, any_shape: bool) -> Iterator[Any]:
         for ratio in _RATIOS:
             yield Image.new("RGB", (round(_LARGE / ratio), _LARGE))
             yield Image.new("RGB", (_LARGE, round(_LARGE / ratio)))
+
+
+def video_form(transformer: Transformer) -> Callable[[np.ndarray], Any]:
+    """The form in which a backbone's processor takes frames that were made here.
+
+    Some refuse bare frames, because they choose frames by time (GLM-4V, MiniCPM-V), or fewer frames than they choose
+    (Gemma 4).
+
+    Args:
+        transformer: The model's first module.
+
+    Returns:
+        A function of frames (F, H, W, 3) uint8: the frames, or with their times, or more of them.
+    """
+    wanted = getattr(getattr(transformer.processor, "video_processor", None), "num_frames", None) or 0
+
+    def bare(frames: np.ndarray) -> Any:
+        return frames
+
+    def timed(frames: np.ndarray) -> Any:
+        count = len(frames)
+        times = {"fps": 2.0, "duration": count / 2, "total_num_frames": count, "frames_indices": list(range(count))}
+        return {"array": frames, "video_metadata": times}
+
+    def repeated(frames: np.ndarray) -> Any:
+        return timed(np.concatenate([frames] * math.ceil(wanted / len(frames))))
+
+    forms = (bare, timed, repeated) if wanted else (bare, timed)
+    for form in forms:
+        try:
+            _num_tokens(transformer, {"video": form(np.zeros((2, 56, 56, 3), np.uint8)), "text": "a"})
+        except Exception:  # processors raise what they like
+            continue
+        return form
+    return bare
 
 
 def growing_characters(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:

@@ -147,6 +147,7 @@ def build_model(
         similarity_fn_name="cosine",
     )
     _check_causal(transformer)  # on its device: flash attention runs on no other
+    _settle_padding(transformer)
     return model
 
 
@@ -461,6 +462,26 @@ def _check_rows(transformer: Transformer, ids: list[int]) -> None:
                 f"the chat template must put the {len(ids)} bottleneck tokens at the end of every input, but {probe} "
                 f'ends in {tokenizer_of(transformer).decode(row[-8:])!r}. Fix the template, or pass template="plain".'
             )
+
+
+@torch.no_grad()
+def _settle_padding(transformer: Transformer) -> None:
+    """Pad on the right where a row's positions count its padding too, as absolute ones do (GPT-2)."""
+    rows: Any = [{"text": "one"}, {"text": "one two three four five six"}]
+    features = dict(transformer.preprocess(rows))
+    if features["attention_mask"][:, 0].all():
+        return
+    model = transformer.model.eval()
+
+    def last_state(features: dict[str, Any]) -> torch.Tensor:
+        kwargs = {key: features[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        return model(**kwargs, return_dict=True).last_hidden_state[0, -1]
+
+    alone, padded = last_state(dict(transformer.preprocess(rows[:1]))), last_state(features)
+    if (alone - padded).abs().max() > 1e-2 * alone.abs().max():
+        tokenizer_of(transformer).padding_side = "right"
+        kwargs: Any = dict(transformer.processing_kwargs)
+        transformer.processing_kwargs = {**kwargs, "text": {**kwargs["text"], "padding_side": "right"}}
 
 
 @torch.no_grad()

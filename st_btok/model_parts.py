@@ -7,8 +7,10 @@ model for good. Private names of other packages stand in this file alone, each w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -110,6 +112,107 @@ def generation_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
                 return named
     found: Any = next((mapping[type(config)] for mapping in GENERATING if type(config) in mapping), None)
     return found
+
+
+def logit_rule(config: PreTrainedConfig) -> LogitRule:
+    """How the class that generates turns the product of states and head into logits: some scale it, some cap it.
+
+    That class' own `forward` is run, in which nothing but the product is left: a stand-in for the decoder gives a
+    state of one number, and the head's matrix holds the products to ask for.
+
+    Args:
+        config: Of a backbone, with or without its LM head.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: If the class can't be asked, or does neither.
+    """
+    generating = generation_class(config)
+    if generating is None:
+        raise ValueError(f"transformers has no class with an LM head for {type(config).__name__}.")
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # nothing attends here, and others may not be installed
+    config.tie_word_embeddings = False
+    products = torch.tensor([1e-3, 1.0, -3.0, 10.0, 1e6])
+    try:
+        # Random numbers that are drawn here are not missing from training.
+        with torch.random.fork_rng(devices=[]):
+            head = nn.Linear(1, len(products), bias=False)
+            with torch.device("meta"):
+                model: Any = generating(config)
+        head.weight = nn.Parameter(products[:, None], requires_grad=False)
+        _replace_all_but(model, model.get_output_embeddings(), head)
+        with torch.no_grad():
+            found = model(input_ids=torch.zeros(1, 1, dtype=torch.long)).logits.flatten()
+    except Exception as error:  # classes raise what they like
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{generating.__name__} does not say how it makes logits of states: {reason}") from error
+    scale, cap = float(found[0] / products[0]), float(found[-1])
+    linear = abs(cap) > 0.5 * abs(scale) * float(products[-1])
+    rule = LogitRule(scale, None if linear else cap)
+    if not torch.allclose(rule(products), found, rtol=1e-3, atol=1e-5):
+        raise ValueError(f"{generating.__name__} makes logits that are neither scaled nor capped: {found.tolist()}.")
+    return rule
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """From the products of states and LM head to logits.
+
+    Attributes:
+        scale: Factor.
+        cap: They are squeezed into -cap to cap by a tanh; None: they are not.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """The logits.
+
+        Args:
+            products: Of any shape.
+
+        Returns:
+            A new tensor, or the given one where there is nothing to do.
+        """
+        logits = products if self.scale == 1 else products * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def _replace_all_but(module: nn.Module, own: nn.Module, head: nn.Module) -> None:
+    """Put `head` in the place of `own`, and a stand-in in the place of every module beside the way to it."""
+    for name, child in list(module.named_children()):
+        if child is own:
+            setattr(module, name, head)
+        elif own in set(child.modules()):
+            _replace_all_but(child, own, head)
+        else:
+            setattr(module, name, _OneState(child))
+
+
+class _OneState(nn.Module):
+    """Stands for a decoder and for what it returns: one state, a single number, whatever it is asked."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["own"] = own
+        self.last_hidden_state = torch.ones(1, 1, 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> _OneState:
+        return self
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> Any:
+        """A number as the decoder has it, its parts as stand-ins too; no caches or attentions."""
+        value = getattr(self.__dict__["own"], name, None)
+        if isinstance(value, nn.Module):
+            return _OneState(value)
+        return self.forward if callable(value) else value
 
 
 def checkpoint_head(source: str, config: PreTrainedConfig, **hub: Any) -> tuple[Tensor | None, bool]:

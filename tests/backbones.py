@@ -86,13 +86,21 @@ NEWER_BUILDERS = {
 MODALITIES = {
     **dict.fromkeys((*BUILDERS, *NEWER_BUILDERS), ()),
     **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "llava_onevision", "internvl"), ("image", "video")
+        (
+            "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "llava_onevision", "internvl",
+            "qwen3_vl_moe", "glm4v", "glm46v", "lfm3_vl", "minicpmv4_6", "molmo2", "ernie4_5_vl", "kimi_k25",
+        ),
+        ("image", "video"),
     ),
-    "qwen2_5_omni": ("image", "video", "audio"),
-    "idefics3": ("image",),
-    "gemma3": ("image",),
-    "llava": ("image",),
-}
+    **dict.fromkeys(("qwen2_5_omni", "gemma4"), ("image", "video", "audio")),
+    **dict.fromkeys(
+        (
+            "idefics3", "gemma3", "lfm2_vl", "mistral_small", "ministral3", "pixtral", "llava", "llava_next",
+            "aya_vision", "deepseek_vl",
+        ),
+        ("image",),
+    ),
+}  # fmt: skip
 
 
 def build(name: str, **options: object) -> tuple[torch.nn.Module, object]:

@@ -151,7 +151,7 @@ def glm46v(tied: bool = True) -> Built:
     )
 
 
-def gemma4(tied: bool = True) -> Built:
+def gemma4(tied: bool = True, text: dict[str, Any] | None = None) -> Built:
     """Embeddings of their own for each layer, and logits that are soft-capped."""
     own = tokenizer(
         boi_token="<|image>",
@@ -175,6 +175,7 @@ def gemma4(tied: bool = True) -> Built:
             "final_logit_softcapping": 3.0,
             "pad_token_id": 256,
             "tie_word_embeddings": tied,
+            **(text or {}),
         },
         vision_config={
             "hidden_size": 16,
@@ -192,7 +193,7 @@ def gemma4(tied: bool = True) -> Built:
             "hidden_size": 16,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
-            "subsampling_conv_channels": [4, 4],
+            "subsampling_conv_channels": [16, 4],
             "output_proj_dims": 16,
             "initializer_range": 0.2,
         },
@@ -210,10 +211,10 @@ def gemma4(tied: bool = True) -> Built:
     )
     patches = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
     processor = Gemma4Processor(
-        Gemma4AudioFeatureExtractor(feature_size=128),
+        Gemma4AudioFeatureExtractor(feature_size=16),
         Gemma4ImageProcessor(**patches),
         own,
-        Gemma4VideoProcessor(**patches),
+        Gemma4VideoProcessor(**patches, num_frames=4),
     )
     return Gemma4ForConditionalGeneration(config), processor
 
@@ -447,7 +448,9 @@ def kimi_k25(tied: bool = True) -> Built:
         ),
     )
     size = {"max_height": 112, "max_width": 112}
-    processor = Kimi_K25Processor(Kimi_K25ImageProcessor(size=size), own, Kimi_K25VideoProcessor(size=size))
+    processor = Kimi_K25Processor(
+        Kimi_K25ImageProcessor(size=size, max_patches=64), own, Kimi_K25VideoProcessor(size=size, max_patches=64)
+    )
     return Kimi_K25ForConditionalGeneration(config), processor
 
 
@@ -473,9 +476,11 @@ def mistral_small(tied: bool = True) -> Built:
 
 def ministral3(tied: bool = True) -> Built:
     """Scores that are scaled by the position."""
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 32.0, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 2048}
     rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
-    return _mistral3(tied, model_type="ministral3", pad_token_id=256, rope_parameters=rope)
+    return _mistral3(
+        tied, model_type="ministral3", pad_token_id=256, max_position_embeddings=4096, rope_parameters=rope
+    )
 
 
 def pixtral(tied: bool = True) -> Built:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from st_btok.adapters import base_change
+from st_btok.limits import video_form
 from st_btok.model import build_model
 from st_btok.model_parts import find_btoks
 from st_btok.tools.given import near_path
@@ -122,7 +123,7 @@ def _check(
         torch.set_num_threads(1)
     found = [str(kind) for kind in ("text", "image", "video", "audio") if kind in transformer.modality_config]
     add(Verdict("build", "ok", note=f"{type(transformer.model).__name__}: {', '.join(found)}"))
-    subject = Subject(model, owned, samples_of(found))
+    subject = Subject(model, owned, samples_of(found, video_form(transformer) if "video" in found else None))
     del model, transformer  # a reloaded model takes their place, and two of them need not fit into memory
     with _expected_unsaid():
         for kind in KINDS:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from st_btok.model_parts import attention_set, find_btoks, tokenizer_of
 from st_btok.pooling import check_btoks
 from st_btok.training.content import closing_token
-from st_btok.training.lm_head import output_embeddings
+from st_btok.training.lm_head import output_embeddings, own_logits
 from st_btok.training.mask import condensation_attention
 from st_btok.training.routes import find_leak
 from st_btok.training.targets import join_targets
@@ -122,7 +122,11 @@ def decode_btoks(
     if route not in ("attention", "prefix"):
         raise ValueError(f'route must be "attention" or "prefix", got {route!r}.')
     transformer, btoks = find_btoks(model)
-    head = output_embeddings(transformer.model, lm_head)
+    head, rule = output_embeddings(transformer.model, lm_head), own_logits(transformer.model)
+
+    def logits(states: Tensor) -> Tensor:
+        return rule(F.linear(states, head.to(states.dtype)).float())
+
     end = closing_token(transformer)
     training = model.training
     model.eval()
@@ -130,12 +134,12 @@ def decode_btoks(
         results = []
         for number, sample in enumerate(inputs):
             if route == "prefix":
-                step = _prefix_step(transformer, _features(transformer, [sample], prompt), btoks, head)
+                step = _prefix_step(transformer, _features(transformer, [sample], prompt), btoks, logits)
             else:
                 copies = cache(lambda n, sample=sample: _features(transformer, [sample] * n, prompt))
                 if number == 0:
                     _refuse_leak(transformer, copies(1), btoks, end)
-                step = _attention_step(transformer, copies, btoks, head)
+                step = _attention_step(transformer, copies, btoks, logits)
             ids, scores = _search(step, end, max_new_tokens, num_beams)
             text = tokenizer_of(transformer).decode(ids.tolist(), skip_special_tokens=True)
             results.append(Decoded(str(text), ids, scores))
@@ -158,24 +162,25 @@ def _refuse_leak(transformer: Transformer, features: dict[str, Any], btoks: list
         )
 
 
-# From token ids so far, (n, N), to logits of the next token, (n, V).
+# From token ids so far, (n, N), to logits of the next token, (n, V); from states, (n, D), to the same.
 _Step = Callable[[Tensor], Tensor]
+_Logits = Callable[[Tensor], Tensor]
 
 
 def _attention_step(
-    transformer: Transformer, copies: Callable[[int], dict[str, Any]], btoks: list[int], head: Tensor
+    transformer: Transformer, copies: Callable[[int], dict[str, Any]], btoks: list[int], logits: _Logits
 ) -> _Step:
     def step(ids: Tensor) -> Tensor:
         batch = join_targets(copies(len(ids)), list(ids), btoks)
         with condensation_attention(transformer.model, batch.segments):
             states = transformer(dict(batch.features))["token_embeddings"]
         last = batch.features["attention_mask"].sum(1) - 1  # joint rows are padded on the right
-        return F.linear(states[torch.arange(len(ids)), last], head.to(states.dtype)).float()
+        return logits(states[torch.arange(len(ids)), last])
 
     return step
 
 
-def _prefix_step(transformer: Transformer, features: dict[str, Any], btoks: list[int], head: Tensor) -> _Step:
+def _prefix_step(transformer: Transformer, features: dict[str, Any], btoks: list[int], logits: _Logits) -> _Step:
     positions = check_btoks(features["input_ids"], features["attention_mask"], btoks, "the input")
     prefix = transformer(dict(features))["token_embeddings"][:, positions[0]]  # (1, K, D)
     decoder: nn.Module = transformer.model.get_decoder()
@@ -185,7 +190,7 @@ def _prefix_step(transformer: Transformer, features: dict[str, Any], btoks: list
         joint = torch.cat([prefix.to(embedded.dtype).expand(len(ids), -1, -1), embedded], 1)
         mask = torch.ones(joint.shape[:2], dtype=torch.long, device=joint.device)
         states = decoder(inputs_embeds=joint, attention_mask=mask, use_cache=False, return_dict=True).last_hidden_state
-        return F.linear(states[:, -1], head.to(states.dtype)).float()
+        return logits(states[:, -1])
 
     return step
 

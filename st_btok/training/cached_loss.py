@@ -275,14 +275,18 @@ class _KeptNLL:
     found: dict[tuple[int, int], KnownNLL] = field(default_factory=dict)
     head_grad: Tensor | None = None
 
-    def first_pass(self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    def first_pass(
+        self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None
+    ) -> Tensor:
         """Compute and keep a mini-batch's NLL and its gradients."""
-        known = sum_with_gradients(states, head, labels, True, head.requires_grad, self.head_grad)
+        known = sum_with_gradients(states, head, labels, True, head.requires_grad, self.head_grad, softcap=softcap)
         self.head_grad = known.weight_grad
         self.found[key] = KnownNLL(known.value, known.input_grad, None)
         return known.value
 
-    def second_pass(self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    def second_pass(
+        self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None
+    ) -> Tensor:
         """The same value, now with a graph. The first mini-batch brings the gradient of the head, for all of them."""
         known = self.found[key]
         head_grad = self.head_grad if key == next(iter(self.found)) else None

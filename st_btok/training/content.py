@@ -24,7 +24,7 @@ from PIL import Image
 from sentence_transformers.base.modules.transformer import Transformer
 from torch import Tensor
 
-from st_btok.limits import FITTING, MEDIA_MAY_NOT_FIT, UNLIMITED
+from st_btok.limits import FITTING, MEDIA_MAY_NOT_FIT, UNLIMITED, video_form
 from st_btok.model_parts import CONTENT_KEYS, ignore_in_forward, media_tokens, tokenizer_of
 from st_btok.tokens import btok_ids, control_tokens
 from st_btok.truncation import TooLongError, truncate_to_limit
@@ -389,6 +389,9 @@ def _probes(transformer: Transformer) -> Iterator[tuple[str, list[Any], list[tup
     for kind, items in media.items():
         if kind not in transformer.modality_config:
             continue
+        if kind == "video":
+            form = video_form(transformer)
+            items = [form(item) for item in items]
         bit = MEDIA_BITS[kind]
         yield kind, [{kind: items[0]}], [("", bit)]
         yield f"{kind} before text", [{kind: items[0], "text": lines}], [(lines.strip(), bit)]

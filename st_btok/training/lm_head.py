@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from st_btok.model_parts import checkpoint_head, commit_of, embedding_matrix, generation_class
+from st_btok.model_parts import (
+    LogitRule,
+    checkpoint_head,
+    commit_of,
+    embedding_matrix,
+    generation_class,
+    logit_rule,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None = None) -> Tensor:
@@ -65,6 +76,22 @@ def own_head(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None) -
     if head is embedding_matrix(model):
         return None
     return nn.Parameter(head.detach(), requires_grad=False)
+
+
+def own_logits(model: PreTrainedModel) -> LogitRule:
+    """How the backbone's generating class turns products of states and LM head into logits.
+
+    Args:
+        model: The backbone inside the `Transformer` module.
+
+    Returns:
+        The rule; where it can't be found out, which is logged as a warning, that of most: the products are the logits.
+    """
+    try:
+        return logit_rule(model.config)
+    except ValueError as error:
+        logger.warning("The condensation loss takes the products of states and LM head for logits: %s", error)
+        return LogitRule()
 
 
 def _read_head(source: str, config: PreTrainedConfig) -> tuple[Tensor | None, bool]:

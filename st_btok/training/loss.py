@@ -25,7 +25,7 @@ from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
-from st_btok.model_parts import find_btoks, unwrap
+from st_btok.model_parts import LogitRule, find_btoks, unwrap
 from st_btok.pooling import check_btoks
 from st_btok.training.callback import CITATION, BTokCallback, Measured, Schedule, in_modifier, warn_of_half_precision
 from st_btok.training.content import ContentReader
@@ -36,7 +36,7 @@ from st_btok.training.distributed import (
     parameters_in_use,
     token_mean,
 )
-from st_btok.training.lm_head import own_head
+from st_btok.training.lm_head import own_head, own_logits
 from st_btok.training.negatives import FilteredSimilarity, content_fingerprints
 from st_btok.training.routes import ALL_LAYERS, ROUTES, Call, Embedded, Likelihood, Route, choose_route, plain
 from st_btok.training.splitting import Part, call_cost, split_by_length, unsort
@@ -185,6 +185,7 @@ class BTokLoss(nn.Module):
                 module.requires_grad_(False)
         self.reader = ContentReader(transformer, max_target_tokens, instructions)
         self.lm_head = None if target == "none" else own_head(transformer.model, lm_head)
+        self.logits = LogitRule() if target == "none" else own_logits(transformer.model)
         self.route: Route | None = None
         self.leak: float | None = None
         if target != "none" and condensation_weight != 0:
@@ -329,7 +330,7 @@ class BTokLoss(nn.Module):
 
     def _call(self, likelihood: Likelihood | None = None) -> Call:
         options = {} if likelihood is None else {"likelihood": likelihood}
-        return Call(self.model, self._transformer, self.read_btoks, self.join, self.lm_head, **options)
+        return Call(self.model, self._transformer, self.read_btoks, self.join, self.lm_head, self.logits, **options)
 
     @property
     def _transformer(self) -> Transformer:

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from st_btok.model_parts import embedding_matrix, find_btoks
+from st_btok.model_parts import embedding_matrix, find_btoks, logit_rule
 from st_btok.training.mask import BTOK, condensation_attention
 from st_btok.training.targets import join_targets
 
@@ -41,7 +41,7 @@ def training_step(
         A scalar to call `backward` on.
     """
     transformer, btoks = find_btoks(model)
-    head = embedding_matrix(transformer.model)  # (V, D)
+    head, logits_of = embedding_matrix(transformer.model), logit_rule(transformer.model.config)  # (V, D)
     embeddings, nll, num_tokens = [], torch.zeros(()), 0
     for features, generated in zip(columns, targets, strict=True):
         # Rows [input][BToks][target]. The backbone is causal, so what stands behind the BToks can't change them ...
@@ -52,7 +52,7 @@ def training_step(
         pooled = states[batch.segments == BTOK].unflatten(0, (len(states), len(btoks))).mean(1)  # (B, K, D) -> (B, D)
         embeddings.append(F.normalize(pooled, dim=-1))
         rows, positions = batch.predictors.T  # (M,): the last BTok predicts the first target token
-        logits = F.linear(states[rows, positions], head)  # (M, V)
+        logits = logits_of(F.linear(states[rows, positions], head))  # (M, V)
         nll = nll + F.cross_entropy(logits, batch.labels, reduction="sum")
         num_tokens += len(batch.labels)
     queries, documents = embeddings[0], torch.cat(embeddings[1:])  # (B, D), (B · documents per query, D)

@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from st_btok.limits import UNLIMITED
-from st_btok.model_parts import attention_of, embedding_matrix, supports_sdpa, tokenizer_of
+from st_btok.model_parts import LogitRule, attention_of, embedding_matrix, supports_sdpa, tokenizer_of
 from st_btok.pooling import check_btoks
 from st_btok.training.mask import BTOK, INPUT, TARGET, condensation_attention
 from st_btok.training.splitting import Part
@@ -43,8 +43,8 @@ Route = Literal["attention", "kv", "prefix"]
 _NLL = "condensation_nll"
 # The key under which `AdaptiveLayerLoss` reads the states of every layer.
 ALL_LAYERS = "all_layer_embeddings"
-# (M, D) states, the (V, D) head and (M,) labels -> their summed negative log-likelihood.
-Likelihood = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (M, D) states, the (V, D) head, (M,) labels and the logits' `softcap` -> their summed negative log-likelihood.
+Likelihood = Callable[..., Tensor]
 _sum_of_tokens: Likelihood = partial(linear_cross_entropy, reduction="sum")
 
 
@@ -74,6 +74,7 @@ class Call:
         join: Builds the rows `[input][BToks][target]` of a part, for the attention route.
         head: The (V, D) matrix of an untied LM head. None where the head is tied to the input embeddings. Their matrix
             is then looked up inside the call of the model, because under FSDP it is whole only there.
+        logits: How the products of states and head become logits.
         likelihood: The function that turns states, head and labels into a summed NLL. Default:
             `linear_cross_entropy`.
     """
@@ -83,12 +84,14 @@ class Call:
     btoks: list[int]
     join: Callable[[Part], JointBatch]
     head: Tensor | None = None
+    logits: LogitRule = LogitRule()
     likelihood: Likelihood = _sum_of_tokens
 
     def nll(self, states: Tensor, labels: Tensor) -> Tensor:
         """Summed NLL of (M,) labels, predicted by (M, D) states."""
         head = embedding_matrix(self.transformer.model) if self.head is None else self.head
-        return self.likelihood(states, head, labels)
+        states = states if self.logits.scale == 1 else states * self.logits.scale
+        return self.likelihood(states, head, labels, softcap=self.logits.cap)
 
 
 def plain(call: Call, part: Part) -> Embedded:

@@ -32,9 +32,13 @@ _MAX_PARTS_WITH_TARGETS = 4
 
 _GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 _COUNTS = {"image": "num_images_per_sample", "video": "num_videos_per_sample"}
-# Processors that emit one of these pad the images of every sample to one number: sample first, then image.
-_SAMPLE_FIRST = ("pixel_attention_mask", "aspect_ratio_ids")
-_MEDIA_WORDS = ("pixel", "image", "video", "audio", "input_features", "feature_attention_mask", "second_per_grid")
+# Processors that emit one of these, of so many axes, pad the images of every sample to one number: sample first, then
+# image. (LFM2-VL's mask of pixels has two axes: tile first.)
+_SAMPLE_FIRST = {"pixel_attention_mask": 4, "aspect_ratio_ids": 2}
+_MEDIA_WORDS = (
+    "pixel", "image", "video", "audio", "input_features", "feature_attention_mask", "second_per_grid",
+    "spatial_shapes", "target_sizes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def row_offsets(features: dict[str, Any], media_tokens: dict[str, int]) -> dict[
         ValueError: If it can't be told which rows a media tensor belongs to.
     """
     batch_size = len(features["input_ids"])
-    sample_first = any(key in features for key in _SAMPLE_FIRST)
+    sample_first = _sample_first(features)
     # sentence-transformers' Trainer takes a column's features by their prefix: the column `negative` also gets those
     # of `negative_1`, as `1_input_ids`, `1_pixel_values` and so on. No model reads them.
     foreign = tuple(key.removesuffix("input_ids") for key in features if key.endswith("_input_ids"))
@@ -173,13 +177,18 @@ def row_offsets(features: dict[str, Any], media_tokens: dict[str, int]) -> dict[
         if not isinstance(value, Tensor) or value.ndim == 0 or key.startswith(foreign):
             continue
         counts = [1] * batch_size
-        if is_media(key) and not sample_first:
+        # What has not one entry for each row is about media too, whatever its name.
+        if (is_media(key) or len(value) != batch_size) and not sample_first:
             if key.startswith("batch_num_"):  # LLaVA: one number for each sample that has images
                 counts = [int(has) for has in _placeholders(features, _kind(key), media_tokens).any(1).tolist()]
             else:
                 counts = _media_counts(key, value, features, media_tokens)
         offsets[key] = [0, *accumulate(counts)]
     return offsets
+
+
+def _sample_first(features: dict[str, Any]) -> bool:
+    return any(getattr(features.get(key), "ndim", None) == axes for key, axes in _SAMPLE_FIRST.items())
 
 
 def is_media(key: str) -> bool:
@@ -213,16 +222,17 @@ def _media_counts(key: str, value: Tensor, features: dict[str, Any], media_token
         return [patches[end] - patches[start] for start, end in zip(ends, ends[1:], strict=False)]
     if given is not None and sum(given.tolist()) == len(value):
         return given.tolist()
-    # 2. Every entry fills equally many placeholders (tiles, frames, equal videos): divide.
+    # 2. By the runs of placeholders in a row, if there are as many as entries. Either no run has several entries or no
+    # entry has several runs, so as many means one each.
     places = _placeholders(features, kind, media_tokens)
+    runs = (places[:, 0] + (places[:, 1:] & ~places[:, :-1]).sum(1)).tolist()
+    if sum(runs) == len(value):
+        return runs
+    # 3. By the placeholders of a row, if every entry fills equally many: tiles, frames, equal videos.
     tokens = places.sum(1).tolist()  # (B,)
     each, rest = divmod(sum(tokens), max(1, len(value)))
     if each and not rest and not any(count % each for count in tokens):
         return [count // each for count in tokens]
-    # 3. There are as many runs of placeholders as entries: each run is one entry.
-    runs = (places[:, 0] + (places[:, 1:] & ~places[:, :-1]).sum(1)).tolist()
-    if sum(runs) == len(value):
-        return runs
     raise ValueError(
         f"a batch can be split only if every media entry can be given to its row, but {key} has {len(value)} entries "
         f"for rows with {tokens} placeholder tokens. Use BTokLoss (no mini-batches) for this backbone."
@@ -245,7 +255,7 @@ def take_rows(column: Part, rows: list[int], offsets: dict[str, list[int]]) -> P
     used = features["attention_mask"][rows].any(0).tolist()
     first, last = (used.index(True), shape[1] - used[::-1].index(True)) if any(used) else (0, shape[1])
     # Processors that pad images per sample give rows without any one empty image, which would be taken for real.
-    padded_per_sample = any(name in features for name in _SAMPLE_FIRST)
+    padded_per_sample = _sample_first(features)
     taken = {}
     for key, value in features.items():
         if key not in offsets:

@@ -31,6 +31,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     reduction: Literal["mean", "sum"] = "mean",
+    softcap: float | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> Tensor:
     """Cross entropy of `input @ linear_weight.T` with `target`, without the whole matrix of logits.
@@ -43,6 +44,7 @@ def linear_cross_entropy(
         linear_weight: (V, D) output embedding matrix.
         target: (M,) token ids.
         reduction: `"mean"` (default) or `"sum"`.
+        softcap: Logits are squeezed into -softcap to softcap by a tanh. Default: they are not.
         max_logits: Logits that exist at a time, at least V of them. Default 2**25, 128 MiB.
 
     Returns:
@@ -55,6 +57,7 @@ def linear_cross_entropy(
         torch.is_grad_enabled() and input.requires_grad,
         torch.is_grad_enabled() and linear_weight.requires_grad,
         max_logits=max_logits,
+        softcap=softcap,
     )
     total = found.with_graph(input, linear_weight)
     return total / len(target) if reduction == "mean" else total
@@ -107,6 +110,7 @@ def sum_with_gradients(
     weight_needs_grad: bool,
     weight_grad: Tensor | None = None,
     max_logits: int = MAX_LOGITS,
+    softcap: float | None = None,
 ) -> KnownNLL:
     """Value and gradients of the summed cross entropy, chunk by chunk.
 
@@ -118,6 +122,7 @@ def sum_with_gradients(
         weight_needs_grad: Whether that with respect to `linear_weight` is.
         weight_grad: (V, D) tensor that the latter is added to. Default: a new one.
         max_logits: As for `linear_cross_entropy`.
+        softcap: As for `linear_cross_entropy`.
 
     Returns:
         Both.
@@ -139,6 +144,9 @@ def sum_with_gradients(
             states, right = input[chunk].to(dtype), target[chunk, None]  # (m, D), (m, 1)
             # -log softmax: log sum exp(logits) - logit of the right token. The largest logit is taken off before.
             logits = _product(states, matrix.T)  # (m, V)
+            if softcap is not None:
+                squeezed = logits.div_(softcap).tanh_()
+                slope, logits = 1 - squeezed.square(), squeezed * softcap
             logits -= logits.amax(1, keepdim=True)
             right_logit = logits.gather(1, right)
             total = logits.exp_().sum(1, keepdim=True)
@@ -148,6 +156,8 @@ def sum_with_gradients(
             # Gradient of the logits: softmax, less 1 at the right token.
             grad = logits.mul_(factor / total)
             grad.scatter_add_(1, right, torch.full_like(total, -factor))
+            if softcap is not None:
+                grad *= slope
             grad = grad.to(dtype)
             if input_grad is not None:
                 input_grad[chunk] = _product(grad, matrix) / factor

@@ -14,7 +14,7 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoPr
 from st_btok import build_model
 from st_btok.limits import growing_characters, set_max_seq_length
 from st_btok.model_parts import find_btoks
-from tests.backbones import QWEN_TEMPLATE, build, picture, sound, takes, tokenizer
+from tests.backbones import QWEN_TEMPLATE, build, picture, published, sound, takes, tokenizer
 
 LIMIT = 4000
 
@@ -55,6 +55,15 @@ def test_frames_in_a_list_are_counted(qwen):
     assert 12 * 16 < len(row) <= 1200 and row[-4:] == find_btoks(qwen)[1]
     with pytest.raises(Exception, match="media must leave room"):
         qwen[0].preprocess([{"video": largest * 4, "text": "x"}])
+
+
+@pytest.mark.parametrize("end", ["", " " * 40])
+def test_text_that_a_template_trims_is_cut_and_not_refused(end):
+    """Gemma 3 and 4 trim: the blanks that were counted at the end of the text are no part of what is too much."""
+    backbone, processor, _ = published("gemma3")
+    model = build_model(backbone, processor=processor, max_seq_length=300, device="cpu")
+    row = model.preprocess([{"image": picture(), "text": "kitten " * 100 + end}])["input_ids"][0].tolist()
+    assert 250 < len(row) <= 300 and row[-4:] == find_btoks(model)[1]
 
 
 @pytest.mark.parametrize("limit", [96, 128, 192, 700])

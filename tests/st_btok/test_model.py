@@ -21,6 +21,8 @@ from transformers import (
     AutoModel,
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -372,6 +374,26 @@ def test_causality_is_asked_of_the_model_on_its_device(monkeypatch):
     monkeypatch.setattr("st_btok.model._check_causal", lambda transformer: happened.append("asked"))
     build_model(backbone, processor=processor)
     assert happened[-1] == "asked" and "moved" in happened
+
+
+def test_positions_that_count_padding_are_padded_on_the_right(tmp_path):
+    """GPT-2's first token has position 0, padding or not: padded on the left, an embedding hangs on its batch."""
+    backbone, own = GPT2LMHeadModel(GPT2Config(vocab_size=288, n_embd=32, n_layer=2, n_head=4)), llama()[1]
+    with torch.no_grad():
+        backbone.transformer.wpe.weight.normal_(0, 0.5)
+    own.padding_side = own.init_kwargs["padding_side"] = "left"  # the second is what it saves
+    model = build_model(backbone, processor=own, device="cpu")
+    rows = ["a", "What is the city?", "red kitten " * 5]
+    expected = np.concatenate([model.encode([row]) for row in rows])
+    np.testing.assert_allclose(model.encode(rows), expected, atol=1e-5)
+    model.save_pretrained(str(tmp_path))
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path)).encode(rows), expected, atol=1e-5)
+
+
+def test_a_padding_side_that_does_no_harm_stays():
+    backbone, own = llama()
+    own.padding_side = own.init_kwargs["padding_side"] = "left"  # the second is what it saves
+    assert build_model(backbone, processor=own, device="cpu").tokenizer.padding_side == "left"
 
 
 def test_images_and_videos_of_smolvlm_need_calls_of_their_own(btok_model):

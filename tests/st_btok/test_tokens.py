@@ -47,6 +47,19 @@ def test_other_special_tokens_stay(family):
     assert own("<|btok_2|>", add_special_tokens=False)["input_ids"] == [btok_ids(own)[2]]
 
 
+@pytest.mark.parametrize("rows", [288, 270])
+def test_embeddings_of_the_layers_get_rows_too(rows):
+    """Gemma 4 looks up every token once more for its layers: spare rows there hold anything, new ones noise."""
+    model, processor = build("gemma4", text={"vocab_size": rows, "vocab_size_per_layer_input": rows})
+    ids = add_btoks(model, processor.tokenizer, 4, init="newline")
+    (newline,) = processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
+    matrix = model.get_decoder().embed_tokens_per_layer.weight
+    expected = matrix[newline].expand(4, -1)
+    assert len(matrix) >= max(ids) + 1 and expected.abs().mean() > 0.1
+    torch.testing.assert_close(matrix[ids], expected, atol=0.1, rtol=0)
+    assert not torch.equal(matrix[ids[0]], matrix[ids[1]]), "the noise that tells them apart"
+
+
 @pytest.mark.parametrize("rows", [288, 263, 264])
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_are_written_with_and_without_spare_rows(rows, tied):

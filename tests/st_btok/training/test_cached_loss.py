@@ -180,9 +180,9 @@ def test_only_one_mini_batch_is_alive(qwen, monkeypatch):
     rows, logits = [], []
     qwen[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0]["input_ids"])))
 
-    def watched(states, *rest):
+    def watched(states, *rest, **options):
         logits.append(len(states))
-        return sum_with_gradients(states, *rest)
+        return sum_with_gradients(states, *rest, **options)
 
     monkeypatch.setattr("st_btok.training.cached_loss.sum_with_gradients", watched)
     largest = []

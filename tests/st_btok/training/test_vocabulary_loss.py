@@ -36,6 +36,19 @@ def test_value_and_gradients(max_logits, reduction):
         assert other.abs().sum() > 0.1
 
 
+@pytest.mark.parametrize("max_logits", [2**25, 150])
+def test_capped_logits(max_logits):
+    """As Gemma 2 caps them, in value and gradients; a cap of 1 bends most of them."""
+    states, head, labels = sample()
+    expected = F.cross_entropy(torch.tanh(F.linear(states, head)), labels)
+    found = linear_cross_entropy(states, head, labels, softcap=1.0, max_logits=max_logits)
+    torch.testing.assert_close(found, expected)
+    assert abs(expected - reference(states, head, labels)) > 0.1
+    wanted = torch.autograd.grad(expected, [states, head])
+    for one, other in zip(torch.autograd.grad(found, [states, head]), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has none")
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_it_can_be_dropped_for_torchs_own(reduction):
