@@ -26,6 +26,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from sentence_transformers import SentenceTransformer
 
+from evaluation.markdown import table
 from recipes.bench.paired import added_memory, cpu_seconds, ratios, seconds_of, spread
 from recipes.bench.settings import EncodeBenchmarkConfig
 from recipes.data.corpus import open_corpus
@@ -123,7 +124,7 @@ def peak(way: str, rows: list[Any], corpus: Path) -> float:
     return added()
 
 
-def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows: list[Any], corpus: Path) -> list[str]:
+def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows: list[Any], corpus: Path) -> str:
     """Time, padding, memory and equality on the mixed corpus."""
     counted, padding, vectors, memory = Counted(model), {}, {}, {}
     for way in WAYS:
@@ -134,39 +135,30 @@ def mixed_table(config: EncodeBenchmarkConfig, model: SentenceTransformer, rows:
         memory[way] = float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
     del model.forward
     seconds = seconds_of({way: partial(run_way, way, model, rows, corpus) for way in WAYS}, config.rounds)
-    lines = [
-        f"{len(rows)} mixed rows, {config.rounds} paired rounds.",
-        "",
-        "| way | time / encode | CPU seconds | padded / real tokens | peak MiB | largest difference |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for way in WAYS:
         difference = float(np.abs(vectors[way] - vectors["encode"]).max())
         cells = [spread(ratios(seconds, way, "encode")), f"{np.median(seconds[way]):.1f}", f"{padding[way]:.2f}"]
-        lines.append(f"| {way} | {' | '.join(cells)} | {memory[way]:.0f} | {difference:.0e} |")
-    return lines
+        lines.append([way, *cells, f"{memory[way]:.0f}", f"{difference:.0e}"])
+    head = ["way", "time / encode", "CPU seconds", "padded / real tokens", "peak MiB", "largest difference"]
+    return f"{len(rows)} mixed rows, {config.rounds} paired rounds.\n\n{table(head, lines, numbers=True)}\n"
 
 
-def short_tables(config: EncodeBenchmarkConfig, model: SentenceTransformer) -> list[str]:
+def short_table(config: EncodeBenchmarkConfig, model: SentenceTransformer) -> str:
     """Short texts: against stock, and time per row over the number of rows."""
     rows = texts(10 * config.short, 2, 8)
     few = rows[: config.short]
     ways = {"encode": lambda: model.encode(few), "encode_checked": lambda: encode_checked(model, few)}
     seconds = seconds_of(ways, config.rounds)
     ratio = spread(ratios(seconds, "encode_checked", "encode"))
-    lines = [
-        "",
-        f"{config.short:,} short texts: `encode_checked` takes {ratio} of `encode`'s time "
-        f"({1000 * float(np.median(seconds['encode'])) / config.short:.2f} ms a row).",
-        "",
-        "| rows | encode_checked, ms a row |",
-        "|---:|---:|",
-    ]
+    each = 1000 * float(np.median(seconds["encode"])) / config.short
+    title = f"{config.short:,} short texts: `encode_checked` takes {ratio} of `encode`'s time ({each:.2f} ms a row)."
+    lines = []
     for times in (1, 2, 5, 10):
         part = rows[: times * config.short]
         took = cpu_seconds(lambda part=part: encode_checked(model, part))
-        lines.append(f"| {len(part):,} | {1000 * took / len(part):.2f} |")
-    return lines
+        lines.append([f"{len(part):,}", f"{1000 * took / len(part):.2f}"])
+    return f"{title}\n\n{table(['rows', 'encode_checked, ms a row'], lines, numbers=True)}\n"
 
 
 def main(config: EncodeBenchmarkConfig) -> None:
@@ -179,7 +171,7 @@ def main(config: EncodeBenchmarkConfig) -> None:
             return
         model = load_model()
         settings = {key: value for key, value in asdict(config).items() if key not in ("output", "worker")}
-        lines = [f"`python -m recipes.bench encode`, {json.dumps(settings)}, one thread.", ""]
-        lines += mixed_table(config, model, rows, corpus) + short_tables(config, model)
-    Path(config.output).write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        title = f"`python -m recipes.bench encode`, {json.dumps(settings)}, one thread.\n"
+        text = "\n".join([title, mixed_table(config, model, rows, corpus), short_table(config, model)])
+    Path(config.output).write_text(text)
+    print(text)

@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from evaluation.markdown import table
 from recipes.bench.encode import texts
 from recipes.bench.paired import ratios, seconds_of, spread
 from recipes.bench.preprocess import own_template
@@ -57,13 +58,7 @@ def inputs_of(stock: SentenceTransformer, length: int, count: int) -> list[str]:
 def main(config: CostConfig) -> None:
     """Run the benchmark and write its table."""
     torch.set_num_threads(1)
-    lines = [
-        f"`python -m recipes.bench encode_cost`, K = {config.btoks}, {config.rows} inputs, {config.rounds} paired "
-        "rounds, one thread.",
-        "",
-        "| parameters | L | (L + K) / L | time / stock | ms an input, stock |",
-        "|---:|---:|---:|---:|---:|",
-    ]
+    rows_found = []
     for hidden in config.hidden:
         with tempfile.TemporaryDirectory() as folder:
             stock, model, millions = pair(hidden, config.layers, config.btoks, Path(folder))
@@ -78,6 +73,9 @@ def main(config: CostConfig) -> None:
             took = 1000 * np.median(seconds["stock"]) / len(rows)
             ratio = spread(ratios(seconds, "btok", "stock"), 3)
             expected = (length + config.btoks) / length
-            lines.append(f"| {millions:.0f} M | {length} | {expected:.3f} | {ratio} | {took:.0f} |")
-            print(lines[-1], flush=True)
-    Path(config.output).write_text("\n".join(lines) + "\n")
+            rows_found.append([f"{millions:.0f} M", str(length), f"{expected:.3f}", ratio, f"{took:.0f}"])
+    head = ["parameters", "L", "(L + K) / L", "time / stock", "ms an input, stock"]
+    title = f"`python -m recipes.bench encode_cost`, K = {config.btoks}, {config.rows} inputs, {config.rounds} paired "
+    text = f"{title}rounds, one thread.\n\n{table(head, rows_found, numbers=True)}\n"
+    Path(config.output).write_text(text)
+    print(text)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from evaluation.markdown import table
 from recipes.bench.encode import load_model, texts
 from recipes.bench.paired import added_memory
 from recipes.bench.settings import ScaleConfig
@@ -79,17 +80,15 @@ def main(config: ScaleConfig) -> None:
     if config.worker:
         print(*measure(config.worker, config.rows[0]))
         return
-    lines = [
-        f"`python -m recipes.bench encode_scale --rows {' '.join(map(str, config.rows))}`, one thread.",
-        "",
-        "| way | rows | CPU ms a row | peak MiB | of them embeddings that are returned |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for way in config.ways:
         for count in config.rows:
             command = [sys.executable, "-m", "recipes.bench", "encode_scale", "--worker", way, "--rows", str(count)]
             out = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             took, peak, returned = map(float, out.split()[-3:])
-            lines.append(f"| {way} | {count:,} | {took:.2f} | {peak:.0f} | {returned:.0f} |")
-            print(lines[-1], flush=True)
-    Path(config.output).write_text("\n".join(lines) + "\n")
+            rows.append([way, f"{count:,}", f"{took:.2f}", f"{peak:.0f}", f"{returned:.0f}"])
+    title = f"`python -m recipes.bench encode_scale --rows {' '.join(map(str, config.rows))}`, one thread."
+    head = ["way", "rows", "CPU ms a row", "peak MiB", "of them embeddings that are returned"]
+    text = f"{title}\n\n{table(head, rows, numbers=True)}\n"
+    Path(config.output).write_text(text)
+    print(text)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from evaluation import markdown
 from recipes.bench.settings import MemoryConfig
 
 _PEAK = 989e12  # multiply-adds count twice: bfloat16 operations a second of an H100, dense
@@ -103,22 +104,21 @@ def step(name: str, tuning: str, inputs: str, config: MemoryConfig) -> Step:
 def table(config: MemoryConfig) -> str:
     """The table in Markdown."""
     gib = 2**30
-    lines = [
+    title = (
         f"Computed, not measured: `CachedBTokLoss(mini_batch_size={config.mini_batch_size})`, {config.batch_size} "
         f"pairs, gradient checkpointing, targets of 64 tokens, LoRA of rank {config.rank}; memory in GiB; seconds on "
-        f"one H100, assuming {_UTILISATION:.0%} utilisation and no wait for data. Inputs: query -> target side.",
-        "",
-        "| backbone | tuning | inputs | weights | gradients, AdamW | activations | sum | seconds a step |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
+        f"one H100, assuming {_UTILISATION:.0%} utilisation and no wait for data. Inputs: query -> target side."
+    )
+    head = ["backbone", "tuning", "inputs", "weights", "gradients, AdamW", "activations", "sum", "seconds a step"]
+    rows = []
     for name in BACKBONES:
         for tuning in ("LoRA", "all weights"):
             for inputs in INPUTS:
                 one = step(name, tuning, inputs, config)
                 sizes = [one.weights / gib, one.training / gib, one.activations / gib]
                 cells = [f"{value:.1f}" for value in [*sizes, sum(sizes)]]
-                lines.append(f"| {name} | {tuning} | {inputs} | {' | '.join(cells)} | {one.seconds:.1f} |")
-    return "\n".join(lines)
+                rows.append([name, tuning, inputs, *cells, f"{one.seconds:.1f}"])
+    return f"{title}\n\n{markdown.table(head, rows, numbers=True)}"
 
 
 def main(config: MemoryConfig) -> None:

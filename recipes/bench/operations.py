@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evaluation import markdown
 from recipes.bench.settings import BACKBONE, OperationsConfig
 from recipes.bench.step import OneWidth, total
 from recipes.toy import pairs
@@ -84,12 +85,8 @@ def table(config: OperationsConfig) -> str:
     """Markdown: counts by loss and batch size, with ratios to ranking alone."""
     model = build_model(BACKBONE, device="cpu").train()
     sizes = [int(size) for size in config.batches.split(",")]
-    lines = [
-        f"Shipped Qwen2-VL, mini-batches of {config.mini_batch_size} rows; forward and backward.",
-        "",
-        "| loss | " + " | ".join(f"operations, {size} pairs | host reads, {size} pairs" for size in sizes) + " |",
-        "|---|" + "---:|---:|" * len(sizes),
-    ]
+    head = ["loss", *(f"{what}, {size} pairs" for size in sizes for what in ("operations", "host reads"))]
+    rows = []
     steps = ways(model, config.mini_batch_size)
     columns = {}
     for size in sizes:  # behind the losses: from then on features carry what their rows generate
@@ -103,9 +100,10 @@ def table(config: OperationsConfig) -> str:
         cells = []
         for size, counted in found.items():
             ratio = counted.operations / base[size].operations
-            cells.append(f"{counted.operations:,} ({ratio:.2f}) | {counted.host_reads:,}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            cells += [f"{counted.operations:,} ({ratio:.2f})", f"{counted.host_reads:,}"]
+        rows.append([name, *cells])
+    title = f"Shipped Qwen2-VL, mini-batches of {config.mini_batch_size} rows; forward and backward."
+    return f"{title}\n\n{markdown.table(head, rows, numbers=True)}\n"
 
 
 def main(config: OperationsConfig) -> None:

@@ -44,6 +44,7 @@ from transformers import (
     Qwen2VLModel,
 )
 
+from evaluation import markdown
 from recipes.bench.paired import cpu_seconds, rounds_of, spread
 from recipes.bench.settings import BACKBONE, BenchmarkConfig
 from recipes.toy import pairs
@@ -204,14 +205,13 @@ def run(config: BenchmarkConfig, family: str, way: str) -> dict[str, Any]:
 def table(rounds: list[dict[str, dict[str, Any]]], config: BenchmarkConfig, family: str) -> str:
     """Markdown: ratios to other ways, median over rounds with their range."""
     first = rounds[0]["btok"]
-    lines = [
+    title = (
         f"{family}: {config.batch_size} pairs, {first['tokens']} input tokens, {first['targets']} target tokens, "
         f"vocabulary {config.vocab_size:,}, width {config.hidden_size}; {config.rounds} paired rounds of "
-        f"{config.steps} steps, CPU time of one thread.",
-        "",
-        "| way | time / mnrl | time / explained | time / cached mnrl | memory / explained | s per step | MiB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+        f"{config.steps} steps, CPU time of one thread."
+    )
+    head = ["way", *(f"time / {other}" for other in TIMED_AGAINST), "memory / explained", "s per step", "MiB"]
+    rows = []
 
     def ratio(way: str, other: str, of: Callable[[dict[str, Any]], float]) -> str:
         return spread([of(results[way]) / of(results[other]) for results in rounds])
@@ -221,23 +221,19 @@ def table(rounds: list[dict[str, dict[str, Any]]], config: BenchmarkConfig, fami
         cells.append(ratio(way, "explained", lambda one: one["peak"]))
         seconds = np.median([np.median(results[way]["seconds"]) for results in rounds])
         peak = np.median([results[way]["peak"] for results in rounds])
-        lines.append(f"| {way} | " + " | ".join(cells) + f" | {seconds:.2f} | {peak:,.0f} |")
-    return "\n".join(lines) + "\n"
+        rows.append([way, *cells, f"{seconds:.2f}", f"{peak:,.0f}"])
+    return f"{title}\n\n{markdown.table(head, rows, numbers=True)}\n"
 
 
 def memory_table(config: BenchmarkConfig, family: str) -> str:
     """Markdown: the peak of `btok` and `cached` over growing batches."""
     sizes = [int(size) for size in config.batches.split(",")]
-    lines = [
-        f"{family}: MiB at the peak of a step, mini-batches of {config.mini_batch_size}.",
-        "",
-        "| way | " + " | ".join(f"{size} pairs" for size in sizes) + " |",
-        "|---|" + "---:|" * len(sizes),
-    ]
+    title = f"{family}: MiB at the peak of a step, mini-batches of {config.mini_batch_size}."
+    rows = []
     for way in ("btok", "cached"):
         peaks = [run(replace(config, batch_size=size, steps=1), family, way)["peak"] for size in sizes]
-        lines.append(f"| {way} | " + " | ".join(f"{peak:,.0f}" for peak in peaks) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([way, *(f"{peak:,.0f}" for peak in peaks)])
+    return f"{title}\n\n{markdown.table(['way', *(f'{size} pairs' for size in sizes)], rows, numbers=True)}\n"
 
 
 def main(config: BenchmarkConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from sentence_transformers import SentenceTransformer
 
+from evaluation import markdown
 from recipes.data.training_pairs import Source
 
 
@@ -30,14 +31,13 @@ def write_card(path: Path, sources: Sequence[Source], held_out: Sequence[Source]
     `target` is the side that was generated, where it was not each source's own.
     """
     validation = {source.name: len(source.pairs) for source in held_out}
-    lines = ["", "## Data of this training", ""]
-    lines += ["| source | rows | skipped | validation | weight | generated side |", "|---|---:|---:|---:|---:|---|"]
+    rows = []
     for source in sources:
-        rows = (source.num_rows, len(source.broken), validation.get(source.name, 0))
-        cells = (source.name, *rows, source.weight, target or source.target)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        counts = (source.num_rows, len(source.broken), validation.get(source.name, 0))
+        rows.append([source.name, *map(str, counts), str(source.weight), target or source.target])
+    head = ["source", "rows", "skipped", "validation", "weight", "generated side"]
     with open(path / "README.md", "a", encoding="utf-8") as card:
-        card.write("\n".join(lines) + "\n")
+        card.write(f"\n## Data of this training\n\n{markdown.table(head, rows, numbers=True)}\n")
 
 
 def write_skipped(path: Path, sources: Sequence[Source]) -> None:

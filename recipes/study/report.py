@@ -13,6 +13,7 @@ matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
 
+from evaluation import markdown
 from recipes.research.significance import Difference, paired_difference
 from recipes.study.costs import SAME_COST, Costs
 from recipes.study.runs import mean_reciprocal_ranks
@@ -138,13 +139,9 @@ def table(groups: Sequence[Group]) -> str:
     lines = []
     for group in groups:
         prompted = PROMPTED in group.runs["steps"]
-        lines += [
-            f"### {group.title}\n",
-            f"| variant | seeds | rate | MRR among {group.candidates} | above {BASELINE}, equal steps | equal time | "
-            + (f"above {PROMPTED} | " if prompted else "")
-            + "cost of a step |",
-            "|---|---:|---:|---:|---:|---:|---:|" + "---:|" * prompted,
-        ]
+        head = ["variant", "seeds", "rate", f"MRR among {group.candidates}", f"above {BASELINE}, equal steps"]
+        head += ["equal time", *[f"above {PROMPTED}"] * prompted, "cost of a step"]
+        rows = []
         for variant in VARIANTS:
             runs = group.runs["steps"].get(variant, {})
             if not runs:
@@ -155,11 +152,12 @@ def table(groups: Sequence[Group]) -> str:
             if prompted:
                 cells.append("" if variant == PROMPTED else _shown(group.difference(variant, "steps", PROMPTED)))
             cost = f"{group.costs[variant]:.2f}x" if variant in group.costs else "not timed"
-            lines.append(f"| {variant} | " + " | ".join(cells) + f" | {cost} |")
+            rows.append([variant, *cells, cost])
         for variant, other in PAIRS:
             if found := group.difference(variant, "steps", other):
-                lines.append(f"| {variant}, above {other} | | | | {_shown(found)} | | |" + " |" * prompted)
-        lines.append("")
+                empty = [""] * (2 + prompted)
+                rows.append([f"{variant}, above {other}", "", "", "", _shown(found), *empty])
+        lines.append(f"### {group.title}\n\n{markdown.table(head, rows, numbers=True)}\n")
     lines.append(
         "MRR in % over both directions of search, mean of the seeds ± half their range. In brackets the 95 % interval "
         "of the paired difference over seeds and queries; with one seed over queries alone. In the last "
@@ -193,14 +191,10 @@ def reasons(lines: Sequence[dict[str, Any]]) -> str:
         ratio = np.mean([line["conflict"][step]["ratio"] for line in same for step in steps])
         own, other = (np.mean([line["information"][kind] for line in mine]) for kind in ("own", "other"))
         shown = ", ".join(f"{cosine:+.2f}" for cosine in cosines)
-        rows.append(f"| {backbone}, {corpus} | {variant} | {shown} | {ratio:.2f} | {own:.2f} | {other - own:+.2f} |")
-    if not rows:
-        return ""
-    head = (
-        "| run | variant | cosine of the gradients at 0, 1/8, 1/4, 1/2 and the end | norm, condensation / ranking | "
-        "nats per target token | saved by the own BToks |\n|---|---|---:|---:|---:|---:|"
-    )
-    return "\n".join([head, *rows])
+        rows.append([f"{backbone}, {corpus}", variant, shown, f"{ratio:.2f}", f"{own:.2f}", f"{other - own:+.2f}"])
+    head = ["run", "variant", "cosine of the gradients at 0, 1/8, 1/4, 1/2 and the end"]
+    head += ["norm, condensation / ranking", "nats per target token", "saved by the own BToks"]
+    return markdown.table(head, rows, numbers=True) if rows else ""
 
 
 def draw(groups: Sequence[Group], path: Path) -> None:

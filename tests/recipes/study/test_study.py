@@ -256,7 +256,7 @@ def test_the_table_says_what_the_lines_say(costs):
     assert "| mean | 2 | 0.001 | 90.6 ± 9.4 | +31.2 (" in text and "| -12.5 (" in text and "1.60x" in text
     assert "BToks, above" not in text, "the other variants of its pairs were not run"
     (paired,) = groups_of([*lines, line("BToks, last", 0, [1, 2, 1, 1])], costs)
-    assert "| BToks, above BToks, last | | | | +12.5 (" in table([paired])
+    assert "| BToks, above BToks, last |  |  |  | +12.5 (" in table([paired])
     (untimed,) = groups_of(lines, Costs(Log(costs.log.path.with_name("none.jsonl"))))
     assert "not timed" in table([untimed])
 
