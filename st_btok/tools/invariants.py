@@ -26,6 +26,7 @@ from st_btok.adapters import btok_lora_config, merge_adapters
 from st_btok.limits import UNLIMITED
 from st_btok.model_parts import attention_of, embedding_matrix, find_btoks, media_tokens, supports_sdpa
 from st_btok.training.cached_loss import CachedBTokLoss
+from st_btok.training.content import carry_content, read_back
 from st_btok.training.loss import BTokLoss
 from st_btok.training.routes import ROUTES
 from st_btok.training.splitting import Part
@@ -185,6 +186,15 @@ def _end(subject: Subject) -> Measured:
     rows = [transformer.preprocess([sample])["input_ids"][0].tolist() for sample in subject.all()[0]]
     wrong = sum(row[-len(ids) :] != ids or sum(token in ids for token in row) != len(ids) for row in rows)
     return float(wrong), 0.0, f"of {len(rows)} inputs that do not end in the {len(ids)} BToks"
+
+
+def _text_read_back(subject: Subject) -> Measured:
+    transformer, _ = find_btoks(subject.model)
+    carry_content(transformer)
+    found = read_back(transformer)
+    wrong = [f"{kind}: {why}" for kind, why in found.items() if why]
+    note = f"of {len(found)} kinds of rows whose own text does not come back"
+    return float(len(wrong)), 0.0, f"{note}; {wrong[0]}" if wrong else note
 
 
 def _truncation(subject: Subject) -> Measured:
@@ -392,6 +402,7 @@ MEASUREMENTS: dict[str, Callable[[Subject], Measured]] = {
     "order": _order,
     "padding side": _padding_side,
     "BToks at the end": _end,
+    "text read back": _text_read_back,
     "truncation": _truncation,
     "plain reload": _reload,
     "attention implementations": _implementations,

@@ -70,6 +70,13 @@ def test_rows_generate_their_own_text(family):
     assert kinds | prompted <= found.keys() and not any(found.values())
 
 
+def test_prompts_reach_the_input_before_the_text(family):
+    name, model, _ = family
+    for row in ["a red kite", {"text": "a red kite", "image": picture()}][: 1 + takes(name, "image")]:
+        shown = model.tokenizer.decode(model.preprocess([row], prompt="Find boats:")["input_ids"][0])
+        assert "a red kite" in shown.partition("Find boats:")[2]
+
+
 def test_rows_of_all_kinds_in_a_batch_and_after_a_plain_reload(family, tmp_path):
     name, model, _ = family
     rows = rows_of(name, model)
