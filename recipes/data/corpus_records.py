@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mimetypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,25 @@ def of_folder(folder: Path, first: int) -> Iterator[Any]:
     return (_file_record(path, folder) for path in islice(files_in(folder), first, None))
 
 
-def files_in(folder: Path) -> Iterator[Path]:
-    """Files of a folder and the folders in it, by name, but hidden ones; one folder's names are held at a time."""
-    with os.scandir(folder) as entries:
-        names = sorted((entry.name, entry.is_dir()) for entry in entries)
+def files_in(folder: Path, unreadable: Callable[[OSError], object] | None = None) -> Iterator[Path]:
+    """Files of a folder and the folders in it, by name; one folder's names are held at a time.
+
+    Hidden files and folders are passed over, and so are links to folders, which can lead back up. A folder that can't
+    be read is handed to `unreadable`; without that it is an error.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        if unreadable is None:
+            raise
+        unreadable(error)
+        return
     for name, is_folder in names:
         path = folder / name
-        if is_folder and not path.is_symlink():  # a link can lead back up
-            yield from files_in(path)
-        elif not is_folder and not name.startswith(".") and path.is_file():
+        if is_folder and not path.is_symlink():
+            yield from files_in(path, unreadable)
+        elif not is_folder and path.is_file():
             yield path
 
 

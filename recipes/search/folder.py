@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.corpus import as_input
+from recipes.data.corpus_records import files_in
 from recipes.data.tables import SUFFIXES, BrokenRecordError, read_table
 from st_btok import pdf_pages
 
@@ -102,23 +103,18 @@ def list_sources(
     def unreadable(error: OSError) -> None:
         left_out.reasons[shown_path(error.filename, root)] = f"the folder can't be read: {error.strerror}"
 
-    for directory, folders, names in [(str(root), [], [only])] if only else os.walk(root, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            file = Path(directory, name)
-            if name.startswith(".") or not file.is_file():
-                continue
-            try:
-                source = _source_of(file, root, known or {})
-            except OSError as error:
-                left_out.reasons[shown_path(file, root)] = f"it can't be read: {error.strerror}"
-            except ValueError as error:
-                left_out.reasons[shown_path(file, root)] = str(error)
+    for file in [root / only] if only else files_in(root, unreadable):
+        try:
+            source = _source_of(file, root, known or {})
+        except OSError as error:
+            left_out.reasons[shown_path(file, root)] = f"it can't be read: {error.strerror}"
+        except ValueError as error:
+            left_out.reasons[shown_path(file, root)] = str(error)
+        else:
+            if source is None:
+                left_out.suffixes[file.suffix.lower()] += 1
             else:
-                if source is None:
-                    left_out.suffixes[file.suffix.lower()] += 1
-                else:
-                    yield source
+                yield source
 
 
 def _source_of(file: Path, root: Path, known: dict[str, tuple[int, int, str]]) -> Source | None:
