@@ -270,6 +270,8 @@ def base_gap(model: SentenceTransformer) -> str | None:
     if config is None:
         made = "were adapters merged into it?" if origin == CHANGED else "was it built from a model in memory?"
         return f"their base can't be loaded again from {origin!r} ({made})"
+    if type(config) is not type(backbone.config):
+        return f"their base {origin!r} is a {config.model_type} model, the adapted one a part of it"
     rows, stored = len(embedding_matrix(backbone)), config.get_text_config(decoder=True).vocab_size
     if rows != stored:
         return f"their base {origin!r} has {stored} embedding rows, the model with its bottleneck tokens has {rows}"

@@ -108,7 +108,8 @@ def build_model(
     if num_btoks < 1:
         raise ValueError(f"num_btoks must be at least 1, got {num_btoks}. The paper uses 4.")
     model_kwargs, processor_kwargs, config_kwargs = _gguf(model_kwargs, processor_kwargs, config_kwargs)
-    if not isinstance(backbone, PreTrainedModel) and processor is None and "gguf_file" not in model_kwargs:
+    named = "" if isinstance(backbone, PreTrainedModel) else str(backbone)
+    if named and processor is None and "gguf_file" not in model_kwargs:
         backbone, processor = _thinker(str(backbone), model_kwargs, processor_kwargs, config_kwargs)
     with _as_path(backbone, processor) as path:
         _check_config(AutoConfig.from_pretrained(path, **(config_kwargs or {})), str(path))
@@ -121,6 +122,8 @@ def build_model(
         )
         _check_weights(transformer.model, path, model_kwargs or {})
         _settle_tying(transformer.model.config, path, model_kwargs or {})
+    if named and isinstance(backbone, PreTrainedModel):  # a part: where the whole lies, its LM head is found again
+        transformer.model.name_or_path = transformer.model.config.name_or_path = named
     tokenizer = tokenizer_of(transformer)
     _check_pad_token(tokenizer)
     ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
 
 from st_btok import BTokLoss, build_model
+from st_btok.adapters import base_gap
 from st_btok.model_parts import checkpoint_head, embedding_matrix
 from st_btok.training.lm_head import output_embeddings
-from tests.backbones import build, total
+from tests.backbones import build, picture, sound, total
 
 # What the configs say (of the whole, of its text part), and whether the checkpoint holds a head of its own.
 CASES = {
@@ -25,6 +23,25 @@ CASES = {
     "text part alone says untied": (True, False, True),
     "text part alone says untied, tied": (True, False, False),
 }
+
+
+def whole(thinker):
+    """A Qwen2.5-Omni with a tiny talker and a tiny voice beside the thinker."""
+    talker = {"vocab_size": 64, "embedding_size": 32, "hidden_size": 32, "intermediate_size": 32, "head_dim": 16}
+    talker |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    talker["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    voice = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8, "emb_dim": 16}
+    voice |= {"num_embeds": 9, "mel_dim": 8, "enc_emb_dim": 8, "enc_dim": 8, "enc_channels": [8, 8, 8, 8, 24]}
+    voice |= {"enc_attention_channels": 4, "enc_se_channels": 4, "look_ahead_layers": [0], "look_backward_layers": [0]}
+    waves = {"mel_dim": 8, "upsample_initial_channel": 64}
+    config = Qwen2_5OmniConfig(
+        thinker_config=thinker.config.to_dict(),
+        talker_config=talker,
+        token2wav_config={"dit_config": voice, "bigvgan_config": waves},
+    )
+    model = Qwen2_5OmniForConditionalGeneration(config)
+    model.thinker.load_state_dict(thinker.state_dict())
+    return model
 
 
 def checkpoint(family, case, folder):
@@ -136,12 +153,16 @@ def test_tied_head_is_the_live_matrix(qwen):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_head_of_a_thinker_stands_in_the_whole_omni_checkpoint(tied, tmp_path):
     """Under `thinker.lm_head.weight`, beside a talker that is not read."""
-    thinker, _ = build("qwen2_5_omni", tied=tied)
-    thinker.save_pretrained(tmp_path / "thinker")
-    weights = load_file(tmp_path / "thinker/model.safetensors")
-    (tmp_path / "whole").mkdir()
-    save_file({f"thinker.{name}": value for name, value in weights.items()}, tmp_path / "whole/model.safetensors")
-    config = {"model_type": "qwen2_5_omni", "thinker_config": thinker.config.to_dict()}
-    (tmp_path / "whole/config.json").write_text(json.dumps(config))
-    head, found = checkpoint_head(str(tmp_path / "whole"), thinker.config)
+    thinker, processor = build("qwen2_5_omni", tied=tied)
+    whole(thinker).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    head, found = checkpoint_head(str(tmp_path), thinker.config)
     assert torch.equal(head, thinker.lm_head.weight) and found is tied
+    # By path, the thinker is what is built, and the whole is where the head is found.
+    model = build_model(tmp_path, device="cpu")
+    rows = ["a", {"image": picture(), "text": "what?"}, {"audio": sound(), "text": "who?"}]
+    expected = build_model(thinker, processor=processor, device="cpu").encode(rows)
+    assert (model.encode(rows) == expected).all()
+    own = BTokLoss(model).lm_head
+    assert own is None if tied else torch.equal(own, thinker.lm_head.weight)
+    assert "is a qwen2_5_omni model, the adapted one a part of it" in base_gap(model)
