@@ -53,7 +53,11 @@ def docstring_pairs(length: int = 80) -> list[tuple[str, str]]:
 def test_a_real_decoder_from_gguf_to_a_trained_embedder(tmp_path):
     path = gguf_file()
     options = {"gguf_file": path.name, "dtype": torch.float32}
-    model = build_model(path.parent, template="plain", device="cpu", model_kwargs=options)
+    # The template that is given wins over the one in the file; this one writes what `template="plain"` writes.
+    given = "{%- for message in messages -%}{{- message['content'] -}}{%- endfor -%}"
+    model = build_model(path.parent, device="cpu", model_kwargs=options, processor_kwargs={"chat_template": given})
+    shown = model.tokenizer.decode(model.preprocess(["a kite"])["input_ids"][0])
+    assert shown == "a kite<|btok_0|><|btok_1|><|btok_2|><|btok_3|>"
     transformer, ids = find_btoks(model)
     assert transformer.model.config.num_hidden_layers == 30 and len(ids) == 4
     pairs = docstring_pairs()[:30]

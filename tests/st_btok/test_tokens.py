@@ -123,6 +123,17 @@ def test_a_text_of_k_tokens_gives_each_row_its_own():
     assert (written[0] - written[1]).norm() > 0.5 * written[0].norm()
 
 
+def test_a_text_of_another_length_is_told_with_its_number_of_tokens(caplog):
+    model, own = build("llama")
+    add_btoks(model, own, 4, "summary")
+    assert "init='summary' has 7 tokens, and there are 4 bottleneck tokens" in caplog.text
+    assert "start from the mean" in caplog.text and "pass a text of 4 tokens" in caplog.text
+    caplog.clear()
+    for init in ("sum:", "s", "newline", "prompt"):  # one for each, the same one for all, and names
+        add_btoks(*build("llama"), 4, init)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("num_btoks", [1, 4, 6])
 @pytest.mark.parametrize("words", [[" The", " topic", " is", " the"], ["The", " topic", " is", " the"]])
 def test_rows_start_as_the_prompt_where_the_vocabulary_has_its_words(words, num_btoks):
