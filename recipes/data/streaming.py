@@ -104,35 +104,10 @@ def open_streams(
         raise ValueError(f"weights must have one value per data set, got {len(weights)} for {len(paths)}.")
     heads, streams, files = [], [], {}
     for path in paths:
-        name = re.sub(r"\W+", "-", path.removesuffix("*.tar")).strip("-")
-        table, found, folder = _open(path)
-        files[name] = found
-        records = [_as_columns(record) for record in islice(table, held_out or _HEAD)]
-        if not records:
-            raise ValueError(f"{path} has no rows. Write some, or leave it out.")
-        is_packed = records[0].keys() == PACKED.keys()
-        columns = [column for record in records for column in (json.loads(record["columns"]) if is_packed else record)]
-        names = usual_names(list(dict.fromkeys(columns)))
-        if is_packed and not names:
-            raise ValueError(f"{path} has no row that can be read: {records[0]['problem'] or 'all are empty'}.")
-        sides = sides_of(list(names.values()), path)
-        read = partial(read_pair, sides=sides, folder=str(folder), names=names if is_packed else None)
-        head = check_source(name, Dataset.from_list(records, PACKED if is_packed else None), read, sides, **check)
-        head = head if negatives else head.without_negatives()
-        sides = tuple(head.pairs.column_names)  # negatives that a row of the head lacks are not used
-        known = _contents(head) if held_out else frozenset()
-        options = {"name": name, "read": read, "sides": sides, "known": known, "skipped": str(skipped or ""), **check}
-        rest = table.skip(len(records)) if held_out else table
-        first = len(records) if held_out else 0
-        rows = rest.map(
-            partial(_checked_rows, first=first, **options),
-            with_indices=True,
-            batched=True,
-            batch_size=1,  # a row that is passed over is a batch of none
-            remove_columns=_columns(table),
-        )
+        head, rows, found = _stream(path, held_out, skipped, negatives, check)
         heads.append(head)
         streams.append(rows.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else rows)
+        files[head.name] = found
     columns = [head.pairs.column_names for head in heads]
     if any(names != columns[0] for names in columns):
         raise ValueError(f"streamed sources must have the same columns, got {columns}. Train without their negatives.")
@@ -143,6 +118,40 @@ def open_streams(
         rows = interleave_datasets(streams, shares, seed=seed, stopping_strategy="all_exhausted")
     rows.__class__, rows.sides = _NamedColumns, columns[0]
     return Streams(rows, heads, heads if held_out else [], files)
+
+
+def _stream(
+    path: str, held_out: int, skipped: Path | None, negatives: bool, check: dict[str, Any]
+) -> tuple[Source, IterableDataset, list[str]]:
+    """One source: its first rows, checked; all others, checked as they come; and the names of its files."""
+    name = re.sub(r"\W+", "-", path.removesuffix("*.tar")).strip("-")
+    table, files, folder = _open(path)
+    # 1. The first rows tell the columns, and validate where some are held out.
+    records = [_as_columns(record) for record in islice(table, held_out or _HEAD)]
+    if not records:
+        raise ValueError(f"{path} has no rows. Write some, or leave it out.")
+    is_packed = records[0].keys() == PACKED.keys()
+    columns = [column for record in records for column in (json.loads(record["columns"]) if is_packed else record)]
+    names = usual_names(list(dict.fromkeys(columns)))
+    if is_packed and not names:
+        raise ValueError(f"{path} has no row that can be read: {records[0]['problem'] or 'all are empty'}.")
+    sides = sides_of(list(names.values()), path)
+    read = partial(read_pair, sides=sides, folder=str(folder), names=names if is_packed else None)
+    head = check_source(name, Dataset.from_list(records, PACKED if is_packed else None), read, sides, **check)
+    head = head if negatives else head.without_negatives()
+    sides = tuple(head.pairs.column_names)  # negatives that a row of the head lacks are not used
+    # 2. All rows, or those behind the held-out ones.
+    known = _contents(head) if held_out else frozenset()
+    options = {"name": name, "read": read, "sides": sides, "known": known, "skipped": str(skipped or ""), **check}
+    first = len(records) if held_out else 0
+    rows = (table.skip(first) if held_out else table).map(
+        partial(_checked_rows, first=first, **options),
+        with_indices=True,
+        batched=True,
+        batch_size=1,  # a row that is passed over is a batch of none
+        remove_columns=_columns(table),
+    )
+    return head, rows, files
 
 
 class _NamedColumns(IterableDataset):

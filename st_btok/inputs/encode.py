@@ -307,17 +307,13 @@ def encode_rows(
     Raises:
         ValueError: If an argument has an unknown value.
     """
-    if task not in (None, "query", "document"):
-        raise ValueError(f'task must be "query", "document" or None, got {task!r}.')
-    if output_value not in ("sentence_embedding", "token_embeddings"):
-        raise ValueError(f"output_value must be sentence_embedding or token_embeddings, got {output_value!r}.")
-    if batch_tokens < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"batch_tokens and batch_size must be at least 1, got {batch_tokens} and {batch_size}.")
-    if isinstance(device, list) or "pool" in options:
-        raise ValueError("one process and one device at a time: for several, run recipes.encode_corpus_ray.")
+    _check_arguments(task, output_value, batch_tokens, batch_size, device)
     media = MediaOptions(**{key: options.pop(key) for key in _MEDIA_NAMES & options.keys()})
+    if "pool" in options:
+        raise ValueError(_ONE_DEVICE)
     if unknown := set(options) - set(model.get_model_kwargs()):
         raise ValueError(f"this model's encode does not know {sorted(unknown)}. Leave them out.")
+    # 1. Arguments of the model: those of the processor, and the limit of inputs that end in BToks.
     forwarded = {**options, **({"task": task} if task else {})}
     # The reader has chosen the frames of videos, so the processor must take all of them.
     processing = processing_kwargs or {}
@@ -326,6 +322,7 @@ def encode_rows(
     end = _last_btok(model)
     limit = None if end is None else _limit(model, processing)
     forwarded["processing_kwargs"] = processing if limit is None else _with_raised_limit(model, processing, limit)
+    # 2. From inputs to batches.
     batcher = Batcher(
         model,
         reader_for(model, media).read,
@@ -336,6 +333,7 @@ def encode_rows(
         batch_tokens,
         batch_size,
     )
+    # 3. From batches to vectors.
     if device is not None:
         model.to(device)
     truncate_dim = model.truncate_dim if truncate_dim is None else truncate_dim
@@ -353,6 +351,20 @@ def encode_rows(
             return list(torch.nn.functional.normalize(vectors, p=2, dim=1) if normalize_embeddings else vectors)
 
     return _encode(as_batch(inputs, model), batcher, run)
+
+
+_ONE_DEVICE = "one process and one device at a time: for several, run recipes.encode_corpus_ray."
+
+
+def _check_arguments(task: Any, output_value: Any, batch_tokens: int, batch_size: int | None, device: Any) -> None:
+    if task not in (None, "query", "document"):
+        raise ValueError(f'task must be "query", "document" or None, got {task!r}.')
+    if output_value not in ("sentence_embedding", "token_embeddings"):
+        raise ValueError(f"output_value must be sentence_embedding or token_embeddings, got {output_value!r}.")
+    if batch_tokens < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"batch_tokens and batch_size must be at least 1, got {batch_tokens} and {batch_size}.")
+    if isinstance(device, list):
+        raise ValueError(_ONE_DEVICE)
 
 
 def _encode(inputs: Iterable[Any], batcher: Batcher, run: Any) -> Iterator[EncodedRow]:
