@@ -159,7 +159,7 @@ def main() -> None:
     """Write a corpus and say what is in it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("corpus", choices=list(CORPORA))
-    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+    parser.add_argument("--to", "--output_dir", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--cache", type=Path, default=DEFAULT_CACHE, help=f"unpacked packages (default {DEFAULT_CACHE})"
     )

@@ -24,7 +24,7 @@ from recipes.command_line import option, parse, run
 class PretrainConfig:
     """Settings of one pre-training run; the defaults made the committed backbone."""
 
-    output: str = option("recipes/backbone", "Folder of the backbone.")
+    output: str = option("recipes/backbone", "Folder of the backbone.", "--output_dir")
     steps: int = option(2400, "Training steps.")
     learning_rate: float = option(2e-3, "Peak learning rate.")
     warmup_steps: int = option(60, "Steps of linear warm-up.")

@@ -22,7 +22,7 @@ from recipes.command_line import ArgumentDefaultsRawHelp, CommandParser, run
 def index(parser: CommandParser) -> None:
     """Make an index of a folder, or bring it up to date."""
     parser.add_argument("folder", type=Path, help="folder of texts, images, PDF files and videos, or a table of them")
-    parser.add_argument("--to", type=Path, required=True, help="folder of the index")
+    parser.add_argument("--to", "--output_dir", type=Path, required=True, help="folder of the index")
     parser.add_argument("--batch_size", type=int, default=32, help="items in a forward pass")
     parser.add_argument("--half", action="store_true", help="store float16: half the size")
     parser.add_argument("--index_above", type=int, default=100_000, help="rows above which searches are approximate")

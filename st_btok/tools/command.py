@@ -53,8 +53,9 @@ def check(parser: argparse.ArgumentParser) -> None:
         "backbone", type=given.model, help="hub name or path of a language model, or of a finished BTok model"
     )
     parser.add_argument("--template", choices=("chat", "plain"), default="chat", help="layout (default: chat)")
-    parser.add_argument("--max-pixels", type=int, help="largest image area in pixels; fewer are faster")
-    parser.add_argument("--gguf-file", help="name of the .gguf file inside the path")
+    pixels = "largest image area in pixels; fewer are faster"
+    parser.add_argument("--max_pixels", "--max-pixels", type=int, help=pixels)
+    parser.add_argument("--gguf_file", "--gguf-file", help="name of the .gguf file inside the path")
     parser.add_argument("--json", type=_new_path, help="also write the verdicts to this file")
     parser.set_defaults(opening=lambda options: given.duration(options["backbone"]))
 
