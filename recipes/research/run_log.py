@@ -18,15 +18,16 @@ class RunLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: list[dict[str, Any]] = []
-        kept = []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        content = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = ""
+        for text in content.splitlines():
             try:
                 self.lines.append(self.understood(json.loads(text)))
             except ValueError:
                 continue
-            kept.append(text)
-        if path.exists():
-            path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+            whole += f"{text}\n"
+        if whole != content:  # else it is left alone: another process may be adding to it
+            path.write_text(whole, encoding="utf-8")
 
     def understood(self, line: dict[str, Any]) -> dict[str, Any]:
         """A line as it is used here."""
