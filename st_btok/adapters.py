@@ -20,6 +20,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -98,6 +99,7 @@ def btok_lora_config(
             "the model has an adapter already. Call merge_adapters(model) first, or train the one it has."
         )
     _refer_to_base(model, base)
+    transformer.model.register_load_state_dict_pre_hook(partial(_keep_base_rows, ids))
     if use_dora:
         _write_readable_keys(transformer.model)
     return LoraConfig(
@@ -131,14 +133,25 @@ def _refer_to_base(model: SentenceTransformer, base: str | Path | None) -> None:
             gap,
         )
         return
-    elif not Path(str(backbone.name_or_path), "modules.json").exists():
-        logger.warning(
-            "Resuming this adapter's training is not exact to the last bit where the LM head is tied: it reads "
-            "the rows of the bottleneck tokens in the base too, which %r lacks. If that matters, pass "
-            'btok_lora_config(model, base="a folder").',
-            backbone.name_or_path,
-        )
     _set_fingerprint(transformer, base_fingerprint(str(backbone.name_or_path)))
+
+
+def _keep_base_rows(ids: list[int], backbone: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before weights are loaded: an adapted model keeps the base rows of its BToks.
+
+    A checkpoint of an adapter is loaded on the backbone as it was published, whose rows there hold anything. The
+    embeddings come from the adapter's rows; but a tied LM head reads the base's, so that the losses after resuming, or
+    after `load_best_model_at_end`, would be other ones.
+    """
+    if not getattr(backbone, "peft_config", None):
+        return
+    own = embedding_matrix(backbone)
+    name = next((name for name, parameter in backbone.named_parameters() if parameter is own), None)
+    loaded = state_dict.get(f"{prefix}{name}")
+    if loaded is not None and loaded.shape == own.shape:
+        loaded = loaded.clone()
+        loaded[ids] = own.detach()[ids].to(loaded)
+        state_dict[f"{prefix}{name}"] = loaded
 
 
 def _with_btoks(
@@ -325,7 +338,7 @@ def base_fingerprint(origin: str) -> str:
     """
     folder = Path(origin)
     if not folder.is_dir():
-        return f"commit:{commit_of(AutoConfig.from_pretrained(origin))}"
+        return f"commit:{commit_of(origin)}"
     whole = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in _WEIGHTS or path.name == "config.json":

@@ -36,7 +36,7 @@ from transformers.utils import quantization_config
 from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import DATE, Lack, append_btoks, pin_date, plain_template
 from st_btok.limits import set_max_seq_length, tokens_of_an_image
-from st_btok.model_parts import GENERATING, checkpoint_head, tokenizer_of
+from st_btok.model_parts import GENERATING, checkpoint_head, commit_of, remember_commit, tokenizer_of
 from st_btok.pooling import ENGINE_PLUGIN, BTokPooling
 from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
 
@@ -122,6 +122,8 @@ def build_model(
         )
         _check_weights(transformer.model, path, model_kwargs or {})
         _settle_tying(transformer.model.config, path, model_kwargs or {})
+        # So that an untied LM head is read from the same commit later, whatever the name stands for by then.
+        remember_commit(transformer.model.config, commit_of(path, **_hub_arguments(model_kwargs or {})))
     if named and isinstance(backbone, PreTrainedModel):  # a part: where the whole lies, its LM head is found again
         transformer.model.name_or_path = transformer.model.config.name_or_path = named
     tokenizer = tokenizer_of(transformer)

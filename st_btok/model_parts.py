@@ -8,9 +8,11 @@ model for good. Private names of other packages stand in this file alone, each w
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from st_btok.tokens import btok_ids
 
@@ -349,8 +351,28 @@ def bare_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def commit_of(config: PreTrainedConfig) -> str | None:
-    """The commit that a config was loaded from on the hub; None for a local folder. Read in transformers 5.23."""
+def commit_of(source: str, **hub: Any) -> str | None:
+    """The commit that a name on the hub stands for, by the place of its config in the cache.
+
+    Args:
+        source: Name or path of a checkpoint.
+        **hub: Arguments of `from_pretrained` that say where it lies, such as `revision` or `token`.
+
+    Returns:
+        40 hexadecimal digits; None for a local folder.
+    """
+    file = None if Path(source).is_dir() else cached_file(source, "config.json", **hub)
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(file).as_posix()) if file else None
+    return found[1] if found else None
+
+
+def remember_commit(config: PreTrainedConfig, commit: str | None) -> None:
+    """Note in a config which commit it was loaded from, as transformers did until 5.22. It is not saved."""
+    config._commit_hash = commit
+
+
+def remembered_commit(config: PreTrainedConfig) -> str | None:
+    """The commit that a config was loaded from on the hub, if it was noted."""
     return getattr(config, "_commit_hash", None)
 
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from st_btok.model_parts import (
     LogitRule,
     checkpoint_head,
-    commit_of,
     embedding_matrix,
     generation_class,
     logit_rule,
+    remembered_commit,
 )
 
 logger = logging.getLogger(__name__)
@@ -96,5 +96,5 @@ def own_logits(model: PreTrainedModel) -> LogitRule:
 
 def _read_head(source: str, config: PreTrainedConfig) -> tuple[Tensor | None, bool]:
     """The head of a checkpoint, and whether it is tied."""
-    commit = commit_of(config) if source == config.name_or_path else None
+    commit = remembered_commit(config) if source == config.name_or_path else None
     return checkpoint_head(source, config, **({"revision": commit} if commit else {}))

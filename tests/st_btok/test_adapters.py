@@ -27,6 +27,7 @@ from st_btok.adapters import (
 )
 from st_btok.model_parts import checkpoint_tensors, embedding_matrix, find_btoks
 from st_btok.tools.check import check
+from st_btok.training.lm_head import output_embeddings
 from tests.backbones import build, llama, picture, takes
 
 
@@ -253,7 +254,7 @@ def test_every_weight_of_a_checkpoint_is_read_in_parts(family, tmp_path):
     model, _ = build(family)
     model.save_pretrained(tmp_path)
     expected = AutoModel.from_pretrained(tmp_path)
-    found = dict(checkpoint_tensors(type(expected), str(tmp_path), most=4000))
+    found = dict(checkpoint_tensors(type(expected), str(tmp_path), max_numbers=4000))
     assert found.keys() == expected.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in expected.state_dict().items())
 
@@ -284,6 +285,40 @@ def test_an_overwritten_base_is_noticed(qwen, tmp_path):
     assert base_change(merge_adapters(SentenceTransformer(str(tmp_path / "adapter")))) is None
 
 
+def test_a_base_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    """Offline, from a cache as the hub's client lays it out; `main` then moves on to another commit."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache = tmp_path / "hub/models--someone--tiny"
+
+    def publish(commit, seed):
+        backbone, tokenizer = build("llama")
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            backbone.get_input_embeddings().weight.normal_(0, 0.2)
+        backbone.save_pretrained(cache / "snapshots" / commit)
+        tokenizer.save_pretrained(cache / "snapshots" / commit)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs/main").write_text(commit)
+
+    publish("a" * 40, seed=1)
+    model = build_model("someone/tiny", device="cpu")
+    head = output_embeddings(model[0].model, model[0].model.name_or_path).clone()
+    adapted(model)
+    expected = model.encode(["a", "b"])
+    assert "alone" in save_trained(model, tmp_path / "adapter")
+    kept = json.loads((tmp_path / "adapter/sentence_bert_config.json").read_text())["processing_kwargs"]
+    assert kept["chat_template"]["base_fingerprint"] == "commit:" + "a" * 40
+    loaded = SentenceTransformer(str(tmp_path / "adapter"))
+    np.testing.assert_allclose(loaded.encode(["a", "b"]), expected, atol=1e-6)
+    assert base_change(loaded) is None
+    publish("b" * 40, seed=2)
+    moved = SentenceTransformer(str(tmp_path / "adapter"))
+    assert np.abs(moved.encode(["a", "b"]) - expected).max() > 0.01, "loaded over the other base, without an error"
+    assert "'someone/tiny' is not the one that the adapter was trained on" in base_change(moved)
+    # The head of the model in memory is still read from its own commit.
+    assert torch.equal(output_embeddings(model[0].model, model[0].model.name_or_path), head)
+
+
 @pytest.mark.parametrize("form", ["list", "dict"])
 def test_own_tokens_train_beside_the_btoks(from_disk, tmp_path, form):
     own, (_, ids) = [65, 66], find_btoks(from_disk)
@@ -293,14 +328,6 @@ def test_own_tokens_train_beside_the_btoks(from_disk, tmp_path, form):
     expected = from_disk.encode(["ABBA"])
     assert "alone" in save_trained(from_disk, tmp_path / "saved")
     np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "saved")).encode(["ABBA"]), expected, atol=1e-6)
-
-
-def test_resuming_without_the_rows_is_told(from_disk, tmp_path, caplog):
-    btok_lora_config(from_disk)
-    assert "not exact to the last bit" in caplog.text
-    caplog.clear()
-    btok_lora_config(from_disk, base=tmp_path / "base")
-    assert not caplog.text
 
 
 def test_nested_models_keep_their_own_layers():

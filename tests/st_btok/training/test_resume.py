@@ -17,6 +17,7 @@ from sentence_transformers import (
 
 from st_btok import BTokCallback, BTokLoss, build_model
 from st_btok.adapters import btok_lora_config, merge_adapters
+from st_btok.model_parts import embedding_matrix, find_btoks
 from tests.backbones import build
 
 TEXTS = ["one", "two kittens", "three", "four", "five six", "seven"]
@@ -112,6 +113,35 @@ def test_resuming_continues_bit_by_bit(form, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     changed = [name for name in expected if name not in start or not torch.equal(expected[name], start[name])]
     assert len(changed) > 10
+
+
+@pytest.mark.parametrize("end", ["resumed", "best"])
+def test_an_adapter_on_the_bare_backbone_loses_no_base_rows(end, tmp_path):
+    """Its checkpoints are put on a base whose rows of the bottleneck tokens hold anything; a tied head reads them."""
+    backbone, tokenizer = build("llama")
+    backbone.save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+
+    def adapted():
+        model = build_model(tmp_path / "backbone", device="cpu")
+        torch.manual_seed(5)
+        model.add_adapter(btok_lora_config(model, r=4, dropout=0.2))
+        return model
+
+    whole, options = adapted(), {}
+    if end == "best":
+        options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    base = embedding_matrix(whole[0].model).clone()
+    unbroken = train(whole, tmp_path / "run", **options)
+    assert torch.equal(embedding_matrix(whole[0].model), base)
+    if end == "resumed":
+        resumed = train(adapted(), tmp_path / "second", resume=str(tmp_path / "run/checkpoint-2"))
+        assert losses(resumed) == losses(unbroken)
+        found, expected = resumed.model.state_dict(), whole.state_dict()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    loaded = SentenceTransformer(str(tmp_path / "run/checkpoint-4"), device="cpu")
+    _, ids = find_btoks(loaded)
+    assert not torch.equal(embedding_matrix(loaded[0].model)[ids], base[ids]), "else there is nothing to lose"
 
 
 @pytest.mark.parametrize("form", FORMS)
