@@ -332,7 +332,7 @@ def _changed_weight(backbone: PreTrainedModel, origin: str, held: set[int]) -> s
 
 
 def base_fingerprint(origin: str) -> str:
-    """What tells whether an adapter's base is still the same: a hash of weights and config, or a commit of the hub.
+    """A text that changes with an adapter's base: a hash of weights and config, or a commit of the hub.
 
     `"sha256:..."` for a folder, `"commit:..."` for a name on the hub.
     """

@@ -335,7 +335,7 @@ def _load_part(
 
 
 def without_adapter(model: nn.Module, name: str) -> Tensor:
-    """The weight itself, not a copy, by the name that it has in the state dict of the model without adapters."""
+    """A weight itself, not a copy, by its name in the state dict of the model without adapters."""
     *path, leaf = name.split(".")
     for part in path:
         model = bare_module(getattr(model, part))

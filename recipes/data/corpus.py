@@ -38,7 +38,7 @@ class Corpus:
     def __init__(
         self, start: Callable[[int], Iterator[Any]], folder: Path, num_rows: int | None, digest: CorpusDigest
     ) -> None:
-        """Keep what gives the records from a number on, where relative paths start from, and what was read so far."""
+        """`start` gives the records from a number on, `folder` is where paths start, `digest` holds what was read."""
         self.folder, self.num_rows, self.digest = folder, num_rows, digest.value()
         self._start = start
         self._place, self._coming = -1, iter(())

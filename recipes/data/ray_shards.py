@@ -26,7 +26,7 @@ class Encoder:
 
 
 def encode(config: RayEncodeConfig) -> tuple[int, int]:
-    """Encode what is missing; the number of shards written, and of rows in them that could not be read."""
+    """Encode what is missing; returns how many shards were written, and how many of their rows could not be read."""
     corpus = open_corpus(config.data)
     if corpus.num_rows is None:
         raise ValueError(

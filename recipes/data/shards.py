@@ -88,7 +88,7 @@ def _clean_up(folder: Path) -> None:
 
 
 def encode_shard(model: SentenceTransformer, corpus: Corpus, shard: Shard, config: EncodeConfig) -> int:
-    """Embed the rows of a shard and write its file in one step; the number of rows that could not be embedded."""
+    """Embed the rows of a shard and write its file in one step; returns how many could not be embedded."""
     ids: list[str] = []
     vectors, errors = _embed(model, corpus, shard.first, shard.stop, config, ids)
     if corpus.num_rows is not None and len(ids) < shard.stop - shard.first:

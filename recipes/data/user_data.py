@@ -152,7 +152,7 @@ def _text_table(path: Path) -> tuple[Dataset, list[str]]:
 def packed_rows(paths: Sequence[str], version: str = "") -> Iterator[dict[str, str]]:
     """Rows of text tables in one form: `record` and `columns` as JSON, or the `problem`.
 
-    By `version` `datasets` tells changed files from those that it read.
+    `version` tells `datasets`, which keeps what it read, that the files have changed.
     """
     for path in paths:
         for _, row in read_table(path):

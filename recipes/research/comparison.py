@@ -27,7 +27,7 @@ CALIBRATION = 8  # steps; the median of their times decides how many fit the bas
 
 
 def compare(config: CompareConfig) -> str:
-    """Train and score what is not in `runs.jsonl` yet; write table and figure, and return table and verdicts."""
+    """Train and score what is not in `runs.jsonl` yet; writes table and figure, and returns table and verdicts."""
     with only_training_in(config.output_dir):
         sources = load_user_data(config.data, on_error=config.on_error, check_media=config.check_media)
         sources = [source.without_negatives() for source in sources]

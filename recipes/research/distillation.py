@@ -71,7 +71,7 @@ def compare(found: np.ndarray, wanted: np.ndarray, held_out: np.ndarray) -> Loss
 def distil(
     model: SentenceTransformer, rows: list[Any], steps: int, batch_size: int, learning_rate: float
 ) -> tuple[SentenceTransformer, Loss, Loss]:
-    """Train the copy, which changes `model` itself; the copy, and its loss of quality before and after training."""
+    """Train the copy, which changes `model` too; returns the copy, and its loss of quality before and after."""
     if len(rows) < 3 * NEIGHBOURS:
         raise ValueError(f"at least {3 * NEIGHBOURS} rows are needed, got {len(rows)}.")
     wanted = model.encode(rows, show_progress_bar=True)

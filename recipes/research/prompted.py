@@ -52,7 +52,7 @@ def prompted_model(
 
 
 def append_prompt(transformer: Transformer, prompt: str, opened: bool) -> int:
-    """Let the chat template end every input in a prompt; the number of the prompt's tokens.
+    """Let the chat template end every input in a prompt; returns the number of the prompt's tokens.
 
     Changes `transformer` in place. With `opened` the template opens the assistant's turn before the prompt.
 

@@ -70,7 +70,7 @@ _RANKING = (
 
 @cache
 def options_of(pooling: str) -> frozenset[str]:
-    """The options that a pooling takes, by the signatures of what they reach."""
+    """The options that a pooling takes: the arguments of what they are handed to."""
     names = {"opened"} | _arguments(*_RANKING)
     if pooling == "btok":
         names |= {"train_btoks", "row_lr"} | _arguments("st_btok.model", "build_model")

@@ -17,7 +17,7 @@ WORDS, PAGES = 48, 6
 
 
 def write_demo(folder: str | Path, seed: int = 0) -> list[str]:
-    """Draw the folder; the captions of the pictures `words/000.png`, `words/001.png`, ..."""
+    """Draw the folder; returns the captions of the pictures `words/000.png`, `words/001.png`, ..."""
     root = Path(folder)
     (root / "words").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)

@@ -202,7 +202,7 @@ def _write(
 def frames_of(value: Any, model: SentenceTransformer, max_pixels: int) -> list[Image.Image]:
     """The picture of an input of `items_of`, or the frames of its video; of several media the first.
 
-    None for a text, or where the file has changed and can't be read any more.
+    An empty list for a text, and for a file that has changed and can't be read any more.
     """
     if value.keys() <= {"text"}:
         return []
@@ -219,7 +219,7 @@ def frames_of(value: Any, model: SentenceTransformer, max_pixels: int) -> list[I
 
 
 def thumbnail(value: Any, model: SentenceTransformer, longest: int = 256) -> bytes:
-    """A small JPEG of what the model read of an input; of a video the frame in the middle. Empty for a text."""
+    """A small JPEG of the picture that the model read, or of the middle frame of a video; no bytes for a text."""
     frames = frames_of(value, model, 4 * longest**2)
     if not frames:
         return b""

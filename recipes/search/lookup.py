@@ -43,7 +43,7 @@ class Spread:
 
 
 def spread(store: Store) -> Spread | None:
-    """Similarities of random pairs of rows: at most 200 are drawn. None with fewer than 20 pairs of other files."""
+    """How similar random rows are, from at most 200; None if fewer than 20 pairs are of different files."""
     rows = store.sample(_SAMPLE)
     if len(rows) < 2:
         return None

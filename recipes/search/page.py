@@ -60,7 +60,8 @@ class Page:
     def search(self, query: dict[str, Any] | None, kinds: list[str], path: str) -> tuple[str, str, list[Hit]]:
         """The grid of hits of a text, a picture or both, a line about it, and the hits.
 
-        `query` holds `text`, and `files` with at most one path of an upload. No kinds: all; `path`: how paths start.
+        `query` holds `text`, and `files` with at most one path of an upload. An empty `kinds` means all of them; the
+        paths of hits start with `path`.
         """
         text, files = (query or {}).get("text") or "", (query or {}).get("files") or []
         kinds, path = kinds or [], (path or "").strip()  # nothing comes from filters that were never unfolded

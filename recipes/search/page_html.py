@@ -143,9 +143,9 @@ def details(
 
 
 def heat(picture: Image.Image, weights: np.ndarray, highest: float) -> Image.Image:
-    """A heat map of attention (rows, columns) over an RGB picture; where it is low, the picture in dim grey shows.
+    """A heat map of attention (rows, columns) over an RGB picture, which shows in dim grey where attention is low.
 
-    `highest` is drawn brightest.
+    The value `highest` is drawn brightest.
     """
     lowest = float(weights.min())
     share = Image.fromarray(((weights - lowest) / max(highest - lowest, 1e-12)).astype(np.float32))

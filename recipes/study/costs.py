@@ -42,7 +42,7 @@ class Costs:
         return float(np.median([mine[r] / base[r] for r in both])) if both else None
 
     def equal_time_steps(self, wanted: Wanted) -> int | None:
-        """Steps in the baseline's time for a run at equal steps.
+        """The steps that fit into the baseline's time, for a run at equal steps.
 
         None where equal steps are equal time already, or nothing was timed.
         """

@@ -72,7 +72,7 @@ _corpus = lru_cache(maxsize=8)(load_corpus)
 
 
 def made(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
-    """Do all jobs, `workers` at a time, or in this process; each job with its line, or its error, as they finish."""
+    """Do all jobs, `workers` at a time (1: in this process); yields each with its line, or its error, as it ends."""
     if workers == 1:
         yield from ((job, _attempt(job)) for job in jobs)
         return

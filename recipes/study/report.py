@@ -177,7 +177,7 @@ def _shown(found: Difference | None) -> str:
 def reasons(lines: Sequence[dict[str, Any]]) -> str:
     """Markdown: the two gradients' cosine over the training, and what the BToks tell the decoder.
 
-    Empty without probed runs; of several seeds the mean.
+    The mean of several seeds; an empty text if no run was probed.
     """
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for line in lines:

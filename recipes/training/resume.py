@@ -46,7 +46,7 @@ _OPTIMIZER = ("optimizer.pt", "optimizer_*", "optimizer.bin", "global_step*")
 
 
 def newest_complete(folder: str | Path) -> Path | None:
-    """The newest checkpoint of an `output_dir` in which every file is whole; what is passed over is logged."""
+    """The newest checkpoint of an `output_dir` in which every file is whole; newer ones are logged with the reason."""
     found = [(int(match[1]), path) for path in Path(folder).glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
     for step, path in sorted(found, reverse=True):
         problem = what_is_torn(path, step)

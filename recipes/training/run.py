@@ -194,7 +194,7 @@ def begin(config: TrainConfig, training: Sequence[Source], files: Mapping[str, S
 
 
 def train(config: TrainConfig) -> Path:
-    """Run the whole training; the folder of the trained model.
+    """Run the whole training; returns the folder of the trained model.
 
     Raises:
         ValueError: No data or no backbone, broken data with `on_error="raise"`, a used `output_dir`, or resuming

@@ -110,7 +110,7 @@ class Batcher:
     # --- rows to windows ---------------------------------------------------------------------------------------------
 
     def batches(self, items: Iterable[tuple[int, Any]]) -> Iterator[tuple[list[Row], list[Batch]]]:
-        """Read, preprocess and sort numbered inputs; the bad rows and the batches of one window after the other."""
+        """Read, preprocess and sort numbered inputs; yields the bad rows and the batches of each window."""
         for window in self._windows(items):
             bad = [row for row in window if row.reason]
             yield bad, list(self._batches([row for row in window if not row.reason]))

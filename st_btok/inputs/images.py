@@ -324,7 +324,7 @@ def to_bytes(values: Any, what: str) -> np.ndarray:
 
 
 def check_brightness(values: Any, what: str) -> tuple[np.ndarray, float]:
-    """Check that an array or tensor holds brightness values as `to_bytes` takes them; it, and the largest value."""
+    """Check that an array or tensor holds values that `to_bytes` takes; returns them, and the largest."""
     values = _array(values, what)
     if values.dtype in (np.uint8, bool) or not values.size:
         return values, 255.0
