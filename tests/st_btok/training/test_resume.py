@@ -17,7 +17,7 @@ from sentence_transformers import (
 
 from st_btok import BTokCallback, BTokLoss, build_model
 from st_btok.adapters import btok_lora_config, merge_adapters
-from st_btok.model_parts import embedding_matrix, find_btoks
+from st_btok.model_parts import embedding_matrix, find_btoks, without_adapter
 from tests.backbones import build
 
 TEXTS = ["one", "two kittens", "three", "four", "five six", "seven"]
@@ -142,6 +142,30 @@ def test_an_adapter_on_the_bare_backbone_loses_no_base_rows(end, tmp_path):
     loaded = SentenceTransformer(str(tmp_path / "run/checkpoint-4"), device="cpu")
     _, ids = find_btoks(loaded)
     assert not torch.equal(embedding_matrix(loaded[0].model)[ids], base[ids]), "else there is nothing to lose"
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_the_best_of_a_second_stage_stands_on_the_first(with_base, tmp_path, caplog):
+    """What the first adapter left is no weight of the backbone that `name_or_path` names."""
+    backbone, tokenizer = build("llama")
+    backbone.save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    model = build_model(tmp_path / "backbone", device="cpu")
+    model.add_adapter(btok_lora_config(model, r=4, dropout=0.0))
+    train(model, tmp_path / "first", max_steps=2)
+    merge_adapters(model)
+    first = {name: value.clone() for name, value in model[0].model.named_parameters()}
+    assert not torch.equal(first["layers.0.mlp.up_proj.weight"], backbone.model.layers[0].mlp.up_proj.weight)
+    caplog.clear()
+    model.add_adapter(btok_lora_config(model, r=4, dropout=0.0, base=tmp_path / "base" if with_base else None))
+    assert ("can't be loaded or resumed" in caplog.text) is not with_base
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = train(model, tmp_path / "second", gradient_accumulation_steps=1, **options)
+    for name, value in first.items():
+        assert torch.equal(without_adapter(model[0].model, name), value), name
+    if with_base:
+        best = SentenceTransformer(trainer.state.best_model_checkpoint, device="cpu")
+        np.testing.assert_allclose(best.encode(TEXTS), model.eval().encode(TEXTS), atol=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
