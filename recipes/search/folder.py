@@ -9,6 +9,7 @@ is said, never passed over: files of other kinds by their suffix, unreadable fil
 from __future__ import annotations
 
 import hashlib
+import itertools
 import mimetypes
 import os
 from collections import Counter
@@ -205,28 +206,16 @@ def items_of(folder: str | Path, source: Source) -> Iterator[Item]:
 
 
 def _pages(path: Path) -> Iterator[Item]:
-    """Pages of a PDF. Behind one that can't be drawn, each is asked for by itself."""
-    pages, number = pdf_pages(path), 0
-    has_broken = False
-    while True:
-        place = f"page {number + 1}"
-        if has_broken:
-            try:
-                pages = pdf_pages(path, pages=[number])
-            except ValueError:  # there is no such page: the end
-                return
+    """Pages of a PDF, counted from 1; one that can't be drawn gives its reason, and the next one follows."""
+    pages = pdf_pages(path)
+    for number in itertools.count(1):
+        place = f"page {number}"
         try:
-            page = next(pages, None)
+            yield Item(place, {"image": next(pages)})
+        except StopIteration:
+            return
         except ValueError as error:
-            has_broken = True
-            # Counted from 0 where pages are asked for; people count from 1.
-            reason = str(error).replace(f"page {number} of", f"page {number + 1} of")
-            yield Item(place, None, reason=reason)
-        else:
-            if page is None:
-                return
-            yield Item(place, {"image": page})
-        number += 1
+            yield Item(place, None, reason=str(error))
 
 
 def _records(root: Path, file: Path) -> Iterator[Item]:
