@@ -125,12 +125,11 @@ def _embed(
             name = as_id(record.get("id")) if isinstance(record, dict) else None
             ids.append(_storable(number if name is None else name))
             try:
-                yield as_input(record, corpus.folder)
+                value: Any = as_input(record, corpus.folder)
             except BrokenRecordError as error:
-                broken[number - first] = str(error)
-                yield None
+                value = error
+            yield value
 
-    broken: dict[int, str] = {}
     reasons: dict[int, str] = {}
     vectors = {}
     done = encode_rows(
@@ -145,7 +144,7 @@ def _embed(
     )
     for row in done:
         if row.reason:
-            reasons[row.row] = _storable(broken.get(row.row, row.reason))
+            reasons[row.row] = _storable(row.reason)
         else:
             vectors[row.row] = row.embedding.float().cpu().numpy()
     return vectors, [reasons.get(row, "") for row in range(len(ids))]  # a stream can end before `stop`

@@ -107,7 +107,7 @@ def checked_inputs(
 
     Args:
         inputs: A batch, any iterable, of what `encode` takes, and more: paths as `Path`, bytes and data URIs as media,
-            video files through PyAV.
+            video files through PyAV. A `ValueError` in the place of an input is a bad row with that reason.
         model: The model that will embed them.
         on_error: `"raise"` (default): one error that lists the bad rows. `"skip"`: bad rows are left out and listed.
         **media: How media are read: `allow_urls`, `num_frames`, `max_pixels`, `background`, see `MediaOptions`.
