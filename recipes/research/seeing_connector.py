@@ -267,7 +267,7 @@ def train_captions(
     seed: int,
     to: Path,
 ) -> list[dict[str, float]]:
-    """Train the connector through the frozen decoder; the best on validation is written to `to`.
+    """Train the connector through the frozen decoder; the step at which the right picture saves most is kept.
 
     Args:
         connector: The connector, trained in place.
@@ -278,7 +278,7 @@ def train_captions(
         batch_size: Pictures a step.
         rate: Peak learning rate; cosine decay.
         seed: Seed of the order.
-        to: Folder of `connector.safetensors`.
+        to: Folder that the kept connector is written to.
 
     Returns:
         A line for each time that it was measured.
@@ -289,14 +289,14 @@ def train_captions(
     shares = np.array([share for _, share in sources]) / sum(share for _, share in sources)
     prompt, end = reader.ids(PROMPT), reader.ids("<|im_end|>")
     log: list[dict[str, float]] = []
-    best, recent = -1.0, []
+    best, recent = -np.inf, []
     for step in range(steps + 1):
         if step % 40 == 0 or step == steps:
             line = {"step": step} | ({"loss": float(np.mean(recent))} if recent else {})
             log.append(line | measure(connector, reader, validation))
-            score = log[-1]["to text"] + log[-1]["to picture"]
-            if score > best:
-                best = score
+            saved = log[-1]["wrong"] - log[-1]["right"]
+            if saved > best:
+                best = saved
                 save_connector(connector, to)
             print(json.dumps({name: round(value, 3) for name, value in log[-1].items()}), flush=True)
             recent = []
@@ -347,8 +347,13 @@ def measure(connector: nn.Module, reader: Reader, held_out: Captioned) -> dict[s
         found[name] = torch.cat(losses).mean().item()
     scores = reader.embed(contents) @ reader.embed(reader.words(held_out.captions)).T
     for name, table in (("to text", scores), ("to picture", scores.T)):
-        found[name] = (100 / (table >= table.diag()[:, None]).sum(1)).mean().item()
+        found[name] = reciprocal_ranks(table)
     return found
+
+
+def reciprocal_ranks(scores: Tensor) -> float:
+    """MRR in % of (N, N) scores whose right candidates are on the diagonal."""
+    return (100 / (scores >= scores.diag()[:, None]).sum(1)).mean().item()
 
 
 def save_connector(connector: nn.Module, to: Path) -> None:
@@ -395,6 +400,7 @@ def train(steps: int, folder: Path, cache: Path, to: Path, seed: int = 0) -> Non
         "seconds": round(time.process_time() - start),
         "closed form": errors[::20],
         "log": log,
+        "kept": max(log, key=lambda line: line["wrong"] - line["right"])["step"],
         "hashes": [f"{value:016x}" for source in trained for value in source.hashes],
     }
     (to / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")

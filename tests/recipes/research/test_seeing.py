@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from recipes.research.seeing_ceiling import Sides, ceiling
 from recipes.research.seeing_checkpoint import picture_template, tower_weights
 from recipes.research.seeing_connector import PROMPT, Reader, class_pictures, start_linear
 from recipes.research.seeing_pictures import Captioned, topic
@@ -101,3 +102,21 @@ def test_classes_are_pictures_that_the_classifier_takes_for_them():
     logits = made.features.float().mean(1) @ weights["classifier.weight"].T + weights["classifier.bias"]
     assert (logits.argmax(1) == torch.arange(1000)).float().mean() > 0.95
     assert made.captions[0].startswith("tench: ") and not len(made.hashes)
+
+
+def test_the_ceiling_is_what_both_sides_share(monkeypatch):
+    """Sides that are linear in the same hidden values are found nearly all; sides that share nothing are not."""
+    monkeypatch.setattr("recipes.research.seeing_ceiling.WIDTHS", (16,))
+    monkeypatch.setattr("recipes.research.seeing_ceiling.STEPS", 120)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(8, 40, generator=generator), torch.randn(8, 24, generator=generator)
+
+    def sides(number: int) -> Sides:
+        hidden = torch.randn(number, 8, generator=generator)
+        return Sides(hidden @ left, hidden @ right)
+
+    assert min(ceiling(sides(300), sides(50), sides(60))) > 80
+    noise = [
+        Sides(torch.randn(n, 40, generator=generator), torch.randn(n, 24, generator=generator)) for n in (300, 50, 60)
+    ]
+    assert max(ceiling(*noise)) < 25
