@@ -143,6 +143,8 @@ def _media_limits(transformer: Transformer) -> dict[str, Any]:
         if kind in transformer.modality_config:
             area = _largest_area(transformer, kind)
             form = video_form(transformer) if kind == "video" else lambda item: item
+            if form is None:
+                continue
             large = _large_media(kind, bool(area))
             lengths = [_num_tokens(transformer, {kind: form(item), "text": "a"}) for item in large]
             tokens = max(lengths) - empty
@@ -186,7 +188,7 @@ def _large_media(kind: str, any_shape: bool) -> Iterator[Any]:
             yield Image.new("RGB", (_LARGE, round(_LARGE / ratio)))
 
 
-def video_form(transformer: Transformer) -> Callable[[np.ndarray], Any]:
+def video_form(transformer: Transformer) -> Callable[[np.ndarray], Any] | None:
     """The form in which a backbone's processor takes frames that were made here.
 
     Some refuse bare frames, because they choose frames by time (GLM-4V, MiniCPM-V), or fewer frames than they choose
@@ -196,7 +198,8 @@ def video_form(transformer: Transformer) -> Callable[[np.ndarray], Any]:
         transformer: The model's first module.
 
     Returns:
-        A function of frames (F, H, W, 3) uint8: the frames, or with their times, or more of them.
+        A function of frames (F, H, W, 3) uint8: the frames, or with their times, or more of them. None, with a
+        warning, where the processor takes none of these.
     """
     wanted = getattr(getattr(transformer.processor, "video_processor", None), "num_frames", None) or 0
 
@@ -215,10 +218,15 @@ def video_form(transformer: Transformer) -> Callable[[np.ndarray], Any]:
     for form in forms:
         try:
             _num_tokens(transformer, {"video": form(np.zeros((2, 56, 56, 3), np.uint8)), "text": "a"})
-        except Exception:  # processors raise what they like
+        except Exception as error:  # processors raise what they like
+            reason = str(error) or type(error).__name__
             continue
         return form
-    return bare
+    logger.warning(
+        "The backbone's %s takes no video, bare or with its times (%s): inputs with one will be errors.",
+        type(transformer.processor).__name__, reason,
+    )  # fmt: skip
+    return None
 
 
 def growing_characters(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:

@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -323,7 +324,10 @@ def _set_template(transformer: Transformer, template: str, num_btoks: int, given
 
 
 def _replaces_template(transformer: Transformer) -> bool:
-    """Whether the processor renders some media through a template of its own, as SmolVLM's does with videos."""
+    """Whether the processor renders through another template: SmolVLM's some media; Phi-4's, once saved, has none."""
+    if isinstance(transformer.processor, ProcessorMixin):
+        if "chat_template" not in signature(type(transformer.processor).__init__).parameters:
+            return True
     for modality in ("image", "video", "audio"):
         if modality in transformer.modality_config:
             message = {"role": "user", "content": [{"type": modality}, {"type": "text", "text": "a"}]}

@@ -415,8 +415,11 @@ def forget_adapters(model: PreTrainedModel) -> None:
 
 def media_tokens(transformer: Transformer) -> dict[str, int]:
     """Ids of the backbone's placeholder tokens by kind, `"image"`, `"video"`, `"audio"`, as far as it has them."""
-    named = {kind: getattr(transformer.config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
-    return {kind: token for kind, token in named.items() if token is not None}
+    found: dict[str, int] = {}
+    for source in (transformer.config, transformer.processor):  # Phi-4's config has them in its parts only
+        named = {kind: getattr(source, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
+        found = found or {kind: token for kind, token in named.items() if token is not None}
+    return found
 
 
 def ignore_in_forward(*keys: str) -> None:

@@ -27,6 +27,7 @@ from tests.tiny_newer import (
     ministral3,
     mistral_small,
     molmo2,
+    phi4_multimodal,
     pixtral,
     qwen3_vl_moe,
     smollm3,
@@ -79,6 +80,7 @@ NEWER_BUILDERS = {
     "llava_next": llava_next,
     "aya_vision": aya_vision,
     "deepseek_vl": deepseek_vl,
+    "phi4_multimodal": phi4_multimodal,
     "smollm3": smollm3,
     "granite": granite,
 }
@@ -96,7 +98,7 @@ MODALITIES = {
     **dict.fromkeys(
         (
             "idefics3", "gemma3", "lfm2_vl", "mistral_small", "ministral3", "pixtral", "llava", "llava_next",
-            "aya_vision", "deepseek_vl",
+            "aya_vision", "deepseek_vl", "phi4_multimodal",
         ),
         ("image",),
     ),

@@ -234,6 +234,10 @@ KIMI = _loop(
     + "{{- '<|im_end|>' -}}",
     after=_OPEN.replace("OPEN", "<|im_assistant|>assistant<|im_middle|>"),
 )
+PHI4_MULTIMODAL = _loop(
+    "{{- '<|' + message.role + '|>' -}}" + _parts(image="<|image|>", audio="<|audio|>") + "{{- '<|end|>' -}}",
+    after=_OPEN.replace("OPEN", "<|assistant|>"),
+)
 # Without an instruction it writes one, with today's date and yesterday's, which it reckons.
 MISTRAL_SMALL = (
     "{{- bos_token -}}{%- set today = strftime_now('%Y-%m-%d') -%}"
@@ -324,6 +328,9 @@ NEWER = {
         "<|END_RESPONSE|>",
     ),
     "deepseek_vl": ("deepseek_vl", DEEPSEEK_VL, ("<|end_of_text|>",), "<|end_of_text|>"),
+    "phi4_multimodal": (
+        "phi4_multimodal", PHI4_MULTIMODAL, ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), "<|end|>"
+    ),
     "qwen3_vl_moe": ("qwen3_vl_moe", QWEN_TEMPLATE, (), "<|im_end|>"),
     "smollm3": ("smollm3", SMOLLM3, (), "<|im_end|>"),
     "granite": ("granite", GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"),

@@ -44,6 +44,7 @@ NAMES = {
     "pixtral": "Pixtral",
     "aya_vision": "Aya Vision",
     "deepseek_vl": "DeepSeek-VL",
+    "phi4_multimodal": "Phi-4-multimodal",
     "phi-3-vision": "Llama with Phi-3-vision's template",
     "llama3": "Llama 3",
     "qwen3": "Qwen3",

@@ -66,6 +66,11 @@ from transformers import (
     Molmo2ImageProcessor,
     Molmo2Processor,
     Molmo2VideoProcessor,
+    Phi4MultimodalConfig,
+    Phi4MultimodalFeatureExtractor,
+    Phi4MultimodalForCausalLM,
+    Phi4MultimodalImageProcessor,
+    Phi4MultimodalProcessor,
     PixtralImageProcessor,
     PixtralProcessor,
     PreTrainedModel,
@@ -550,6 +555,29 @@ def deepseek_vl(tied: bool = True) -> Built:
     )
     images = DeepseekVLImageProcessor(size={"height": 56, "width": 56})
     return DeepseekVLForConditionalGeneration(config), DeepseekVLProcessor(images, own, num_image_tokens=16)
+
+
+def phi4_multimodal(tied: bool = True) -> Built:
+    """Its processor knows pictures of 448 px only, 273 tokens at least."""
+    own = tokenizer(image_token="<|image|>", audio_token="<|audio|>")
+    own.model_max_length = 8192
+    audio = {"hidden_size": 16, "intermediate_size": 32, "num_blocks": 2, "num_attention_heads": 2}
+    audio |= {"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 16}
+    config = Phi4MultimodalConfig(
+        **{**TEXT, "max_position_embeddings": 8192, "pad_token_id": 256},
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_token_id": own.convert_tokens_to_ids("<|image|>"),
+        },
+        audio_config={**audio, "audio_token_id": own.convert_tokens_to_ids("<|audio|>"), "initializer_range": 0.2},
+        tie_word_embeddings=tied,
+    )
+    images = Phi4MultimodalImageProcessor(dynamic_hd=1)
+    processor = Phi4MultimodalProcessor(images, Phi4MultimodalFeatureExtractor(), own)
+    return Phi4MultimodalForCausalLM(config), processor
 
 
 def qwen3_vl_moe(tied: bool = True) -> Built:

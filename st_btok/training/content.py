@@ -391,6 +391,8 @@ def _probes(transformer: Transformer) -> Iterator[tuple[str, list[Any], list[tup
             continue
         if kind == "video":
             form = video_form(transformer)
+            if form is None:
+                continue
             items = [form(item) for item in items]
         bit = MEDIA_BITS[kind]
         yield kind, [{kind: items[0]}], [("", bit)]

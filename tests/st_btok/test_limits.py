@@ -57,6 +57,22 @@ def test_frames_in_a_list_are_counted(qwen):
         qwen[0].preprocess([{"video": largest * 4, "text": "x"}])
 
 
+def test_a_processor_that_takes_no_video_takes_the_rest(monkeypatch, caplog):
+    """As Cosmos3-Edge's in transformers 5.23, which asks for times that it did not have made."""
+
+    def refuse(self, *args, **options):
+        raise KeyError("video_metadata")
+
+    monkeypatch.setattr(Qwen2VLVideoProcessor, "__call__", refuse)
+    backbone, processor = build("qwen2_vl")
+    with caplog.at_level(logging.WARNING):
+        model = build_model(backbone, processor=processor, device="cpu")
+    assert "takes no video, bare or with its times ('video_metadata')" in caplog.text
+    assert model.encode([{"image": picture(), "text": "a"}]).shape == (1, 32)
+    with pytest.raises(KeyError, match="video_metadata"):
+        model.encode([{"video": np.zeros((4, 56, 56, 3), np.uint8), "text": "a"}])
+
+
 @pytest.mark.parametrize("end", ["", " " * 40])
 def test_text_that_a_template_trims_is_cut_and_not_refused(end):
     """Gemma 3 and 4 trim: the blanks that were counted at the end of the text are no part of what is too much."""
