@@ -27,6 +27,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
+from recipes.command_line import ArgumentDefaultsRawHelp, CommandParser, run
 from recipes.data.debian import CORPORA, RealPair
 
 SPLITS = ("train", "validation", "test")
@@ -155,23 +156,25 @@ def draw_samples(pairs: Sequence[RealPair], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def write_and_show(options: argparse.Namespace) -> None:
     """Write a corpus and say what is in it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("corpus", choices=list(CORPORA))
-    parser.add_argument("--to", "--output_dir", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--cache", type=Path, default=DEFAULT_CACHE, help=f"unpacked packages (default {DEFAULT_CACHE})"
-    )
-    parser.add_argument("--limit", type=int, help="at most so many pairs, spread over the corpus")
-    options = parser.parse_args()
-    try:
-        counts = write_corpus(options.corpus, options.to, options.cache, options.limit)
-    except FileNotFoundError as error:
-        raise SystemExit(str(error)) from error
+    counts = write_corpus(options.corpus, options.to, options.cache, options.limit)
     print(", ".join(f"{number} {name}" for name, number in counts.items()))
     for line in (options.to / "train.jsonl").read_text(encoding="utf-8").splitlines()[:3]:
         print(line[:200])
+
+
+def main() -> None:
+    """Write the corpus that the command line names."""
+    parser = CommandParser(
+        prog="python -m recipes.data.real", description=__doc__, formatter_class=ArgumentDefaultsRawHelp
+    )
+    parser.add_argument("corpus", choices=list(CORPORA))
+    parser.add_argument("--to", "--output_dir", type=Path, required=True, help="folder to write")
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="unpacked packages")
+    parser.add_argument("--limit", type=int, help="at most so many pairs, spread over the corpus")
+    options = parser.parse_args()
+    run(lambda: write_and_show(options))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_a_mistyped_option_of_a_variant_is_answered_before_torch_is_imported():
     assert "Traceback" in done.stderr and "ValueError: 'condensation_wieght'" in done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", (*COMMANDS, "data.real"))
 def test_help_is_printed_before_torch_is_imported(command):
     done = started(command, "--help")
     assert done.returncode == 0 and "usage:" in done.stdout and "torch: False" in done.stdout
