@@ -7,9 +7,12 @@ would pass on near-constant outputs.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 
+from st_btok import build_model
 from tests.published_templates import NEWER, PUBLISHED
 from tests.tiny_newer import (
     aya_vision,
@@ -39,8 +42,8 @@ from tests.tiny_vision import gemma3, idefics3, internvl, llava, llava_onevision
 
 __all__ = [
     "BUILDERS", "LLAMA_TEMPLATE", "MODALITIES", "QWEN_TEMPLATE", "SPECIAL", "TEXT", "build", "clip", "inputs",
-    "llama", "paligemma", "picture", "published", "qwen2_vl", "qwen3_vl", "sound", "takes", "tokenizer", "total",
-    "videos",
+    "llama", "paligemma", "picture", "published", "published_btok", "qwen2_vl", "qwen3_vl", "sound", "takes",
+    "tokenizer", "total", "videos",
 ]  # fmt: skip
 
 BUILDERS = {
@@ -126,6 +129,15 @@ def published(name: str) -> tuple[torch.nn.Module, object, str]:
     own.bos_token = "<|im_start|>"
     processor.chat_template = template
     return model, processor, end
+
+
+def published_btok(name: str) -> tuple[SentenceTransformer, str]:
+    """A BTok model of one family on its published template, built in a fraction of the time, and the closing token."""
+    backbone, processor, end = published(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("st_btok.limits._LARGE", 150)  # smaller pictures to measure: no limit is tested on it
+        patch.setattr("st_btok.limits._THIN", (20, 150))
+        return build_model(backbone, processor=processor, device="cpu"), end
 
 
 def takes(name: str, modality: str) -> bool:

@@ -9,13 +9,13 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from st_btok import BTokLoss, CachedBTokLoss, build_model
+from st_btok import BTokLoss, CachedBTokLoss
 from st_btok.limits import video_form
 from st_btok.model_parts import embedding_matrix, find_btoks, logit_rule
 from st_btok.training.content import ContentReader, read_back
 from st_btok.training.lm_head import output_embeddings
 from st_btok.training.reference import training_step
-from tests.backbones import build, clip, picture, published, takes, total
+from tests.backbones import build, clip, picture, published_btok, takes, total
 from tests.published_templates import NEWER
 
 # Their layers move information around any mask: short convolutions, linear attention.
@@ -34,11 +34,7 @@ FAMILIES = [name for name in NEWER if name != "phi4_multimodal"]
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
-    backbone, processor, end = published(request.param)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("st_btok.limits._LARGE", 150)  # smaller pictures to measure: the limit is not what is tested
-        patch.setattr("st_btok.limits._THIN", (20, 150))
-        return request.param, build_model(backbone, processor=processor, device="cpu"), end
+    return request.param, *published_btok(request.param)
 
 
 def head_of(model):
@@ -123,8 +119,7 @@ def test_the_loss_is_the_straight_step_in_mini_batches_too(family):
 
 def test_a_processor_that_loses_its_template_when_saved(tmp_path):
     """Phi-4's: without the template that the model keeps, every input of the loaded model would be an error."""
-    backbone, processor, _ = published("phi4_multimodal")
-    model = build_model(backbone, processor=processor, device="cpu")
+    model, _ = published_btok("phi4_multimodal")
     rows = ["a", {"image": picture(), "text": "what colour?"}]
     expected = np.concatenate([model.encode([row]) for row in rows])
     model.save_pretrained(str(tmp_path))

@@ -10,15 +10,14 @@ from sentence_transformers import SentenceTransformer
 
 from st_btok import build_model
 from st_btok.training.content import ContentReader, carry_content, read_back
-from tests.backbones import build, picture, published, takes, tokenizer
+from tests.backbones import build, picture, published, published_btok, takes, tokenizer
 from tests.published_templates import GRANITE, LLAMA3, MISTRAL_SMALL, PUBLISHED, SMOLLM3, SMOLVLM
 from tests.tiny_tokenizer import QWEN_TEMPLATE
 
 
 @pytest.fixture(scope="module", params=list(PUBLISHED))
 def family(request):
-    backbone, processor, end = published(request.param)
-    return PUBLISHED[request.param][0], build_model(backbone, processor=processor, device="cpu"), end
+    return PUBLISHED[request.param][0], *published_btok(request.param)
 
 
 def test_rows_generate_their_own_text(family):
