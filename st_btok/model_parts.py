@@ -359,9 +359,12 @@ def commit_of(source: str, **hub: Any) -> str | None:
         **hub: Arguments of `from_pretrained` that say where it lies, such as `revision` or `token`.
 
     Returns:
-        40 hexadecimal digits; None for a local folder.
+        40 hexadecimal digits; None for a local folder, or where there is no config.
     """
-    file = None if Path(source).is_dir() else cached_file(source, "config.json", **hub)
+    try:
+        file = None if Path(source).is_dir() else cached_file(source, "config.json", **hub)
+    except OSError:  # a repository of GGUF files has none
+        file = None
     found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(file).as_posix()) if file else None
     return found[1] if found else None
 

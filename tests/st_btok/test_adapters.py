@@ -25,7 +25,7 @@ from st_btok.adapters import (
     merge_adapters,
     save_trained,
 )
-from st_btok.model_parts import checkpoint_tensors, embedding_matrix, find_btoks
+from st_btok.model_parts import checkpoint_tensors, commit_of, embedding_matrix, find_btoks
 from st_btok.tools.check import check
 from st_btok.training.lm_head import output_embeddings
 from tests.backbones import build, llama, picture, takes
@@ -300,6 +300,7 @@ def test_a_base_on_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
         (cache / "refs").mkdir(exist_ok=True)
         (cache / "refs/main").write_text(commit)
 
+    assert commit_of("someone/tiny") is None, "nothing there yet"
     publish("a" * 40, seed=1)
     model = build_model("someone/tiny", device="cpu")
     head = output_embeddings(model[0].model, model[0].model.name_or_path).clone()
