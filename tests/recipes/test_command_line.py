@@ -20,6 +20,7 @@ COMMANDS = (
     "search index",
     "research.pretrain",
     "research.distill_to_last_token",
+    "research.seeing",
 )
 # Run in a fresh process: what the command prints, and whether torch was imported for it.
 FRESH = """
