@@ -40,7 +40,7 @@ demo: setup
 	$(BIN)/python -m recipes.search index btok-demo/files --to btok-demo/index --model btok-quickstart
 	$(BIN)/python -m recipes.search serve btok-demo/index --model btok-quickstart
 
-# The same over some hundred photographs and drawings that its model never saw; trains that first, in minutes.
+# The same over some hundred photographs and drawings that its model never saw.
 demo-pictures: setup
 	$(BIN)/python -m recipes.research.seeing --embedder btok-seeing --pictures btok-pictures/files
 	$(BIN)/python -m recipes.search index btok-pictures/files --to btok-pictures/index --model btok-seeing

@@ -15,13 +15,14 @@ is trained:
 2. **captions**: the decoder, frozen, writes the caption in the assistant's turn, or its topic behind " The topic is
    the", where the bottleneck tokens stand. Pictures: the training splits of stamps, clip art and emoji. Classes count
    as pictures that need no pixels.
+3. **search**: the bottleneck tokens' states behind a picture are drawn to those behind its caption
+   (`seeing_alignment`).
 
-`seeing_checkpoint` puts the parts together, `seeing_pictures` reads pictures, `seeing_connector` has these two steps,
-`seeing_results` measures and uses what they make,
-`seeing_ceiling` says how far the gate on search is from what two linear maps find.
+`seeing_checkpoint` puts the parts together, `seeing_pictures` reads pictures, `seeing_connector` has the first two
+steps, `seeing_training` all three, `seeing_results` measures and uses what they make. `seeing_ceiling` says how far
+the gate on search is from what two linear maps find.
 
-Committed are the connector, `connector/`, its record and its curve; the rest comes from the packages. It is kept at
-the step at which the right picture saves most nats a token, on validation.
+Committed are the connector, `connector/`, its record and its curve; the rest comes from the packages.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class SeeingConfig:
 
     train: int = option(0, "Train the connector again, for so many steps; 0: take the committed one.")
     ceiling: bool = option(False, "Print what linear maps find that are trained to search, instead of the gates.")
-    embedder: str = option("", "Train bottleneck tokens on pictures and save the model here.")
-    steps: int = option(60, "Steps of the embedder.")
+    embedder: str = option("", "Save the model with bottleneck tokens here.")
+    steps: int = option(0, "With embedder: train it on the pictures, for so many steps of 16 pairs.")
     pictures: str = option("", "With embedder: write some hundred pictures here that nothing was trained on.")
     figure: str = option("", "With embedder: draw searches among those pictures.")
     corpora: str = option(str(_CACHE / "seeing-corpora"), "Where pictures are written.")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")  # files only, also where there is no screen
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,9 +19,8 @@ from transformers import (
     DynamicCache,
 )
 
-from recipes.research.seeing_checkpoint import CACHE, POSITIONS, assemble, tower_weights
-from recipes.research.seeing_pictures import Captioned, read_split, topic
-from recipes.research.smollm2 import smollm2_folder
+from recipes.research.seeing_checkpoint import POSITIONS, tower_weights
+from recipes.research.seeing_pictures import Captioned, topic
 
 PROMPT = " The topic is the"
 GAIN = 8.0  # of the closed form
@@ -362,63 +358,3 @@ def save_connector(connector: nn.Module, to: Path) -> None:
     save_file(
         {name: tensor.detach().half() for name, tensor in connector.state_dict().items()}, to / "connector.safetensors"
     )
-
-
-def train(steps: int, folder: Path, cache: Path, to: Path, seed: int = 0) -> None:
-    """Train the connector from nothing and write it with its record and curve.
-
-    Args:
-        steps: Steps of the captions; the closed form takes 400 of its own.
-        folder: Where corpora are written.
-        cache: Folder of unpacked packages.
-        to: Folder of the connector.
-        seed: Seed of everything.
-    """
-    start = time.process_time()
-    model, processor = assemble(smollm2_folder(CACHE))
-    read = partial(read_split, model=model, processor=processor, folder=folder, cache=cache)
-    stamps = {split: read("stamps", split) for split in ("train", "validation", "test")}
-    held_out = [stamps["validation"], stamps["test"]]
-    trained = [stamps["train"], *(read(name, "train") for name in ("clipart", "emoji"))]
-    counts = [len(source.captions) for source in trained]
-    for others in held_out:
-        trained = [source.without(others) for source in trained]
-    features = torch.cat([source.features for source in trained])
-    print(f"pictures: {counts}, without those near a held-out one {[len(s.captions) for s in trained]}", flush=True)
-    reader = Reader(model, processor.tokenizer, torch.bfloat16)
-    connector = model.model.multi_modal_projector.requires_grad_(True)
-    captions = [caption for source in trained for caption in source.captions]
-    errors = fit_closed_form(connector, ClosedForm(features, captions, reader), features, 400, seed)
-    print(f"closed form: error {errors[-1]:.2f} of the variance, {time.process_time() - start:.0f} s", flush=True)
-    classes = class_pictures(features, seed)
-    sources = list(zip([*trained, classes], (0.4, 0.25, 0.25, 0.1), strict=True))
-    log = train_captions(connector, reader, sources, stamps["validation"], steps, 16, 5e-4, seed, to)
-    record = {
-        "pictures": dict(zip(("stamps", "clipart", "emoji"), map(lambda s: len(s.captions), trained), strict=True)),
-        "steps": steps,
-        "seed": seed,
-        "seconds": round(time.process_time() - start),
-        "closed form": errors[::20],
-        "log": log,
-        "kept": max(log, key=lambda line: line["wrong"] - line["right"])["step"],
-        "hashes": [f"{value:016x}" for source in trained for value in source.hashes],
-    }
-    (to / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    draw_curve(log, to / "training.png")
-
-
-def draw_curve(log: Sequence[dict[str, float]], path: Path) -> None:
-    """Nats and MRR on validation over the steps."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    steps = [line["step"] for line in log]
-    for name, label in (("loss", "training"), ("right", "right picture"), ("wrong", "another picture")):
-        left.plot(steps, [line.get(name, np.nan) for line in log], label=label)
-    for name, label in (("to text", "picture to caption"), ("to picture", "caption to picture")):
-        right.plot(steps, [line[name] for line in log], label=label)
-    left.set(xlabel="step", ylabel="nats a token")
-    right.set(xlabel="step", ylabel="MRR in %, 66 validation stamps")
-    for axis in (left, right):
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)

@@ -25,11 +25,12 @@ from recipes.data.user_data import load_user_data
 from recipes.research.seeing import SeeingConfig
 from recipes.research.seeing_ceiling import ceiling, sides_of
 from recipes.research.seeing_checkpoint import CONNECTOR, build_seeing
-from recipes.research.seeing_connector import Reader, measure, train
+from recipes.research.seeing_connector import Reader, measure
 from recipes.research.seeing_pictures import SOURCES, Captioned, held_out_pictures, read_split, write_pictures
+from recipes.research.seeing_training import train
 from recipes.research.variant import Variant, VariantSettings
 from recipes.research.variants import build_variant, fit_variant, quiet
-from st_btok import merge_adapters, rgb_image
+from st_btok import build_model, merge_adapters, rgb_image
 
 QUERIES = ("a red bird", "a ship at sea", "something to eat", "a musical instrument", "vlorp qwzx")  # the last: none
 
@@ -88,27 +89,29 @@ def print_ceiling(folder: Path, cache: Path) -> None:
     print(f"two linear maps trained to search: MRR to text {to_text:.1f}, to picture {to_picture:.1f} of {number}")
 
 
-def train_embedder(to: Path, folder: Path, cache: Path, steps: int, seed: int = 0) -> None:
-    """Train bottleneck tokens on the training pictures with their captions, and save the model.
+def make_embedder(to: Path, folder: Path, cache: Path, steps: int, seed: int = 0) -> None:
+    """Save the model with bottleneck tokens, trained on the training pictures with their captions if asked to.
 
     Args:
         to: Folder of the saved model.
         folder: Where corpora are written.
         cache: Folder of unpacked packages.
-        steps: Steps of 16 pairs, with LoRA at 1e-3.
+        steps: Steps of 16 pairs, with LoRA at 1e-3; 0: as the connector was trained.
         seed: Seed of order and dropout.
     """
+    build = {"max_seq_length": 512}
+    if not steps:
+        build_model(build_seeing(), device="cpu", **build).save_pretrained(str(to))
+        return
     roots = {name: write_pictures(name, folder, cache) for name in SOURCES}
     data = DatasetDict(
         {name: load_user_data([str(root / "train.jsonl")])[0].dataset() for name, root in roots.items()}
     )
-    build = {"max_seq_length": 512}
     settings = VariantSettings(build_seeing(), steps, batch_size=16, learning_rate=1e-3, build=build)
     variant = Variant.parse("btok:condensation_weight=0")
     model, loss = build_variant(variant, settings, seed)
     fit_variant(model, loss, variant, settings, seed, data, "pictures and captions")
-    model = merge_adapters(model)
-    model.save_pretrained(str(to))
+    merge_adapters(model).save_pretrained(str(to))
 
 
 def draw_searches(model: SentenceTransformer, paths: Sequence[Path], queries: Sequence[str], to: Path) -> None:
@@ -169,7 +172,7 @@ def run_seeing(config: SeeingConfig) -> None:
 
 
 def write_embedder(config: SeeingConfig, to: Path, corpora: Path, cache: Path) -> None:
-    """Train the embedder, unless it is there; write held-out pictures and draw searches among them, where asked to.
+    """Make the embedder, unless it is there; write held-out pictures and draw searches among them, where asked to.
 
     Args:
         config: The flags.
@@ -179,7 +182,7 @@ def write_embedder(config: SeeingConfig, to: Path, corpora: Path, cache: Path) -
     """
     quiet()
     if not (to / "modules.json").exists():
-        train_embedder(to, corpora, cache, config.steps)
+        make_embedder(to, corpora, cache, config.steps)
     if config.pictures:
         write_held_out(Path(config.pictures), corpora, cache)
     if config.figure:

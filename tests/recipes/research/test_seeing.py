@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from recipes.research.seeing_alignment import TEMPERATURE, search_loss, short_texts
 from recipes.research.seeing_ceiling import Sides, ceiling
 from recipes.research.seeing_checkpoint import picture_template, tower_weights
 from recipes.research.seeing_connector import PROMPT, Reader, class_pictures, start_linear
@@ -120,3 +121,26 @@ def test_the_ceiling_is_what_both_sides_share(monkeypatch):
         Sides(torch.randn(n, 40, generator=generator), torch.randn(n, 24, generator=generator)) for n in (300, 50, 60)
     ]
     assert max(ceiling(*noise)) < 25
+
+
+def test_the_search_loss_by_hand():
+    """Captions of the picture's own topic are left out; the other direction sees the batch alone."""
+    generator = torch.Generator().manual_seed(0)
+    captions = torch.nn.functional.normalize(torch.randn(5, 6, generator=generator), dim=1)
+    pictures = torch.nn.functional.normalize(torch.randn(2, 6, generator=generator), dim=1)
+    topics, rows = np.array(["kite", "boat", "kite", "owl", "fox"]), np.array([2, 3])
+    scores = (pictures @ captions.T / TEMPERATURE).double()
+    to_text = [-scores[0, [1, 2, 3, 4]].log_softmax(0)[1], -scores[1].log_softmax(0)[3]]
+    batch = scores[:, rows].T.log_softmax(1)
+    to_picture = [-batch[0, 0], -batch[1, 1]]
+    expected = (sum(to_text) / 2 + sum(to_picture) / 2) / 2
+    assert float(search_loss(pictures, captions, topics, rows)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_texts_of_the_search_are_short():
+    def captioned(*captions: str) -> Captioned:
+        return Captioned(torch.zeros(len(captions), 1, 1), captions, np.zeros(len(captions), np.uint64))
+
+    words = " ".join("abcdefghijklmnop")
+    found = short_texts([captioned("A magpie.", words), captioned("The Boat: sea, sail"), captioned("grinning face")])
+    assert found == ["A magpie.", words[:23], "boat", "grinning face"]
