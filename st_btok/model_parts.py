@@ -97,6 +97,16 @@ def embedding_matrix(model: PreTrainedModel) -> Tensor:
     return module.weight
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs now keeps its graph (`retain_graph`), as torch's engine says.
+
+    Returns:
+        True where a release of torch does not say (its private name was read in 2.14): then nothing may be reused.
+    """
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else bool(asked())
+
+
 def generation_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that transformers builds from a config in order to generate, LM head included.
 

@@ -26,6 +26,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
 from torch import Tensor, nn
 
+from st_btok.model_parts import graph_is_kept
 from st_btok.training.loss import BTokLoss
 from st_btok.training.splitting import Part, row_lengths, row_offsets, sorted_by_length, take_rows
 from st_btok.training.vocabulary_loss import KnownNLL, sum_with_gradients
@@ -290,4 +291,8 @@ class _KeptNLL:
         """The same value, now with a graph. The first mini-batch brings the gradient of the head, for all of them."""
         known = self.found[key]
         head_grad = self.head_grad if key == next(iter(self.found)) else None
+        if head_grad is not None and graph_is_kept():
+            head_grad = head_grad.clone()  # another backward pass may come
+        elif head_grad is not None:
+            self.head_grad = None  # handed on, so that it exists once
         return KnownNLL(known.value, known.input_grad, head_grad).with_graph(states, head)

@@ -47,6 +47,7 @@ from st_btok.training.targets import (
     choose_targets,
     join_targets,
 )
+from st_btok.training.vocabulary_loss import SummedCrossEntropy
 
 
 class BTokLoss(nn.Module):
@@ -286,8 +287,9 @@ class BTokLoss(nn.Module):
         alone = [n for n in range(len(columns)) if equal or targets[n] is not None or len(split[n]) > 1]
         embeddings: dict[int, Tensor] = {}
         sums, tokens = [torch.zeros((), device=columns[0]["input_ids"].device)], 0
+        likelihood = SummedCrossEntropy()
         for number in alone:
-            found = [self.embed(part) for part in split[number]]
+            found = [self.embed(part, likelihood) for part in split[number]]
             embeddings[number] = unsort(split[number], [embedded.embedding for embedded in found])
             sums += [embedded.nll for embedded in found]
             tokens += sum(embedded.tokens for embedded in found)

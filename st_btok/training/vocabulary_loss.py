@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from st_btok.model_parts import graph_is_kept
+
 # Logits alive at a time: 2**25 float32 values are 128 MiB, whatever the batch and the vocabulary.
 MAX_LOGITS = 2**25
 # Gradients of logits (at most 1) are multiplied by this before they become float16, and divided again behind the
@@ -79,7 +81,37 @@ class KnownNLL:
 
     def with_graph(self, input: Tensor, linear_weight: Tensor) -> Tensor:
         """The value as a node of the graph, whose backward pass sends the known gradients on."""
-        return _Known.apply(input, linear_weight, self.value, self.input_grad, self.weight_grad)  # type: ignore[no-any-return, no-untyped-call]
+        return _Known.apply(input, linear_weight, self.value, self.input_grad, _WeightGrad(self.weight_grad))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class SummedCrossEntropy:
+    """The summed cross entropy of several parts of a batch, whose gradients of the matrix share one tensor.
+
+    Called like `linear_cross_entropy`. The parts' values must be summed: then the backward pass brings one factor for
+    all of them, and the node of the first part sends the whole gradient of the matrix on.
+    """
+
+    def __init__(self) -> None:
+        self._weight_grad: _WeightGrad | None = None
+
+    @torch.compiler.disable
+    def __call__(self, input: Tensor, linear_weight: Tensor, target: Tensor, softcap: float | None = None) -> Tensor:
+        """A scalar, as `linear_cross_entropy(..., reduction="sum")`."""
+        graph = torch.is_grad_enabled()
+        so_far = self._weight_grad.total if self._weight_grad else None
+        needs_grad = graph and input.requires_grad, graph and linear_weight.requires_grad
+        found = sum_with_gradients(input, linear_weight, target, *needs_grad, so_far, softcap=softcap)
+        mine = None
+        if self._weight_grad is None:
+            mine = self._weight_grad = _WeightGrad(found.weight_grad)
+        return _Known.apply(input, linear_weight, found.value, found.input_grad, mine)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass
+class _WeightGrad:
+    """A (V, D) gradient that waits for the backward pass; later parts may still be added to it."""
+
+    total: Tensor | None
 
 
 class _Known(torch.autograd.Function):
@@ -87,18 +119,32 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, value: Tensor, input_grad: Tensor | None, weight_grad: Tensor | None
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        value: Tensor,
+        input_grad: Tensor | None,
+        weight_grad: _WeightGrad | None,
     ) -> Tensor:
-        ctx.save_for_backward(input_grad, weight_grad)
+        ctx.save_for_backward(value, input_grad)
+        ctx.weight_grad = weight_grad
         ctx.dtypes = input.dtype, weight.dtype
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        grads = [None if known is None else (known * grad.to(known)).to(dtype) for known, dtype in pairs]
-        return *grads, None, None, None
+        _, input_grad = ctx.saved_tensors
+        waiting = ctx.weight_grad or _WeightGrad(None)
+        weight_grad = waiting.total
+        if input_grad is not None:
+            input_grad = (input_grad * grad.to(input_grad)).to(ctx.dtypes[0])
+        if weight_grad is not None and graph_is_kept():
+            weight_grad = weight_grad * grad.to(weight_grad)
+        elif weight_grad is not None:  # nobody asks again: in place and handed on, so that (V, D) exists once
+            weight_grad.mul_(grad.to(weight_grad))
+            waiting.total = None
+        return input_grad, None if weight_grad is None else weight_grad.to(ctx.dtypes[1]), None, None, None
 
 
 @torch.no_grad()

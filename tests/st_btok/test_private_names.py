@@ -23,6 +23,7 @@ from st_btok.model_parts import (
     attention_of,
     attention_set,
     bare_module,
+    graph_is_kept,
     remember_commit,
     remembered_commit,
     unwrap,
@@ -92,6 +93,12 @@ def test_torch():
     compiled = torch.compile(nn.Linear(1, 1))
     assert hasattr(compiled, "_orig_mod"), f"torch {torch.__version__}: the model inside a compiled one isn't found"
     assert unwrap.__doc__
+    kept, parameter = [], torch.ones(1, requires_grad=True)
+    value = parameter * 2
+    value.register_hook(lambda grad: kept.append(graph_is_kept()))
+    value.backward(retain_graph=True)
+    value.backward()
+    assert kept == [True, False], f"torch {torch.__version__}: a backward pass does not say if its graph is kept"
 
 
 def test_peft(qwen):

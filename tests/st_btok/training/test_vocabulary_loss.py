@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from st_btok.training.vocabulary_loss import linear_cross_entropy
+from st_btok.training.vocabulary_loss import SummedCrossEntropy, linear_cross_entropy
 
 
 def sample(dtype=torch.float64, tokens=7, vocabulary=50):
@@ -68,6 +68,27 @@ def test_a_second_backward_pass_gives_the_same():
     first = [grad.clone() for grad in torch.autograd.grad(loss, [states, head], retain_graph=True)]
     for one, other in zip(torch.autograd.grad(loss, [states, head]), first, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("frozen", ["", "states", "head"])
+def test_parts_of_a_batch_share_the_gradient_of_the_head(frozen):
+    """Three parts equal all tokens at once, also when the graph is kept and walked again; one tensor holds the sum."""
+    states, head, labels = sample()
+    for name, tensor in (("states", states), ("head", head)):
+        tensor.requires_grad_(name != frozen)
+    leaves = [tensor for tensor in (states, head) if tensor.requires_grad]
+    whole = torch.autograd.grad(0.3 * linear_cross_entropy(states, head, labels, reduction="sum"), leaves)
+    likelihood = SummedCrossEntropy()
+    sizes = [1, 2, len(labels) - 3]
+    parts = [likelihood(*part) for part in zip(states.split(sizes), [head] * 3, labels.split(sizes), strict=True)]
+    total = 0.3 * torch.stack(parts).sum()
+    torch.testing.assert_close(total, 0.3 * linear_cross_entropy(states, head, labels, reduction="sum"))
+    for keep in (True, True, False):
+        found = torch.autograd.grad(total, leaves, retain_graph=keep)
+        torch.testing.assert_close(found, whole)
+    if frozen != "head":
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            torch.autograd.grad(total, leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
