@@ -37,7 +37,7 @@ from transformers.utils import quantization_config
 from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import DATE, Lack, append_btoks, pin_date, plain_template
 from st_btok.limits import set_max_seq_length, tokens_of_an_image
-from st_btok.model_parts import GENERATING, checkpoint_head, commit_of, remember_commit, tokenizer_of
+from st_btok.model_parts import GENERATING, attention_of, checkpoint_head, commit_of, remember_commit, tokenizer_of
 from st_btok.pooling import ENGINE_PLUGIN, BTokPooling
 from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
 
@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 # The authors' training and evaluation limits (release: data/processors/qwen2_vl.py).
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
+_MIXES_PICTURES = ("phi4_multimodal",)  # measured by `st-btok check`
 
 
 def build_model(
@@ -127,6 +128,7 @@ def build_model(
         remember_commit(transformer.model.config, commit_of(path, **_hub_arguments(model_kwargs or {})))
     if named and isinstance(backbone, PreTrainedModel):  # a part: where the whole lies, its LM head is found again
         transformer.model.name_or_path = transformer.model.config.name_or_path = named
+    _warn_of_neighbours(transformer.model.config)
     tokenizer = tokenizer_of(transformer)
     _check_pad_token(tokenizer)
     ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)
@@ -202,6 +204,17 @@ def _thinker(path: str, *kwargs: dict[str, Any]) -> tuple[str | PreTrainedModel,
         return path, None
     model = cls.from_pretrained(path, config=part, **model_kwargs)
     return model, AutoProcessor.from_pretrained(path, **processor_kwargs)
+
+
+def _warn_of_neighbours(config: PreTrainedConfig) -> None:
+    """Say where an upstream fault makes a vector depend on its batch, which nothing here can mend."""
+    if config.model_type in _MIXES_PICTURES and attention_of(config) != "eager":
+        logger.warning(
+            "In transformers 5.23 pictures of different shapes in one batch change each other's vectors on %s under "
+            "%s attention. Build and load this model with model_kwargs={'attn_implementation': 'eager'}, or encode "
+            "pictures one at a time.",
+            config.model_type, attention_of(config),
+        )  # fmt: skip
 
 
 def _check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

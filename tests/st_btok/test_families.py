@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from st_btok import BTokLoss, CachedBTokLoss
+from st_btok import BTokLoss, CachedBTokLoss, build_model
 from st_btok.limits import video_form
 from st_btok.model_parts import embedding_matrix, find_btoks, logit_rule
 from st_btok.training.content import ContentReader, read_back
@@ -115,6 +115,22 @@ def test_the_loss_is_the_straight_step_in_mini_batches_too(family):
     torch.testing.assert_close(cached, value, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(matrix.grad / grad.abs().max(), grad / grad.abs().max(), atol=2e-5, rtol=0)
     model.zero_grad()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_vector_that_hangs_on_its_batch_is_warned_of(attention, tmp_path, caplog):
+    """Phi-4's under SDPA: nothing here can mend it, and `encode` would not say a word."""
+    backbone, processor = build("phi4_multimodal")
+    backbone.set_attn_implementation(attention)
+    with caplog.at_level("WARNING"):
+        build_model(
+            backbone,
+            processor=processor,
+            template="plain",
+            device="cpu",
+            model_kwargs={"attn_implementation": attention},
+        )
+    assert ("change each other's vectors on phi4_multimodal" in caplog.text) == (attention == "sdpa")
 
 
 def test_a_processor_that_loses_its_template_when_saved(tmp_path):
