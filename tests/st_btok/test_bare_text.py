@@ -10,11 +10,11 @@ from transformers import AutoTokenizer, GemmaTokenizer, LlamaConfig, LlamaForCau
 
 from st_btok import build_model
 from st_btok.bare_text import frame_bare_text
-from tests.backbones import MODALITIES, build, inputs
+from tests.backbones import BUILDERS, MODALITIES, build, inputs
 from tests.tiny_tokenizer import TEXT, tokenizer
 
 TEXTS = ["Which town lies by the sea?", "a", "3 kites\n  and 東京", "two  blanks", "-"]
-TEXT_ONLY = [name for name, media in MODALITIES.items() if not media]
+TEXT_ONLY = [name for name in BUILDERS if not MODALITIES[name]]
 # Writes a bos token and trims, as Gemma's own does.
 TRIMMING = (
     "{{- bos_token -}}{%- for turn in messages -%}"
