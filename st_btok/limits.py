@@ -4,8 +4,8 @@ Text alone is cut by sentence-transformers itself, exactly: the tokenizer cuts a
 tail (the turn's closing and the BToks) is written back over the end (`Transformer._restore_chat_template_suffix`, ST
 6.2). It leaves alone whatever holds media, or what it can't tell from media. Such inputs must arrive within the limit,
 and there the chat template sees to it with an upper bound: see `templates/bound.jinja`. This file measures what that
-bound adds up, by running the backbone's own processor. Where st_btok runs, in
-`encode_checked` and in training, real tokens are counted: `truncation.py`.
+bound adds up, by running the backbone's own processor. `encode_checked` and training count real tokens
+instead: `truncation.py`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.research.seeing_connector import PROMPT, Reader, measure, save_connector
+from recipes.research.seeing_connector import PROMPT, Reader, descend, measure, save_connector
 from recipes.research.seeing_pictures import Captioned, topic
 
 BATCH_SIZE, RATE, TEMPERATURE = 48, 5e-4, 0.03
@@ -74,12 +74,7 @@ def align(
         loss = search_loss(F.normalize(states.mean(1), dim=-1), captions, topics, rows)
         tails = [[*reader.opened, *reader.ids(texts[row])[:16], *end] for row in rows[:CAPTIONS]]
         loss = loss + reader.losses(contents[:CAPTIONS], tails, [len(reader.opened)] * CAPTIONS).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(connector.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append(loss.item())
+        recent.append(descend(connector, loss, optimizer, schedule))
     return log
 
 

@@ -310,13 +310,18 @@ def train_captions(
             read.append(len(given))
         contents = connector(torch.stack(pictures))
         loss = reader.losses(list(contents), tails, read).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(connector.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        recent.append(loss.item())
+        recent.append(descend(connector, loss, optimizer, schedule))
     return log
+
+
+def descend(connector: nn.Module, loss: Tensor, optimizer: Any, schedule: Any) -> float:
+    """One step of an optimizer and its schedule, with gradients of at most norm 1; returns the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(connector.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    return loss.item()
 
 
 @torch.no_grad()

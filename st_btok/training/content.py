@@ -192,8 +192,8 @@ class ContentCarrier:
         try:
             return dict(own(inputs, **options))
         except TemplateError as error:
-            if not str(error).startswith(MEDIA_MAY_NOT_FIT):
-                raise
+            if not str(error).startswith(MEDIA_MAY_NOT_FIT) or options.get("processing_kwargs"):
+                raise  # a call with limits or sizes of its own is not made with others
 
         def whole(row: Any) -> dict[str, Any]:
             return dict(own([row], **{**options, "processing_kwargs": UNLIMITED}))

@@ -115,6 +115,8 @@ def test_media_that_fit_are_not_refused_in_training(btok_model, family):
     for ids, mask in zip(features["input_ids"], features["attention_mask"], strict=True):
         assert ids[mask.bool()][-4:].tolist() == btok_ids(model.tokenizer)
     np.testing.assert_allclose(model.encode([small]), fitting, atol=1e-5)
+    with pytest.raises(Exception, match="media must leave room"):  # a call with settings of its own keeps them
+        model.preprocess([small], processing_kwargs={"chat_template": {"max_chars": 5}})
     contents = [model.tokenizer.decode(content.text) for content in content.read_content(features)]
     assert contents[0] == "four kites" and contents[1].startswith("kite kite") and contents[2].startswith("boat boat")
     huge = {"image": [picture(280, 280)] * 40, "text": "forty kites"}
