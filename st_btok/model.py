@@ -34,10 +34,11 @@ from transformers import (
 from transformers.image_utils import SizeDict
 from transformers.utils import quantization_config
 
+from st_btok.backbone_checks import check_causal, check_config, check_pad_token, check_weights, warn_of_neighbours
 from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import DATE, Lack, append_btoks, pin_date, plain_template
 from st_btok.limits import set_max_seq_length, tokens_of_an_image
-from st_btok.model_parts import GENERATING, attention_of, checkpoint_head, commit_of, remember_commit, tokenizer_of
+from st_btok.model_parts import GENERATING, checkpoint_head, commit_of, hub_arguments, remember_commit, tokenizer_of
 from st_btok.pooling import ENGINE_PLUGIN, BTokPooling
 from st_btok.tokens import BTOK_PATTERN, add_btoks, btok_tokens, control_tokens
 
@@ -45,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 # The authors' training and evaluation limits (release: data/processors/qwen2_vl.py).
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 1280 * 28 * 28
-_MIXES_PICTURES = ("phi4_multimodal",)  # measured by `st-btok check`
 
 
 def build_model(
@@ -114,7 +114,7 @@ def build_model(
     if named and processor is None and "gguf_file" not in model_kwargs:
         backbone, processor = _thinker(str(backbone), model_kwargs, processor_kwargs, config_kwargs)
     with _as_path(backbone, processor) as path:
-        _check_config(AutoConfig.from_pretrained(path, **(config_kwargs or {})), str(path))
+        check_config(AutoConfig.from_pretrained(path, **(config_kwargs or {})), str(path))
         transformer = Transformer(
             path,
             model_kwargs=model_kwargs,
@@ -122,15 +122,15 @@ def build_model(
             config_kwargs=config_kwargs,
             unpad_inputs=False,  # WordWeights reads the attention mask, which flattened batches lack
         )
-        _check_weights(transformer.model, path, model_kwargs or {})
+        check_weights(transformer.model, path, model_kwargs or {})
         _settle_tying(transformer.model.config, path, model_kwargs or {})
         # So that an untied LM head is read from the same commit later, whatever the name stands for by then.
-        remember_commit(transformer.model.config, commit_of(path, **_hub_arguments(model_kwargs or {})))
+        remember_commit(transformer.model.config, commit_of(path, **hub_arguments(model_kwargs or {})))
     if named and isinstance(backbone, PreTrainedModel):  # a part: where the whole lies, its LM head is found again
         transformer.model.name_or_path = transformer.model.config.name_or_path = named
-    _warn_of_neighbours(transformer.model.config)
+    warn_of_neighbours(transformer.model.config)
     tokenizer = tokenizer_of(transformer)
-    _check_pad_token(tokenizer)
+    check_pad_token(tokenizer)
     ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)
     _set_template(transformer, template, num_btoks, (processor_kwargs or {}).get("chat_template"))
     _set_processing(transformer, max_seq_length, min_pixels, max_pixels)
@@ -154,7 +154,7 @@ def build_model(
         trust_remote_code=own,  # the Trainer resumes with what the model says
         similarity_fn_name="cosine",
     )
-    _check_causal(transformer)  # on its device: flash attention runs on no other
+    check_causal(transformer)  # on its device: flash attention runs on no other
     _settle_padding(transformer)
     return model
 
@@ -206,80 +206,12 @@ def _thinker(path: str, *kwargs: dict[str, Any]) -> tuple[str | PreTrainedModel,
     return model, AutoProcessor.from_pretrained(path, **processor_kwargs)
 
 
-def _warn_of_neighbours(config: PreTrainedConfig) -> None:
-    """Say where an upstream fault makes a vector depend on its batch, which nothing here can mend."""
-    if config.model_type in _MIXES_PICTURES and attention_of(config) != "eager":
-        logger.warning(
-            "In transformers 5.23 pictures of different shapes in one batch change each other's vectors on %s under "
-            "%s attention. Build and load this model with model_kwargs={'attn_implementation': 'eager'}, or encode "
-            "pictures one at a time.",
-            config.model_type, attention_of(config),
-        )  # fmt: skip
-
-
-def _check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Batches are padded; which token does it is for the user to say, who may have trained with one."""
-    if tokenizer.pad_token is None:
-        token = tokenizer.eos_token or "<|endoftext|>"
-        raise ValueError(
-            "the tokenizer needs a pad_token, and this one has none. Name a token of its vocabulary: "
-            f'build_model(..., processor_kwargs={{"pad_token": "{token}"}}).'
-        )
-
-
-def _check_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse, before any weight is read, what can't be a decoder-only language model."""
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"the backbone must be decoder-only, but {name} ({config.model_type}) is an encoder-decoder model. "
-            "Use a causal language model such as Qwen/Qwen2-VL-2B-Instruct."
-        )
-    if not any(type(config) in mapping for mapping in GENERATING):
-        raise ValueError(
-            f"the backbone must be a language model that transformers knows as one, but {name} ({config.model_type}) "
-            "is in none of its mappings for causal, image-text-to-text and multimodal language models: an encoder? If "
-            "it is a causal decoder of your own, name it first: "
-            f"AutoModelForCausalLM.register({type(config).__name__}, YourModelForCausalLM)."
-        )
-    if getattr(config, "is_decoder", True) is False:
-        raise ValueError(
-            f"the backbone must be a decoder-only language model, but {name} ({config.model_type}) is an encoder. "
-            "Bottleneck tokens read their input through causal attention; use a causal language model."
-        )
-
-
-def _check_weights(model: PreTrainedModel, path: str, model_kwargs: dict[str, Any]) -> None:
-    """Refuse a checkpoint that leaves weights out: transformers draws them at random and only logs it.
-
-    Seen with Qwen2-VL weights under the names of transformers' newer class layout (`model.visual.*`), which
-    `AutoModel` does not map (5.23). Loaded once more without reading any weight.
-    """
-    if {"gguf_file", "quantization_config"} & model_kwargs.keys():
-        return  # these make weights while they load, which needs the weights
-    loaded: Any = type(model).from_pretrained(
-        path,
-        config=model.config,
-        device_map="meta",
-        output_loading_info=True,
-        local_files_only=True,
-        **_hub_arguments(model_kwargs),
-    )
-    missing, unknown = (sorted(loaded[1][kind]) for kind in ("missing_keys", "unexpected_keys"))
-    if missing:
-        raise ValueError(
-            f"a checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing in {path} "
-            f"({', '.join(missing[:2])}, ...), so they would be random; it has {len(unknown)} that go nowhere "
-            f"({', '.join(unknown[:2])}, ...). Under other names? Load it with its full class, copy its state_dict() "
-            "into a new model of that class made from the config, and pass that: build_model(model, processor=...)."
-        )
-
-
 def _settle_tying(config: PreTrainedConfig, path: str, model_kwargs: dict[str, Any]) -> None:
     """Have the config say whether the LM head is the embedding matrix: what is saved holds no head to ask."""
     if "gguf_file" in model_kwargs:
         return  # its config is made from the weights it holds
     try:
-        head, tied = checkpoint_head(path, config, **_hub_arguments(model_kwargs))
+        head, tied = checkpoint_head(path, config, **hub_arguments(model_kwargs))
     except Exception as error:
         logger.warning(
             "Whether the backbone's LM head is tied to its embeddings can't be found out (%s). Its config says %s; if "
@@ -292,12 +224,6 @@ def _settle_tying(config: PreTrainedConfig, path: str, model_kwargs: dict[str, A
         return  # a checkpoint of the embedder's class
     for part in (config, config.get_text_config(decoder=True)):
         part.tie_word_embeddings = tied
-
-
-def _hub_arguments(model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where a checkpoint lies."""
-    names = ("revision", "token", "cache_dir", "subfolder")
-    return {name: model_kwargs[name] for name in names if name in model_kwargs}
 
 
 def _set_template(transformer: Transformer, template: str, num_btoks: int, given: str | None) -> None:
@@ -504,21 +430,3 @@ def _settle_padding(transformer: Transformer) -> None:
         tokenizer_of(transformer).padding_side = "right"
         kwargs: Any = dict(transformer.processing_kwargs)
         transformer.processing_kwargs = {**kwargs, "text": {**kwargs["text"], "padding_side": "right"}}
-
-
-@torch.no_grad()
-def _check_causal(transformer: Transformer) -> None:
-    """States may not depend on later tokens: the condensation loss and the readout both rest on it."""
-    features = transformer.preprocess([{"text": "one two three"}])
-    model = transformer.model.eval()
-    kwargs = {key: features[key].to(model.device) for key in ("input_ids", "attention_mask")}
-    before = model(**kwargs, return_dict=True).last_hidden_state[:, :-1]
-    kwargs["input_ids"] = kwargs["input_ids"].clone()
-    kwargs["input_ids"][:, -1] = kwargs["input_ids"][:, 0]
-    after = model(**kwargs, return_dict=True).last_hidden_state[:, :-1]
-    change = (after - before).abs().max().item()
-    if not change <= 1e-3 * before.abs().max().item():
-        raise ValueError(
-            f"the backbone must be causal, but changing the last token of an input changed earlier states by "
-            f"{change:.2g} ({transformer.config.model_type}). Bidirectional and prefix attention are not supported."
-        )

@@ -361,6 +361,12 @@ def bare_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def hub_arguments(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where a checkpoint lies."""
+    names = ("revision", "token", "cache_dir", "subfolder")
+    return {name: model_kwargs[name] for name in names if name in model_kwargs}
+
+
 def commit_of(source: str, **hub: Any) -> str | None:
     """The commit that a name on the hub stands for, by the place of its config in the cache.
 

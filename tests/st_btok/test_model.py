@@ -371,7 +371,7 @@ def test_causality_is_asked_of_the_model_on_its_device(monkeypatch):
     happened = []
     move = SentenceTransformer.to
     monkeypatch.setattr(SentenceTransformer, "to", lambda self, *to: happened.append("moved") or move(self, *to))
-    monkeypatch.setattr("st_btok.model._check_causal", lambda transformer: happened.append("asked"))
+    monkeypatch.setattr("st_btok.model.check_causal", lambda transformer: happened.append("asked"))
     build_model(backbone, processor=processor)
     assert happened[-1] == "asked" and "moved" in happened
 
