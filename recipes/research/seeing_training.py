@@ -1,4 +1,4 @@
-"""Train the connector of the model that sees (`seeing.py`): closed form, captions, search; its record and curve."""
+"""Train the connector of the model that sees (`seeing.py`), and write its record and curve."""
 
 from __future__ import annotations
 
@@ -13,29 +13,21 @@ import matplotlib
 matplotlib.use("Agg")  # files only, also where there is no screen
 import matplotlib.pyplot as plt
 import torch
-from safetensors.torch import load_file
 
 from recipes.research.seeing_alignment import align
 from recipes.research.seeing_checkpoint import CACHE, assemble
-from recipes.research.seeing_connector import (
-    ClosedForm,
-    Reader,
-    class_pictures,
-    fit_closed_form,
-    train_captions,
-)
+from recipes.research.seeing_connector import ClosedForm, Reader, class_pictures, fit_closed_form
 from recipes.research.seeing_pictures import read_split
 from recipes.research.smollm2 import smollm2_folder
 
-ALIGNMENT_STEPS = 100
-WEIGHTS = "connector.safetensors"
+SHARES = (0.45, 0.25, 0.2, 0.1)  # of stamps, clip art, emoji and classes in a batch
 
 
 def train(steps: int, folder: Path, cache: Path, to: Path, seed: int = 0) -> None:
     """Train the connector from nothing and write it with its record and curve.
 
     Args:
-        steps: Steps of the captions; the closed form takes 400 of its own, the search 100.
+        steps: Steps of the training; the closed form takes 400 of its own.
         folder: Where corpora are written.
         cache: Folder of unpacked packages.
         to: Folder of the connector.
@@ -57,39 +49,33 @@ def train(steps: int, folder: Path, cache: Path, to: Path, seed: int = 0) -> Non
     captions = [caption for source in trained for caption in source.captions]
     errors = fit_closed_form(connector, ClosedForm(features, captions, reader), features, 400, seed)
     print(f"closed form: error {errors[-1]:.2f} of the variance, {time.process_time() - start:.0f} s", flush=True)
-    classes = class_pictures(features, seed)
-    sources = list(zip([*trained, classes], (0.4, 0.25, 0.25, 0.1), strict=True))
-    log = train_captions(connector, reader, sources, stamps["validation"], steps, 16, 5e-4, seed, to)
-    connector.load_state_dict({name: weight.float() for name, weight in load_file(to / WEIGHTS).items()})
-    searched = align(connector, reader, trained, stamps["validation"], ALIGNMENT_STEPS, to)
+    sources = list(zip([*trained, class_pictures(features, seed)], SHARES, strict=True))
+    log = align(connector, reader, sources, stamps["validation"], steps, to, seed)
     record = {
         "pictures": dict(zip(("stamps", "clipart", "emoji"), map(lambda s: len(s.captions), trained), strict=True)),
         "steps": steps,
         "seed": seed,
         "seconds": round(time.process_time() - start),
         "closed form": errors[::20],
-        "captions": log,
-        "search": searched,
+        "training": log,
         "hashes": [f"{value:016x}" for source in trained for value in source.hashes],
     }
     (to / "training.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    draw_curve(log, searched, to / "training.png")
+    draw_curve(log, to / "training.png")
 
 
-def draw_curve(captions: Sequence[dict[str, float]], search: Sequence[dict[str, float]], path: Path) -> None:
-    """Nats and MRR on validation over the steps: on captions, then from the kept one on search."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5), layout="constrained", sharex="col", sharey="row")
-    for (above, below), log, title in zip(axes.T, (captions, search), ("captions", "search"), strict=True):
-        steps = [line["step"] for line in log]
-        for name, label in (("right", "right picture"), ("wrong", "another picture")):
-            above.plot(steps, [line[name] for line in log], label=label)
-        for name, label in (("to text", "picture to caption"), ("to picture", "caption to picture")):
-            below.plot(steps, [line[name] for line in log], label=label)
-        above.set_title(title, fontsize=9)
-        below.set_xlabel("step")
-    axes[0, 0].set_ylabel("nats a token")
-    axes[1, 0].set_ylabel("MRR in %, validation stamps")
-    for axis in axes.flat:
+def draw_curve(log: Sequence[dict[str, float]], path: Path) -> None:
+    """Nats and MRR on validation over the steps."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(6, 5), layout="constrained", sharex=True)
+    steps = [line["step"] for line in log]
+    for name, label in (("right", "right picture"), ("wrong", "another picture")):
+        above.plot(steps, [line[name] for line in log], label=label)
+    for name, label in (("to text", "picture to caption"), ("to picture", "caption to picture")):
+        below.plot(steps, [line[name] for line in log], label=label)
+    above.set_ylabel("nats a token")
+    below.set_ylabel("MRR in %, validation stamps")
+    below.set_xlabel("step")
+    for axis in (above, below):
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)

@@ -53,6 +53,7 @@ class Job:
                 "model_kwargs": {"dtype": getattr(torch, config.dtype)},
             },
             device=config.device,
+            bf16=config.bf16,
         )
 
     def corpus(self) -> Corpus:

@@ -52,6 +52,7 @@ class StudyConfig:
     batch_size: int = option(32, "Pairs a step.")
     tuning: str = option("lora", "lora or full.")
     dtype: str = option("float32", "Type of the weights; bfloat16 for untrained models, --steps 0, only.")
+    bf16: bool = option(False, "Products of a training in bfloat16, weights in float32: where the processor has it.")
     max_seq_length: int = option(64, "Longest text in tokens.")
     equal_time: bool = option(True, "Also run every variant for the baseline's time.")
     limit: int = option(4000, "Pairs read of each corpus.")

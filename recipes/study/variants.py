@@ -76,12 +76,15 @@ VARIANTS = {
     "topic start, last": Compared(f"{_TOPIC},readout=last,condensation_weight=0"),
     "topic start, rows untrained": Compared(f"{_TOPIC},{_FIXED},condensation_weight=0"),
     "topic start, condensation 0.2": Compared(f"{_TOPIC},condensation_weight=0.2"),  # all defaults
+    "topic start, condensation 1": Compared(f"{_TOPIC},condensation_weight=1"),
+    "topic start, no mask": Compared(f"{_TOPIC},route=unmasked,condensation_weight=0.2"),
+    "topic start, K = 1": Compared(f"{_TOPIC},num_btoks=1,condensation_weight=0.2"),
+    "topic start, K = 16": Compared(f"{_TOPIC},num_btoks=16,condensation_weight=0.2"),
+    "topic start, condensation first": Compared(f"{_TOPIC},condensation_weight=0.2", condensation_first=1 / 3),
     "topic, opened turn": Compared(f"{_OPENED},condensation_weight=0"),
     "topic, opened turn, last": Compared(f"{_OPENED},readout=last,condensation_weight=0"),
     "topic, opened turn, rows untrained": Compared(f"{_OPENED},{_FIXED},condensation_weight=0"),
     "topic, opened turn, condensation 0.2": Compared(f"{_OPENED},condensation_weight=0.2"),
-    "topic, opened turn, condensation 1": Compared(f"{_OPENED},condensation_weight=1"),
-    "topic, opened turn, no mask": Compared(f"{_OPENED},route=unmasked,condensation_weight=0.2"),
     "prompt start": Compared(f"{_PROMPT},condensation_weight=0"),
     "prompt start, last": Compared(f"{_PROMPT},readout=last,condensation_weight=0"),
     "prompt start, rows untrained": Compared(f"{_PROMPT},readout=last,{_FIXED},condensation_weight=0"),  # PromptEOL

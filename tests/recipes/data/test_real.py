@@ -62,6 +62,14 @@ def test_each_package_is_read_in_its_own_form(cache):
     assert page.query == "The & sign" and page.positive.size == debian.PAGE and np.asarray(page.positive).min() < 50
 
 
+@pytest.mark.parametrize("unit", ["pt", "mm", "px"])
+def test_drawings_in_every_unit_are_drawn(tmp_path, unit):
+    path = tmp_path / "a.svg"
+    path.write_text(SVG.format(title="Half sky").replace('"40" height="20"', f'"40{unit}" height="20{unit}"', 1))
+    drawing = debian.draw_svg(path)
+    assert drawing is not None and drawing.size[0] == 224 and drawing.size[1] in (112, 113)
+
+
 def test_a_package_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="wordnet-base must lie unpacked in .*dpkg-deb -x"):

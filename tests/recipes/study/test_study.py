@@ -168,6 +168,13 @@ def fails_for_the_baseline(wanted, settings, corpus, title):
     return asdict(wanted) | {"ranks": {"there": [1], "back": [2]}}
 
 
+def test_a_training_in_bfloat16_is_another_training_on_the_same_weights(folder):
+    wanted = replace(WANTED, backbone=str(folder / "backbone"), steps=3, batch_size=4)
+    exact, mixed = (Job(wanted, config(folder, bf16=bf16)).make()["loss"] for bf16 in (False, True))
+    assert mixed != exact
+    np.testing.assert_allclose(mixed, exact, rtol=0.1)
+
+
 def test_few_pairs_leave_the_rest_unlabelled(folder):
     corpus = Job(replace(WANTED, corpus="words@10"), config(folder)).corpus()
     assert len(corpus.train["words"]) == 10 and len(corpus.unlabelled["words"]) == 14
