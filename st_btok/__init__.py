@@ -6,7 +6,7 @@ tokens of a row, M target tokens of a batch.
 Importing this package loads nothing heavy: a public name brings its module along when it is first asked for (PEP 562),
 so that `st-btok --help` answers at once and reading a PDF needs no LoRA.
 
-Size: 10,542 lines (`find st_btok -name '*.py' | xargs cat | wc -l`, 29 November 2026), where 7,300 were
+Size: 10,680 lines (`find st_btok -name '*.py' | xargs cat | wc -l`, 30 November 2026), where 7,300 were
 planned; 6,300 of them are code. `training` and `inputs` say where theirs come from. The top grew by what
 families of backbones differ in: templates, limits and heads that would be wrong in silence.
 """
@@ -20,6 +20,7 @@ from st_btok.version import __version__
 
 if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.adapters import btok_lora_config, language_model_linears, merge_adapters, save_trained
+    from st_btok.batch_norm import freeze_batch_norm
     from st_btok.budgets import read_budget
     from st_btok.chat_template import append_btoks, plain_template
     from st_btok.inputs.encode import (
@@ -70,6 +71,7 @@ __all__ = [
     "draw_attention",
     "encode_checked",
     "encode_rows",
+    "freeze_batch_norm",
     "language_model_linears",
     "merge_adapters",
     "open_image",
@@ -85,6 +87,7 @@ __all__ = [
 # Where each public name lives: what `__getattr__` reads, and the same as above (tested).
 _MODULES = {
     "st_btok.adapters": ("btok_lora_config", "language_model_linears", "merge_adapters", "save_trained"),
+    "st_btok.batch_norm": ("freeze_batch_norm",),
     "st_btok.budgets": ("read_budget",),
     "st_btok.chat_template": ("append_btoks", "plain_template"),
     "st_btok.inputs.encode": (

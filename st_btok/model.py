@@ -36,6 +36,7 @@ from transformers.utils import quantization_config
 
 from st_btok.backbone_checks import check_causal, check_config, check_pad_token, check_weights, warn_of_neighbours
 from st_btok.bare_text import frame_bare_text
+from st_btok.batch_norm import freeze_batch_norm
 from st_btok.chat_template import DATE, Lack, append_btoks, pin_date, plain_template
 from st_btok.limits import set_max_seq_length, tokens_of_an_image
 from st_btok.model_parts import GENERATING, checkpoint_head, commit_of, hub_arguments, remember_commit, tokenizer_of
@@ -156,6 +157,7 @@ def build_model(
     )
     check_causal(transformer)  # on its device: flash attention runs on no other
     _settle_padding(transformer)
+    freeze_batch_norm(model)
     return model
 
 

@@ -18,6 +18,7 @@ from tests.tiny_newer import (
     aya_vision,
     deepseek_vl,
     ernie4_5_vl,
+    fast_vlm,
     gemma4,
     glm4v,
     glm46v,
@@ -81,6 +82,7 @@ NEWER_BUILDERS = {
     "pixtral": pixtral,
     "llava": llava,
     "llava_next": llava_next,
+    "fast_vlm": fast_vlm,
     "aya_vision": aya_vision,
     "deepseek_vl": deepseek_vl,
     "phi4_multimodal": phi4_multimodal,
@@ -101,7 +103,7 @@ MODALITIES = {
     **dict.fromkeys(
         (
             "idefics3", "gemma3", "lfm2_vl", "mistral_small", "ministral3", "pixtral", "llava", "llava_next",
-            "aya_vision", "deepseek_vl", "phi4_multimodal",
+            "fast_vlm", "aya_vision", "deepseek_vl", "phi4_multimodal",
         ),
         ("image",),
     ),

@@ -145,6 +145,15 @@ LLAVA_ONEVISION = _loop(
     "{{- '<|im_end|>' -}}",
     after=_OPEN.replace("OPEN", "<|im_start|>assistant\\n"),
 )
+# ChatML that fills in a missing system turn; the picture in a line of its own.
+FAST_VLM = (
+    "{%- if messages[0].role != 'system' -%}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}{%- endif -%}"
+    + _loop(
+        "{{- '<|im_start|>' + message.role + '\\n' -}}" + _parts(image="<image>\\n") + "{{- '<|im_end|>\\n' -}}",
+        after=_OPEN.replace("OPEN", "<|im_start|>assistant\\n"),
+    )
+)
 # Plain words as roles, no end of a turn; an instruction without a role.
 LLAVA = _loop(
     "{%- if message.role != 'system' -%}{{- message.role.upper() + ': ' -}}{%- endif -%}"
@@ -332,6 +341,7 @@ NEWER = {
         "phi4_multimodal", PHI4_MULTIMODAL, ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>"), "<|end|>"
     ),
     "qwen3_vl_moe": ("qwen3_vl_moe", QWEN_TEMPLATE, (), "<|im_end|>"),
+    "fast_vlm": ("fast_vlm", FAST_VLM, (), "<|im_end|>"),
     "smollm3": ("smollm3", SMOLLM3, (), "<|im_end|>"),
     "granite": ("granite", GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), "<|end_of_text|>"),
 }  # fmt: skip

@@ -39,6 +39,7 @@ NAMES = {
     "llava_onevision": "LLaVA-OneVision",
     "llava": "LLaVA 1.5",
     "llava_next": "LLaVA 1.6",
+    "fast_vlm": "FastVLM",
     "mistral_small": "Mistral Small 3",
     "ministral3": "Ministral 3",
     "pixtral": "Pixtral",

@@ -15,7 +15,7 @@ from sentence_transformers.base.modules.module import Module
 from sentence_transformers.base.modules.transformer import ModalityParams, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
-from st_btok import plain_template
+from st_btok import freeze_batch_norm, plain_template
 
 
 def prompted_model(
@@ -48,7 +48,9 @@ def prompted_model(
     num_tokens = append_prompt(transformer, prompt, opened) if prompt or opened else 0
     width = transformer.get_embedding_dimension()
     pooled = LastTokensMean(num_tokens) if pooling == "mean" and num_tokens else Pooling(width, pooling)
-    return SentenceTransformer(modules=[transformer, pooled, Normalize()], device=device)
+    model = SentenceTransformer(modules=[transformer, pooled, Normalize()], device=device)
+    freeze_batch_norm(model)  # as `build_model` does
+    return model
 
 
 def append_prompt(transformer: Transformer, prompt: str, opened: bool) -> int:

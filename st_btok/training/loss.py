@@ -24,6 +24,7 @@ from sentence_transformers.util import cos_sim
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
+from st_btok.batch_norm import freeze_batch_norm
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.model_parts import LogitRule, find_btoks, unwrap
 from st_btok.pooling import check_btoks
@@ -180,6 +181,7 @@ class BTokLoss(nn.Module):
         self.read_btoks = self.btoks
         check_appends_all(model)
         self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
+        freeze_batch_norm(model)  # a loaded model has lost what `build_model` set
         # A loaded checkpoint has trainable WordWeights; trained ones would let other tokens leak into the mean.
         for module in model.modules():
             if isinstance(module, WordWeights):
