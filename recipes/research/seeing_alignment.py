@@ -19,16 +19,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from recipes.research.seeing_connector import PROMPT, Reader, measure, save_connector
 from recipes.research.seeing_pictures import Captioned, topic
 
 BATCH_SIZE, RATE, TEMPERATURE = 48, 5e-4, 0.03
-CAPTIONS = 24  # of a batch, that are also written
+CAPTIONS = 16  # of a batch, that are also written
 DROPOUT = 0.1  # of the tower's features
-AVERAGE = 0.97  # of the running mean of the weights, which is measured and kept
 MEASURED = 40  # steps from one measurement on validation to the next
 FEW = 16  # positions of a picture that three batches of four see: a third of the time, and no position is needed
 
@@ -42,7 +40,7 @@ def align(
     to: Path,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """Train the connector; of the running mean of its weights, the step with the best search on validation is kept.
+    """Train the connector; the step with the best search on validation is kept.
 
     Args:
         connector: The connector, trained in place.
@@ -67,17 +65,16 @@ def align(
     prompt, end = reader.ids(PROMPT), reader.ids("<|im_end|>")
     optimizer = torch.optim.AdamW(connector.parameters(), RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    average = AveragedModel(connector, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     log: list[dict[str, float]] = []
     best, recent = -1.0, []
     for step in tqdm(range(steps + 1), desc="connector", unit="step"):
         if step % MEASURED == 0 or step == steps:
             line = {"step": step} | ({"loss": float(np.mean(recent))} if recent else {})
-            log.append(line | measure(average.module, reader, validation))
+            log.append(line | measure(connector, reader, validation))
             tqdm.write(json.dumps({name: round(value, 3) for name, value in log[-1].items()}))
             if log[-1]["to text"] + log[-1]["to picture"] > best:
                 best = log[-1]["to text"] + log[-1]["to picture"]
-                save_connector(average.module, to)
+                save_connector(connector, to)
             recent = []
         if step == steps:
             break
@@ -93,7 +90,6 @@ def align(
         tails = [[*reader.opened, *reader.ids(texts[row])[:16], *end] for row in rows[:CAPTIONS]]
         loss = loss + reader.losses(contents[:CAPTIONS], tails, [len(reader.opened)] * CAPTIONS).mean()
         recent.append(_descend(connector, loss, optimizer, schedule))
-        average.update_parameters(connector)
     return log
 
 
