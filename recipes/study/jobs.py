@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -96,6 +97,14 @@ def _attempt(job: Job) -> dict[str, Any] | Exception:
 
 
 def _start(threads: int) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
     quiet()
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def _end_with_parent() -> None:
+    """A study that is killed takes its workers along; by itself a worker would end its run first."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

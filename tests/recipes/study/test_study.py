@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -173,6 +178,31 @@ def test_a_training_in_bfloat16_is_another_training_on_the_same_weights(folder):
     exact, mixed = (Job(wanted, config(folder, bf16=bf16)).make()["loss"] for bf16 in (False, True))
     assert mixed != exact
     np.testing.assert_allclose(mixed, exact, rtol=0.1)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks /proc whether a process is there")
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    """A run of its own, which says its number and waits; the study is killed as an out-of-memory killer does it."""
+    script = tmp_path / "study.py"
+    script.write_text(
+        "import os, time, multiprocessing\nfrom concurrent.futures import ProcessPoolExecutor\n"
+        "from recipes.study.jobs import _start\n"
+        "def run():\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    with ProcessPoolExecutor(1, context, _start, (1,)) as pool:\n        pool.submit(run).result()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    study = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    worker = int(study.stdout.readline())
+    study.kill()
+    study.wait()
+    for _ in range(300):
+        if not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker went on without its study")
 
 
 def test_few_pairs_leave_the_rest_unlabelled(folder):
