@@ -42,6 +42,7 @@ class SeeingConfig:
     ceiling: bool = option(False, "Print what linear maps find that are trained to search, instead of the gates.")
     embedder: str = option("", "Save the model with bottleneck tokens here.")
     steps: int = option(0, "With embedder: train it on the pictures, for so many steps of 16 pairs.")
+    bf16: bool = option(False, "With steps: products in bfloat16, where the processor has it.")
     pictures: str = option("", "With embedder: write some hundred pictures here that nothing was trained on.")
     figure: str = option("", "With embedder: draw searches among those pictures.")
     corpora: str = option(str(_CACHE / "seeing-corpora"), "Where pictures are written.")

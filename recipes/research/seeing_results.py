@@ -89,7 +89,7 @@ def print_ceiling(folder: Path, cache: Path) -> None:
     print(f"two linear maps trained to search: MRR to text {to_text:.1f}, to picture {to_picture:.1f} of {number}")
 
 
-def make_embedder(to: Path, folder: Path, cache: Path, steps: int, seed: int = 0) -> None:
+def make_embedder(to: Path, folder: Path, cache: Path, steps: int, bf16: bool = False, seed: int = 0) -> None:
     """Save the model with bottleneck tokens, trained on the training pictures with their captions if asked to.
 
     Args:
@@ -97,6 +97,7 @@ def make_embedder(to: Path, folder: Path, cache: Path, steps: int, seed: int = 0
         folder: Where corpora are written.
         cache: Folder of unpacked packages.
         steps: Steps of 16 pairs, with LoRA at 1e-3; 0: as the connector was trained.
+        bf16: Whether the products of that training are in bfloat16.
         seed: Seed of order and dropout.
     """
     build = {"max_seq_length": 512}
@@ -107,7 +108,7 @@ def make_embedder(to: Path, folder: Path, cache: Path, steps: int, seed: int = 0
     data = DatasetDict(
         {name: load_user_data([str(root / "train.jsonl")])[0].dataset() for name, root in roots.items()}
     )
-    settings = VariantSettings(build_seeing(), steps, batch_size=16, learning_rate=1e-3, build=build)
+    settings = VariantSettings(build_seeing(), steps, batch_size=16, learning_rate=1e-3, build=build, bf16=bf16)
     variant = Variant.parse("btok:condensation_weight=0")
     model, loss = build_variant(variant, settings, seed)
     fit_variant(model, loss, variant, settings, seed, data, "pictures and captions")
@@ -182,7 +183,7 @@ def write_embedder(config: SeeingConfig, to: Path, corpora: Path, cache: Path) -
     """
     quiet()
     if not (to / "modules.json").exists():
-        make_embedder(to, corpora, cache, config.steps)
+        make_embedder(to, corpora, cache, config.steps, config.bf16)
     if config.pictures:
         write_held_out(Path(config.pictures), corpora, cache)
     if config.figure:

@@ -224,7 +224,7 @@ def fit_variant(
         report_to=[],
         seed=seed,
         bf16=settings.bf16,
-        use_cpu=settings.device == "cpu",
+        use_cpu=settings.device == "cpu" or not torch.accelerator.is_available(),
         disable_tqdm=True,
     )
     watch = _Watch(title)

@@ -25,7 +25,7 @@ QUICK_PICTURES: dict[str, Any] = {
     "backbones": ["seeing"],
     "variants": [BASELINE, "last token, prompt", "topic start", "topic start, condensation 0.2"],
     "seeds": 1,
-    "steps": 20,
+    "steps": 10,
     "batch_size": 16,
     "max_seq_length": 512,
     "equal_time": False,
