@@ -40,7 +40,7 @@ demo: setup
 	$(BIN)/python -m recipes.search index btok-demo/files --to btok-demo/index --model btok-quickstart
 	$(BIN)/python -m recipes.search serve btok-demo/index --model btok-quickstart
 
-# The same over some hundred photographs and drawings that its model never saw; trained for ten minutes, once.
+# The same over some hundred photographs and drawings that its model never saw; trained first, and kept.
 demo-pictures: setup
 	$(BIN)/python -m recipes.research.seeing --embedder btok-seeing --steps 60 --pictures btok-pictures/files
 	$(BIN)/python -m recipes.search index btok-pictures/files --to btok-pictures/index --model btok-seeing

@@ -18,7 +18,6 @@ from tests.tiny_newer import (
     aya_vision,
     deepseek_vl,
     ernie4_5_vl,
-    fast_vlm,
     gemma4,
     glm4v,
     glm46v,
@@ -39,7 +38,7 @@ from tests.tiny_newer import (
 from tests.tiny_qwen import qwen2_5_omni, qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl
 from tests.tiny_text import gemma, gemma2, llama, mamba, mistral, qwen3
 from tests.tiny_tokenizer import LLAMA_TEMPLATE, QWEN_TEMPLATE, SPECIAL, TEXT, tokenizer
-from tests.tiny_vision import gemma3, idefics3, internvl, llava, llava_onevision, paligemma, smolvlm
+from tests.tiny_vision import fast_vlm, gemma3, idefics3, internvl, llava, llava_onevision, paligemma, smolvlm
 
 __all__ = [
     "BUILDERS", "LLAMA_TEMPLATE", "MODALITIES", "QWEN_TEMPLATE", "SPECIAL", "TEXT", "build", "clip", "inputs",

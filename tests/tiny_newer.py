@@ -8,7 +8,6 @@ from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     AyaVisionProcessor,
-    CLIPImageProcessor,
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
     DeepseekVLImageProcessor,
@@ -18,8 +17,6 @@ from transformers import (
     Ernie4_5_VLMoeImageProcessor,
     Ernie4_5_VLMoeProcessor,
     Ernie4_5_VLMoeVideoProcessor,
-    FastVlmConfig,
-    FastVlmForConditionalGeneration,
     Gemma4AudioFeatureExtractor,
     Gemma4Config,
     Gemma4ForConditionalGeneration,
@@ -57,7 +54,6 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
-    LlavaProcessor,
     MiniCPMV4_6Config,
     MiniCPMV4_6ForConditionalGeneration,
     MiniCPMV4_6ImageProcessor,
@@ -523,28 +519,6 @@ def llava_next(tied: bool = True) -> Built:
         images, own, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
     return LlavaNextForConditionalGeneration(config), processor
-
-
-def fast_vlm(tied: bool = True) -> Built:
-    """A tower of convolutions with batch normalisation, as all of timm's in this family; four tokens a picture."""
-    own = tokenizer(image_token="<image>")
-    config = FastVlmConfig(
-        text_config={**TEXT, "model_type": "qwen2", "tie_word_embeddings": tied},
-        vision_config={
-            "model_type": "timm_wrapper",
-            "architecture": "test_efficientnet",
-            "hidden_size": 256,
-            "do_pooling": False,
-        },
-        image_token_index=own.convert_tokens_to_ids("<image>"),
-        image_seq_length=4,
-        tie_word_embeddings=tied,
-    )
-    images = CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
-    processor = LlavaProcessor(
-        images, own, patch_size=32, vision_feature_select_strategy="full", num_additional_image_tokens=0
-    )
-    return FastVlmForConditionalGeneration(config), processor
 
 
 def aya_vision(tied: bool = True) -> Built:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import (
     CLIPImageProcessor,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessor,
@@ -205,3 +207,25 @@ def llava(tied: bool = True) -> tuple[PreTrainedModel, ProcessorMixin]:
         chat_template=typed_template(image="<image>"),
     )
     return LlavaForConditionalGeneration(config), processor
+
+
+def fast_vlm(tied: bool = True) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A tower of convolutions with batch normalisation, as all of timm's in this family; four tokens a picture."""
+    own = tokenizer(image_token="<image>")
+    config = FastVlmConfig(
+        text_config={**TEXT, "model_type": "qwen2", "tie_word_embeddings": tied},
+        vision_config={
+            "model_type": "timm_wrapper",
+            "architecture": "test_efficientnet",
+            "hidden_size": 256,
+            "do_pooling": False,
+        },
+        image_token_index=own.convert_tokens_to_ids("<image>"),
+        image_seq_length=4,
+        tie_word_embeddings=tied,
+    )
+    images = CLIPImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False)
+    processor = LlavaProcessor(
+        images, own, patch_size=32, vision_feature_select_strategy="full", num_additional_image_tokens=0
+    )
+    return FastVlmForConditionalGeneration(config), processor
