@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,23 +93,24 @@ def test_what_large_files_cost(tmp_path):
 
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch):
-    running, most = 0, 0
+    """Small images meet at a barrier, so four are decoded at once; a second large one would find the first at work."""
+    together, alone = threading.Barrier(4, timeout=60), threading.Lock()
 
-    def count(image, background):
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
+    def small(image, background):
+        together.wait()
+        return image
+
+    def large(image, background):
+        assert alone.acquire(blocking=False), "another large image is being decoded"
         time.sleep(0.02)
-        running -= 1
+        alone.release()
         return image
 
     monkeypatch.setattr(images, "LARGE_IMAGE", 28 * 28)
-    monkeypatch.setattr(images, "normalise", count)
-    for size, expected in ((56, 1), (28, 4)):
-        most = 0
+    for size, decode in ((28, small), (56, large)):
+        monkeypatch.setattr(images, "normalise", decode)
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(images.rgb_image, [picture(size, size) for _ in range(8)]))
-        assert most == expected
+            assert len(list(pool.map(images.rgb_image, [picture(size, size) for _ in range(8)]))) == 8
 
 
 def test_large_images_are_shrunk_as_the_whole_would_be(monkeypatch, tmp_path):
