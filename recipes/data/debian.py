@@ -11,6 +11,7 @@ Where there is no apt, unpack them elsewhere into `CACHE/<package>` and everythi
 | `languages` | German caption of a stamp | English caption | the same |
 | `words` | word | its meaning | wordnet-base, WordNet licence |
 | `packages` | title of a package | first paragraph of its description | apt's own lists |
+| `descriptions` | title of a package | its whole description, of 400 to 1,500 characters | the same |
 | `pages` | heading of a section | the section as a page image | debian-handbook, GPL and CC BY-SA |
 """
 
@@ -126,32 +127,17 @@ def words(cache: Path) -> Iterator[RealPair]:
 
 
 def packages(cache: Path) -> Iterator[RealPair]:
-    """Titles of packages with the first paragraphs of their descriptions, from lists of our own (no root needed)."""
-    lists = cache / "lists"
-    if not any(lists.glob("*Translation-en*")):
-        if shutil.which("apt-get") is None:
-            raise FileNotFoundError(
-                f"put the file Translation-en of a Debian release into {lists}; there is no apt-get"
-            )
-        (lists / "partial").mkdir(parents=True, exist_ok=True)
-        options = [
-            f"Dir::State::lists={lists.resolve()}",
-            "Acquire::Languages=en",
-            f"Dir::Cache={cache.resolve()}/apt",
-        ]
-        command = ["apt-get", *(part for option in options for part in ("-o", option)), "update"]
-        (cache / "apt" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
-        subprocess.run(command, check=True, capture_output=True)
-    for path in sorted(lists.glob("*Translation-en*")):
-        # apt keeps its lists packed; its own helper reads every form.
-        text = subprocess.run(
-            ["/usr/lib/apt/apt-helper", "cat-file", str(path)], check=True, capture_output=True
-        ).stdout
-        for block in text.decode("utf-8", errors="replace").split("\n\n"):
-            found = re.search(r"^Description-en: (.*)\n((?: .*\n?)+)", block, re.MULTILINE)
-            if found:
-                body = found[2].split("\n .\n")[0]
-                yield RealPair(found[1].strip(), " ".join(body.split()))
+    """Titles of packages with the first paragraphs of their descriptions."""
+    for title, description in _package_descriptions(cache):
+        yield RealPair(title, " ".join(description.split("\n .\n")[0].split()))
+
+
+def descriptions(cache: Path) -> Iterator[RealPair]:
+    """Titles of packages with their whole descriptions, about 100 to 300 tokens long."""
+    for title, description in _package_descriptions(cache):
+        text = " ".join(description.replace("\n .\n", "\n").split())
+        if 400 <= len(text) <= 1500:
+            yield RealPair(title, text)
 
 
 def pages(cache: Path) -> Iterator[RealPair]:
@@ -174,6 +160,7 @@ CORPORA: dict[str, Callable[[Path], Iterator[RealPair]]] = {
     "languages": languages,
     "words": words,
     "packages": packages,
+    "descriptions": descriptions,
     "pages": pages,
 }
 
@@ -244,6 +231,34 @@ def _stamp_captions(cache: Path) -> Iterator[tuple[Path, dict[str, str]]]:
             captions[language] = text.strip()
         if captions["en"]:
             yield path.with_suffix(""), captions
+
+
+def _package_descriptions(cache: Path) -> Iterator[tuple[str, str]]:
+    """Title and description of every package, from lists of our own (no root needed)."""
+    lists = cache / "lists"
+    if not any(lists.glob("*Translation-en*")):
+        if shutil.which("apt-get") is None:
+            raise FileNotFoundError(
+                f"put the file Translation-en of a Debian release into {lists}; there is no apt-get"
+            )
+        (lists / "partial").mkdir(parents=True, exist_ok=True)
+        options = [
+            f"Dir::State::lists={lists.resolve()}",
+            "Acquire::Languages=en",
+            f"Dir::Cache={cache.resolve()}/apt",
+        ]
+        command = ["apt-get", *(part for option in options for part in ("-o", option)), "update"]
+        (cache / "apt" / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+        subprocess.run(command, check=True, capture_output=True)
+    for path in sorted(lists.glob("*Translation-en*")):
+        # apt keeps its lists packed; its own helper reads every form.
+        text = subprocess.run(
+            ["/usr/lib/apt/apt-helper", "cat-file", str(path)], check=True, capture_output=True
+        ).stdout
+        for block in text.decode("utf-8", errors="replace").split("\n\n"):
+            found = re.search(r"^Description-en: (.*)\n((?: .*\n?)+)", block, re.MULTILINE)
+            if found:
+                yield found[1].strip(), found[2]
 
 
 def _stamp(path: Path) -> Image.Image | None:

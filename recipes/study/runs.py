@@ -64,14 +64,15 @@ def make_run(wanted: Wanted, settings: VariantSettings, corpus: Corpus, title: s
 
     Returns:
         The line for the log: ranks by search, seconds a step (where several runs share the machine, of that too), the
-        losses, and what the probes found.
+        losses, and, for seed 0, what the probes found.
     """
     compared = VARIANTS[wanted.variant]
     variant = compared.build(wanted.steps)
     own = replace(settings, steps=wanted.steps, learning_rate=wanted.rate, batch_size=wanted.batch_size)
     model, loss = build_variant(variant, own, wanted.seed)
     probe = _probe(corpus.searches["validation"])
-    probed = wanted.steps and compared.has_condensation and not compared.condensation_first
+    # The probes take half as long as the training itself, so the first seed alone is probed.
+    probed = wanted.steps and not wanted.seed and compared.has_condensation and not compared.condensation_first
     conflict = Conflict(loss, probe, _probed_steps(wanted.steps)) if probed else None
     trainings = []
     if compared.unlabelled and wanted.steps:
