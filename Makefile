@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Releases that work together on the CPU; any matching ones serve. torchcodec is for mteb's own video tasks only.
 TORCH := torch==2.14.1 torchvision==0.29.1 torchcodec==0.14.0
 
-.PHONY: setup quickstart test check lowest newest core gpu pretrain seeing docs demo demo-pictures browser engines tools clean
+.PHONY: setup quickstart test check lowest newest core gpu pretrain seeing docs demo browser engines tools clean
 
 setup: $(VENV)/.ready
 
@@ -33,20 +33,15 @@ test: setup
 seeing: setup
 	$(BIN)/python -m recipes.research.seeing
 
-# A search page over drawn words and pages, with the quickstart's model: http://127.0.0.1:7860
+# A search page over some hundred photographs and drawings: http://127.0.0.1:7860. Its model never saw them; it is
+# trained first, and kept.
 demo: setup
-	test -f btok-quickstart/modules.json || $(MAKE) quickstart
-	$(BIN)/python -m recipes.search.demo btok-demo/files
-	$(BIN)/python -m recipes.search index btok-demo/files --to btok-demo/index --model btok-quickstart
-	$(BIN)/python -m recipes.search serve btok-demo/index --model btok-quickstart
+	$(BIN)/python -m recipes.research.seeing --embedder btok-demo/model --steps 60 --pictures btok-demo/files
+	$(BIN)/python -m recipes.search index btok-demo/files --to btok-demo/index --model btok-demo/model
+	$(BIN)/python -m recipes.search serve btok-demo/index --model btok-demo/model
 
-# The same over some hundred photographs and drawings that its model never saw; trained first, and kept.
-demo-pictures: setup
-	$(BIN)/python -m recipes.research.seeing --embedder btok-seeing --steps 60 --pictures btok-pictures/files
-	$(BIN)/python -m recipes.search index btok-pictures/files --to btok-pictures/index --model btok-seeing
-	$(BIN)/python -m recipes.search serve btok-pictures/index --model btok-seeing
-
-# The search page in a real browser; needs chromium (apt-get install chromium).
+# The search page in a real browser; needs chromium (apt-get install chromium). After `make demo` over its photographs
+# too; SCREENSHOTS=FOLDER keeps pictures.
 browser: setup
 	$(BIN)/python -m pip install --quiet playwright
 	$(BIN)/python -m pytest tests/browser
@@ -120,4 +115,4 @@ $(DOCS)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(ENGINES) $(TOOLS) .venv-lowest .venv-newest site btok-quickstart btok-seeing *.egg-info
+	rm -rf $(VENV) $(DOCS) $(ENGINES) $(TOOLS) .venv-lowest .venv-newest site btok-quickstart btok-demo *.egg-info

@@ -19,6 +19,14 @@ from transformers import HfArgumentParser
 
 Settings = TypeVar("Settings")
 TRACEBACK = "--traceback"
+# Which extra of pyproject.toml brings a package that a command needs.
+_EXTRAS = {
+    **dict.fromkeys(("matplotlib", "qtawesome"), "train"),
+    **dict.fromkeys(("mteb", "open_clip", "sklearn"), "eval"),
+    **dict.fromkeys(("lancedb", "gradio", "qdrant_client"), "search"),
+    "ray": "ray",
+    "resvg_py": "real",
+}
 _OURS = ("recipes.", "evaluation.", "st_btok.", "__main__")
 
 
@@ -99,7 +107,9 @@ def run(command: Callable[[], object]) -> None:
     except Exception as error:
         if TRACEBACK in sys.argv or not is_for_the_user(error):
             raise
-        sys.exit(f"st_btok: {' '.join(str(error).split())}")
+        extra = _EXTRAS.get(str(getattr(error, "name", "")).partition(".")[0])
+        hint = f" It comes with an extra, in the checkout: pip install -e '.[{extra}]'" if extra else ""
+        sys.exit(f"st_btok: {' '.join(str(error).split())}{'.' * bool(extra)}{hint}")
 
 
 def is_for_the_user(error: BaseException) -> bool:

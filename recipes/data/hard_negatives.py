@@ -8,7 +8,7 @@ and image + text as well.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,18 +31,18 @@ class _KeyedModel:
         self.device, self.similarity = model.device, model.similarity
         self.similarity_pairwise = model.similarity_pairwise
 
-    def _encode(self, keys: Sequence[str], batch_size: int, desc: str) -> np.ndarray:
+    def _encode(self, keys: Sequence[str], batch_size: int, desc: str, encode: Callable[..., Any]) -> np.ndarray:
         parts = []
         for start in tqdm(range(0, len(keys), 4 * batch_size), desc=desc):
             inputs = self.source.read_all([self.places[key] for key in keys[start : start + 4 * batch_size]])
-            parts.append(self.model.encode(inputs, batch_size=batch_size, normalize_embeddings=True))
+            parts.append(encode(inputs, batch_size=batch_size, normalize_embeddings=True))
         return np.concatenate(parts)
 
     def encode_query(self, keys: Sequence[str], batch_size: int, **options: Any) -> np.ndarray:
-        return self._encode(keys, batch_size, "queries")
+        return self._encode(keys, batch_size, "queries", self.model.encode_query)
 
     def encode_document(self, keys: Sequence[str], batch_size: int, **options: Any) -> np.ndarray:
-        return self._encode(keys, batch_size, "positives")
+        return self._encode(keys, batch_size, "positives", self.model.encode_document)
 
 
 def with_mined_negatives(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,16 +63,18 @@ def hold_out(
     training, validation = [], []
     for source, group in zip(sources, groups, strict=True):
         held = np.isin(group, chosen)
+        if held.sum() == 1 and np.bincount(labels)[group[held][0]] == 1:
+            held[:] = False  # one row can't be searched in; it trains, as nothing that is held out shares its content
         training.append(source.select(np.flatnonzero(~held)))
         if held.sum() > 1:
             validation.append(source.select(np.flatnonzero(held)))
         else:
             logger.warning(
-                "%s has no validation part: its %d rows can't be split into groups without shared content of at most "
-                "%d rows",
+                "%s has no validation part: at most %d of its %d rows may be held out, and no two were found that "
+                "share no content with the rest",
                 source.name,
-                len(group),
                 min(size, int(len(group) * share)),
+                len(group),
             )
     return training, validation
 
@@ -104,6 +106,9 @@ def _is_label_set(pairs: Dataset) -> bool:
     return bool(texts) and len(set(texts)) < len(texts) / 2
 
 
+PromptOf = Callable[[str, str], str]  # name of a source, side -> prompt
+
+
 class HeldOutEvaluator(InformationRetrievalEvaluator):
     """Search of a source's held-out positives by its held-out queries; media are decoded a few batches at a time.
 
@@ -111,9 +116,17 @@ class HeldOutEvaluator(InformationRetrievalEvaluator):
         source: The validation part.
         batch_size: Inputs per forward pass.
         backwards: Search of the queries by the positives instead; `-backwards` is then part of the name.
+        prompt_of: The prompt that a side of the source is trained with. Default: the model's own.
     """
 
-    def __init__(self, source: Source, batch_size: int = 32, *, backwards: bool = False) -> None:
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int = 32,
+        *,
+        backwards: bool = False,
+        prompt_of: PromptOf | None = None,
+    ) -> None:
         asked, sought = ("positive", "query") if backwards else ("query", "positive")
         queries, corpus, relevant = retrieval_of(source, asked, sought)
         super().__init__(
@@ -128,6 +141,8 @@ class HeldOutEvaluator(InformationRetrievalEvaluator):
             map_at_k=[10],
             batch_size=batch_size,
             write_csv=False,
+            query_prompt=prompt_of(source.name, asked) if prompt_of else None,
+            corpus_prompt=prompt_of(source.name, sought) if prompt_of else None,
         )
         self.source = source
 
@@ -141,10 +156,12 @@ class HeldOutEvaluator(InformationRetrievalEvaluator):
         return torch.cat(parts)
 
 
-def mean_of_sources(validation: Sequence[Source], batch_size: int = 32) -> SequentialEvaluator:
+def mean_of_sources(
+    validation: Sequence[Source], batch_size: int = 32, prompt_of: PromptOf | None = None
+) -> SequentialEvaluator:
     """One evaluator over all validation parts, in both directions; its score is the plain mean of their nDCG@10."""
     parts = [
-        HeldOutEvaluator(source, batch_size, backwards=backwards)
+        HeldOutEvaluator(source, batch_size, backwards=backwards, prompt_of=prompt_of)
         for source in validation
         for backwards in (False, True)
     ]

@@ -78,7 +78,7 @@ def open_streams(
     buffer: int = 1000,
     seed: int = 0,
     skipped: Path | None = None,
-    negatives: bool = False,
+    negatives: bool = True,
     **check: Any,
 ) -> Streams:
     """Open sources for reading, and check their first rows.
@@ -110,7 +110,10 @@ def open_streams(
         files[head.name] = found
     columns = [head.pairs.column_names for head in heads]
     if any(names != columns[0] for names in columns):
-        raise ValueError(f"streamed sources must have the same columns, got {columns}. Train without their negatives.")
+        raise ValueError(
+            f"streamed sources must have the same columns, got {columns}. Train without their negatives: "
+            "--hard_negatives none."
+        )
     rows = streams[0]
     if len(streams) > 1:
         shares = list(weights) or [1.0] * len(paths)
@@ -135,7 +138,7 @@ def _stream(
     names = usual_names(list(dict.fromkeys(columns)))
     if is_packed and not names:
         raise ValueError(f"{path} has no row that can be read: {records[0]['problem'] or 'all are empty'}.")
-    sides = sides_of(list(names.values()), path)
+    sides = sides_of(names, path)
     read = partial(read_pair, sides=sides, folder=str(folder), names=names if is_packed else None)
     head = check_source(name, Dataset.from_list(records, PACKED if is_packed else None), read, sides, **check)
     head = head if negatives else head.without_negatives()

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
+from pyarrow import compute
 
 from evaluation.media import FRAME_SUFFIXES, BrokenMediaError
 from evaluation.pool import BrokenRow
@@ -106,6 +107,17 @@ class Source:
     def without_negatives(self) -> Source:
         """The same source with queries and positives only."""
         return replace(self, pairs=self.pairs.select_columns(["query", "positive"]))
+
+    def media(self) -> set[str]:
+        """Which of `image` and `video` occur in the pairs."""
+        table, found = self.pairs.with_format("arrow")[:], set()
+        for name in table.column_names:
+            side = table[name].combine_chunks()
+            sizes = {field: compute.binary_length(side.field(field)) for field in ("image", "column")}
+            sizes["video"] = compute.list_value_length(side.field("video"))
+            used = [field for field, size in sizes.items() if (compute.max(size).as_py() or 0) > 0]
+            found |= {"image" if field == "column" else field for field in used}
+        return found
 
     def dataset(self) -> Dataset:
         """The pairs as inputs of sentence-transformers; a row is decoded when it is read."""

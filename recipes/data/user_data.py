@@ -69,7 +69,7 @@ def load_user_data(paths: Sequence[str], weights: Sequence[float] = (), **check:
     for number, path in enumerate(paths):
         table, columns, folder = _read(path)
         names = usual_names(columns)
-        sides = sides_of(list(names.values()), path)
+        sides = sides_of(names, path)
         name = re.sub(r"\W+", "-", Path(path).stem if Path(path).exists() else path).strip("-")
         if hasattr(nn.Sequential, name):  # where the Trainer keeps losses by name: `train` would be a method of it
             name = f"{name}-data"
@@ -183,14 +183,29 @@ def usual_names(columns: Sequence[str]) -> dict[str, str]:
     return {column: name if taken[name] == 1 else column for column, name in names.items()}
 
 
-def sides_of(columns: Sequence[str], path: str) -> tuple[str, ...]:
-    """The sides that columns stand for; raises `ValueError` if query or positive is missing."""
-    named = [match.group(1) for column in columns if (match := _COLUMN.fullmatch(column))]
+def sides_of(names: Mapping[str, str], path: str) -> tuple[str, ...]:
+    """The sides that columns stand for.
+
+    Args:
+        names: From `usual_names`: our name of each column.
+        path: Where they are.
+
+    Returns:
+        `query`, `positive`, and those of negatives.
+
+    Raises:
+        ValueError: If query or positive is missing.
+    """
+    named = [match.group(1) for column in names.values() if (match := _COLUMN.fullmatch(column))]
     sides = tuple(dict.fromkeys(named))
-    if not {"query", "positive"} <= set(sides):
+    missing = [side for side in ("query", "positive") if side not in sides]
+    if missing:
+        others = [column for column, name in names.items() if not _COLUMN.fullmatch(name)]
+        kind = next((kind for kind in ("image", "video") if others and kind in others[0]), "")
+        example = f", such as {others[0]} to {missing[0]}{'_' * bool(kind)}{kind}" if others else ""
         raise ValueError(
             f"{path} must have the columns query and positive (or query_text, query_image, query_video, ...), but has "
-            f"{list(columns)}. Rename them, e.g. with Dataset.rename_columns."
+            f"{list(names)}. Rename its columns{example}."
         )
     return ("query", "positive", *sorted(set(sides) - {"query", "positive"}))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,37 @@ class TrainConfig(RunSettings, DataSettings, ModelSettings, LossSettings, Traine
                 found = {name: text for name, text in found.items() if not name.endswith(f"-{role}")}
                 found[role] = texts.pop()
         return found
+
+    def prompt_of(self, source: str, side: str) -> str:
+        """The prompt that a side of a source is trained with, as sentence-transformers reads `prompts`."""
+        given: Any = self.prompts or ""
+        if isinstance(given, dict):
+            given = given.get(source, given)
+        if isinstance(given, dict):
+            given = given.get(side)
+        return given if isinstance(given, str) else ""
+
+    def check_prompts(self, sources: Mapping[str, Sequence[str]]) -> None:
+        """Refuse prompts for what is not there: they would be saved, and never trained with.
+
+        Args:
+            sources: The columns of each source by its name.
+
+        Raises:
+            ValueError: A key that names neither a source nor a column.
+        """
+        columns = {column for names in sources.values() for column in names}
+        wrong = []
+        for name, prompt in self.prompts.items() if isinstance(self.prompts, dict) else ():
+            if name in sources and isinstance(prompt, dict):
+                wrong += [column for column in prompt if column not in sources[name]]
+            elif name not in sources and (name not in columns or isinstance(prompt, dict)):
+                wrong.append(name)
+        if wrong:
+            raise ValueError(
+                f"--prompts must name data sets or columns, but {wrong} are none: there are the data sets "
+                f"{list(sources)} with the columns {sorted(columns)}. Use these names."
+            )
 
 
 _ROLES = {"query": "query", "positive": "document"}

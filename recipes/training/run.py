@@ -19,7 +19,6 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 
-from evaluation.mini import evaluator_for
 from recipes.data.blocks import distinct_rows, weighted_blocks
 from recipes.data.hard_negatives import with_mined_negatives
 from recipes.data.holdout import hold_out, mean_of_sources
@@ -66,8 +65,12 @@ def read_sources(config: TrainConfig) -> list[Source]:
     return sources
 
 
-def build(config: TrainConfig) -> SentenceTransformer:
-    """The model, with adapters if it is tuned by them; their base is saved, so that checkpoints can be loaded."""
+def build(config: TrainConfig, sources: Sequence[Source]) -> SentenceTransformer:
+    """The model, with adapters if it is tuned by them; their base is saved, so that checkpoints can be loaded.
+
+    Raises:
+        ValueError: If the sources hold media that the backbone does not read.
+    """
     model = build_model(
         config.backbone,
         config.num_btoks,
@@ -80,6 +83,13 @@ def build(config: TrainConfig) -> SentenceTransformer:
         device=str(config.device),
         model_kwargs={"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation},
     )
+    read = set(model[0].modalities)
+    for source in sources:
+        if foreign := source.media() - read:
+            raise ValueError(
+                f"{source.name} holds {' and '.join(sorted(foreign))} inputs, but the backbone {config.backbone} "
+                f"reads {', '.join(sorted(read - {'message'}))} only. Pass another backbone, or leave this source out."
+            )
     if config.tuning != "full":
         lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         # Checkpoints refer to it; one process writes both.
@@ -112,8 +122,11 @@ def validation(config: TrainConfig, held_out: Sequence[Source]) -> BaseEvaluator
     """What scores the model in training; `None` if there is nothing held out."""
     evaluators: list[BaseEvaluator] = []
     if held_out:
-        evaluators.append(mean_of_sources(held_out, config.per_device_eval_batch_size))
+        prompt_of = config.prompt_of if config.prompts else None
+        evaluators.append(mean_of_sources(held_out, config.per_device_eval_batch_size, prompt_of))
     if config.validation_suite:
+        from evaluation.mini import evaluator_for  # needs mteb, the extra `eval`
+
         evaluators.append(evaluator_for(config.validation_suite, batch_size=config.per_device_eval_batch_size))
     return SequentialEvaluator(evaluators) if evaluators else None
 
@@ -175,6 +188,18 @@ def streamed(config: TrainConfig) -> Data:
     return Data(found.rows, found.heads, found.heads, found.held_out, found.files)
 
 
+def check_against(config: TrainConfig, sources: Sequence[Source]) -> None:
+    """Refuse settings that the data can't meet, before a model is loaded."""
+    config.check_prompts({source.name: source.pairs.column_names for source in sources})
+    size = config.per_device_train_batch_size
+    short = {source.name: len(source.pairs) for source in sources if len(source.pairs) < size}
+    if short and config.mix == "weighted" and not config.stream:
+        raise ValueError(
+            f"every data set needs at least one batch of --batch_size {size} rows to train on, but there are {short}. "
+            "Pass a smaller --batch_size, or leave these data sets out."
+        )
+
+
 def begin(config: TrainConfig, training: Sequence[Source], files: Mapping[str, Sequence[str]]) -> Path | None:
     """The checkpoint to go on from, if any, once it is sure to belong to the same training."""
     model = ("num_btoks", "readout", "template", "tuning", "lora_r", "max_seq_length", "min_pixels", "max_pixels")
@@ -230,9 +255,10 @@ def _train(config: TrainConfig) -> Path:
         raise ValueError(f"{config.output_dir} holds {started[-1].name}. Pass --resume, or another --output_dir.")
     transformers.set_seed(config.seed)
     data = streamed(config) if config.stream else checked(config)
+    check_against(config, data.training)
     # 4. Training.
     last = begin(config, data.training, data.files)
-    model = build(config)
+    model = build(config, data.training)
     describe_data(model, data.training)
     arguments = copy.copy(config)
     loss: Any = losses(config, model, data.training)

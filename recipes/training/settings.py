@@ -69,7 +69,7 @@ class DataSettings(PairSettings):
     mix: str = option("weighted", "Sources: weighted (by their weights), proportional (to size) or round_robin.")
     block_size: int = option(0, "Rows that come from one source in a row; a multiple of the batch size; 0: a batch.")
     distinct: bool = option(False, "No query or positive twice in a batch. Not for label sets.")
-    hard_negatives: str = option("none", "none, data (columns of the data) or mine (nearest other positives).")
+    hard_negatives: str = option("data", "data (its own columns), none, or mine (nearest other positives).")
     num_negatives: int = option(1, "Mined negatives per pair.")
     miner: str = option("", "Embedder that mines: a trained one, name or path.")
     validation_suite: str = option("", "mini: also score the validation split of the mini suite.")

@@ -1,8 +1,11 @@
 """The search page in a real browser: `make browser` (Debian's chromium, driven by Playwright).
 
-The page stands over the demo folder of words and pages that the model has never seen. With the quickstart's model in
+The page stands over a folder of drawn words and pages that the model has never seen. With the quickstart's model in
 `btok-quickstart/` the right pictures must come first; without it the shipped backbone, untrained, serves, and only
 what does not need training is asked: a text finds itself, a picture finds itself.
+
+After `make demo` the page over its photographs is opened as well. `SCREENSHOTS=FOLDER make browser` keeps pictures of
+all that was seen; `docs/search_page.png` is `search_photographs_1400.png` of them.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ if CHROMIUM is None:
 
 from sentence_transformers import SentenceTransformer  # noqa: E402  (after the skips)
 
-from recipes.search.demo import write_demo  # noqa: E402
 from recipes.search.index import open_index, update  # noqa: E402
 from recipes.search.page import build_page, launch  # noqa: E402
 from st_btok import build_model  # noqa: E402
+from tests.browser.drawn_words import write_words  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TRAINED = Path(os.environ.get("BTOK_QUICKSTART", ROOT / "btok-quickstart"))
+DEMO = ROOT / "btok-demo"  # of `make demo`
 SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ""))
 
 
@@ -35,7 +39,7 @@ SCREENSHOTS = Path(os.environ.get("SCREENSHOTS", ""))
 def shop(tmp_path_factory):
     """(address, captions, folder) of a page that is being served."""
     root = tmp_path_factory.mktemp("search")
-    captions = write_demo(root / "files")
+    captions = write_words(root / "files")
     if TRAINED.exists():
         model = SentenceTransformer(str(TRAINED), device="cpu")
     else:
@@ -49,8 +53,22 @@ def shop(tmp_path_factory):
     blocks.close()
 
 
+@pytest.fixture(scope="module")
+def gallery():
+    """Address of the page over the photographs of `make demo`."""
+    if not (DEMO / "index").exists():
+        pytest.skip("needs the photographs: make demo")
+    model = SentenceTransformer(str(DEMO / "model"), device="cpu")
+    store, folder = open_index(DEMO / "index", model)
+    blocks = build_page(store, model, folder)
+    _, address, _ = launch(blocks, "127.0.0.1", 7872, block=False)
+    yield address
+    blocks.close()
+
+
 @pytest.fixture(params=[1400, 390], ids=["wide", "phone"])
-def tab(request, shop, tmp_path):
+def new_tab(request, tmp_path):
+    """Opens an address in a browser of this width."""
     with sync_api.sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
         browser = playwright.chromium.launch_persistent_context(
@@ -61,22 +79,31 @@ def tab(request, shop, tmp_path):
         )
         page = browser.new_page()
         page.set_default_timeout(60_000)
-        page.goto(shop[0])
-        page.wait_for_selector("#query textarea")
-        yield page
+
+        def opened(address: str):
+            page.goto(address)
+            page.wait_for_selector("#query textarea")
+            return page
+
+        yield opened
         browser.close()
 
 
 @pytest.fixture
-def shot(tab, request):
+def tab(new_tab, shop):
+    return new_tab(shop[0])
+
+
+@pytest.fixture
+def shot(tab):
+    return lambda name: save_shot(tab, name)
+
+
+def save_shot(tab, name: str) -> None:
     """Saves what is seen, where the environment names a folder for it."""
-
-    def save(name: str) -> None:
-        if SCREENSHOTS.name:
-            tab.wait_for_timeout(500)
-            tab.screenshot(path=str(SCREENSHOTS / f"search_{name}_{tab.viewport_size['width']}.png"))
-
-    return save
+    if SCREENSHOTS.name:
+        tab.wait_for_timeout(500)
+        tab.screenshot(path=str(SCREENSHOTS / f"search_{name}_{tab.viewport_size['width']}.png"))
 
 
 def hits(tab) -> list[str]:
@@ -177,6 +204,16 @@ def test_a_picture_its_details_and_the_heat_map(tab, shop, shot):
     # What they can write is not asked for: after 40 steps the tokens don't hold a word to the letter.
     tab.click("#close")
     tab.wait_for_selector("#details", state="hidden")
+
+
+def test_photographs_of_the_demo(gallery, new_tab):
+    tab = new_tab(gallery)
+    assert len(searched(tab, "a musical instrument")) == 30
+    name = opened(tab, 0)
+    tab.click("#why")
+    tab.wait_for_selector("#generated")
+    assert tab.locator("#about img").count() == 1 and tab.locator("#about .path").inner_text() == name
+    save_shot(tab, "photographs")
 
 
 def test_filters(tab):

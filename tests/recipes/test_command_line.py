@@ -91,6 +91,12 @@ def test_what_a_user_can_mend_is_one_line(error, monkeypatch):
     assert ended.value.code.strip() == f"st_btok: {' '.join(str(error).split())}"
 
 
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(command_line, "_OURS", (f"{__name__}.",))
+    with pytest.raises(SystemExit, match=r"No module named 'matplotlib'\. It comes with an extra.*'\.\[train\]'"):
+        command_line.run(raising(ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot")))
+
+
 def test_other_errors_keep_their_traceback_and_the_flag_shows_all(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         command_line.run(lambda: 1 / 0)

@@ -213,5 +213,6 @@ def test_options_are_those_of_the_signatures():
 
 
 def test_comparing_does_not_wait_for_mteb():
-    command = "import sys, recipes.research.comparison, recipes.study.study; sys.exit('mteb' in sys.modules)"
+    command = "import sys, recipes.research.comparison, recipes.study.study, recipes.training.run\n"
+    command += "sys.exit('mteb' in sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[2], check=True)

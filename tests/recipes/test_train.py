@@ -179,7 +179,7 @@ def test_cached_loss_targets_and_negatives(backbone, pairs, tmp_path):
     options = {"data": [pairs], "mini_batch_size": 1, "target": "query", "max_steps": 2, "distinct": True}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipe, "CachedBTokLoss", Watch)
-        train(config(backbone, tmp_path / "a", hard_negatives="data", **options))
+        train(config(backbone, tmp_path / "a", **options))
         train(config(backbone, tmp_path / "b", hard_negatives="none", **options))
         # Rows that start as the end of a turn: untrained ones that start as a line break find all texts alike.
         recipe.build_model(backbone, init="eos", device="cpu").save_pretrained(str(tmp_path / "miner"))
@@ -198,6 +198,34 @@ def test_too_few_rows_to_hold_some_out_train_without_scores(backbone, tmp_path, 
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "resume": True}
     with pytest.raises(ValueError, match="needs held-out rows, but no data set has enough. Leave it out"):
         train(config(backbone, tmp_path, **options, **best))
+
+
+def test_prompts_that_differ_by_data_set_are_trained_with_and_scored_with(backbone, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        lines = [json.dumps({"query": f"{name} question {i}", "positive": f"{name} answer {i}"}) for i in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = {"data": [str(tmp_path / f"{name}.jsonl") for name in "ab"], "validation_size": 3}
+    given = {"a": {"query": "ask a: "}, "b": {"query": "ask b: ", "positive": "read: "}}
+    read = config(backbone, tmp_path, prompts=given, **data)
+    parts = recipe.validation(read, recipe.checked(read).held_out).evaluators[0].evaluators
+    found = {part.name: (part.query_prompt, part.corpus_prompt) for part in parts}
+    assert found["a"] == ("ask a: ", "") and found["b"] == ("ask b: ", "read: ")
+    assert found["a-backwards"] == ("", "ask a: ") and found["b-backwards"] == ("read: ", "ask b: ")
+    for prompts in ({"qery": "find "}, {"a": {"qery": "find "}}, {"c": {"query": "find "}}):
+        wrong = next(key for key in ("qery", "c") if key in str(prompts))
+        with pytest.raises(ValueError, match=f"must name data sets or columns, but \\['{wrong}'\\] are none"):
+            train(config("not a model", tmp_path, prompts=prompts, **data))
+
+
+def test_what_can_be_known_from_the_data_is_said_before_anything_is_saved(backbone, pairs, tmp_path):
+    with pytest.raises(ValueError, match="at least one batch of --batch_size 64 rows .*'mine': 23}"):
+        train(config("not a model", tmp_path, data=[pairs], per_device_train_batch_size=64))
+    texts, processor = build("qwen3")
+    texts.save_pretrained(tmp_path / "texts")
+    processor.save_pretrained(tmp_path / "texts")
+    with pytest.raises(ValueError, match="mine holds image inputs, but the backbone .*texts reads text only"):
+        train(config(str(tmp_path / "texts"), tmp_path, data=[pairs], tuning="lora"))
+    assert not (tmp_path / "out" / "base").exists()
 
 
 def test_broken_rows_can_be_an_error_before_the_model_is_built(pairs, tmp_path):

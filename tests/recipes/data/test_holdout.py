@@ -59,6 +59,18 @@ def test_a_source_in_one_piece_stays_in_training(caplog):
     assert "chain has no validation part" in caplog.text
 
 
+def test_a_lone_row_trains_unless_its_content_is_held_out_elsewhere():
+    """Nineteen rows: a tenth is one, in which nothing can be searched."""
+    few = source("few", [side(f"q {i}") for i in range(19)], [side(f"d {i}") for i in range(19)])
+    training, held_out = hold_out([few], 10)
+    assert not held_out and len(training[0].pairs) == 19
+    shared = source("shared", [side(f"a {i}") for i in range(10)], [side(f"d {i}") for i in range(10)])
+    more = source("more", [side(f"b {i}") for i in range(40)], [side(f"d {i}") for i in range(40)])
+    for seed in range(5):
+        training, held_out = hold_out([shared, more], 10, seed)
+        assert not contents(training) & contents(held_out)
+
+
 def test_size_zero_holds_nothing_out(pair_of_sources, caplog):
     training, held_out = hold_out(pair_of_sources, 0)
     assert not held_out and [len(s.pairs) for s in training] == [100, 90] and not caplog.text
@@ -111,6 +123,16 @@ def test_mined_negatives_are_the_nearest_of_other_queries(qwen):
         assert row["query"]["text"].startswith(f"q {number} ")
         assert row["negative_1"]["text"] == f"d {(number + 1) % 8}"
     assert mined.dataset()[0]["negative_1"] == {"text": mined.pairs[0]["negative_1"]["text"]}
+
+
+def test_the_miner_reads_queries_and_positives_with_its_own_prompts(qwen):
+    miner = Known(qwen)
+    asked: list[str] = []
+    miner.encode_query = lambda inputs, **options: asked.extend(inputs) or miner.encode(inputs, **options)
+    with_mined_negatives(
+        source("mine", [side(f"q {i} {(i + 1) % 8}") for i in range(8)], [side(f"d {i}") for i in range(8)]), miner, 1
+    )
+    assert {item["text"][0] for item in asked} == {"q"} and len(asked) == 8
 
 
 def test_a_second_right_answer_is_no_negative(qwen):

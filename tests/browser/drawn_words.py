@@ -1,12 +1,10 @@
-"""A folder to try the search page on: `python -m recipes.search.demo FOLDER` draws words, pages and a PDF.
+"""A folder to search: words of the quickstart that its model has never seen, and a PDF of key/value pages.
 
-Held-out words of the quickstart (its model has never seen them), as pictures named by number so that no file name
-gives an answer away, and a PDF of key/value pages.
+The pictures are named by number, so that no file name gives an answer away.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,8 @@ from recipes.toy import scenes
 WORDS, PAGES = 48, 6
 
 
-def write_demo(folder: str | Path, seed: int = 0) -> list[str]:
-    """Draw the folder; returns the captions of the pictures `words/000.png`, `words/001.png`, ..."""
+def write_words(folder: str | Path, seed: int = 0) -> list[str]:
+    """Draws the folder; returns the captions of the pictures `words/000.png`, `words/001.png`, ..."""
     root = Path(folder)
     (root / "words").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -32,7 +30,3 @@ def write_demo(folder: str | Path, seed: int = 0) -> list[str]:
     pages[0].save(root / "pages.pdf", save_all=True, append_images=pages[1:], resolution=144)
     (root / "readme.txt").write_text("These pictures were drawn by the quickstart's own code.\n")
     return captions
-
-
-if __name__ == "__main__":
-    print("\n".join(write_demo(sys.argv[1])[:5]), "...", sep="\n")
