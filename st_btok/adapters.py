@@ -11,7 +11,7 @@ An adapter's checkpoint also keeps a fingerprint of its base, among the argument
 `processing_kwargs` (templates skip what they don't know): `base_change` compares it with the base as it is now.
 
 DoRA's magnitude vectors need one more thing: peft (0.21) writes them under a key that transformers (5.23) does not
-read back, so they would silently be lost. The key with `.weight` behind it is read by both (`_write_readable_keys`).
+read back, so they would silently be lost. The key with `.weight` behind it is read by both (`keep_magnitudes`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,8 @@ def btok_lora_config(
         use_dora: DoRA: also train each output feature's magnitude. The model is then taught to save it under a key
             that loading finds. Default False.
         base: A folder to save the model to as it is now; adapter checkpoints will refer to it by its absolute path.
-            Needed for loading and resuming them where the backbone's own checkpoint lacks something (a logged warning
+            A folder that holds another model's base is refused: adapters may stand on it. Needed for loading and
+            resuming them where the backbone's own checkpoint lacks something (a logged warning
             says so): rows for the BToks, a place to load it from, or weights that were trained or merged since.
             Default None: they refer to where the backbone came from, which is read once more to compare.
         **lora: Further arguments of `peft.LoraConfig`, such as `use_rslora`. `target_modules` replaces the choice
@@ -89,7 +91,8 @@ def btok_lora_config(
         The config.
 
     Raises:
-        ValueError: If the model has no BToks, has an adapter already, or an argument is out of range.
+        ValueError: If the model has no BToks, has an adapter already, `base` holds another model, or an argument is
+            out of range.
     """
     transformer, ids = find_btoks(model)
     if r < 1 or not 0 <= dropout < 1:
@@ -101,7 +104,7 @@ def btok_lora_config(
     _refer_to_base(model, base)
     transformer.model.register_load_state_dict_pre_hook(partial(_keep_base_rows, ids))
     if use_dora:
-        _write_readable_keys(transformer.model)
+        _write_magnitudes(transformer.model)
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -122,7 +125,7 @@ def _refer_to_base(model: SentenceTransformer, base: str | Path | None) -> None:
     if base is not None:
         folder = Path(base).resolve()
         _set_fingerprint(transformer, None)
-        model.save_pretrained(str(folder))
+        _save_base(model, folder)
         backbone.name_or_path = str(folder)
     elif gap := base_gap(model):
         if _origin_config(backbone) is not None:
@@ -133,7 +136,24 @@ def _refer_to_base(model: SentenceTransformer, base: str | Path | None) -> None:
             gap,
         )
         return
-    _set_fingerprint(transformer, base_fingerprint(str(backbone.name_or_path)))
+    origin = str(backbone.name_or_path)
+    if Path(origin).is_dir():  # a relative path would lead elsewhere from another working directory
+        backbone.name_or_path = origin = str(Path(origin).resolve())
+    _set_fingerprint(transformer, base_fingerprint(origin))
+
+
+def _save_base(model: SentenceTransformer, folder: Path) -> None:
+    """Save a base to a folder, unless another one lies there: adapters that were trained on that would change."""
+    if not (folder / "config.json").exists():
+        model.save_pretrained(str(folder))
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as new:
+        model.save_pretrained(new)
+        if _weights_hash(Path(new)) != _weights_hash(folder):
+            raise ValueError(
+                f"base must be a folder of its own, but {folder} holds another model, on which adapters may stand: "
+                "they would load with other vectors. Pass another folder, or remove that one."
+            )
 
 
 def _keep_base_rows(ids: list[int], backbone: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -258,6 +278,7 @@ def save_trained(model: SentenceTransformer, path: str | Path) -> str:
         merge_adapters(model)
         report = f"all weights with the adapters merged, because {gap}"
     else:
+        keep_magnitudes(backbone)
         report = f"the adapters alone, because their base {backbone.name_or_path!r} can be loaded as it was"
     model.save_pretrained(str(path))
     logger.info("Wrote to %s: %s.", path, report)
@@ -337,14 +358,17 @@ def base_fingerprint(origin: str) -> str:
     `"sha256:..."` for a folder, `"commit:..."` for a name on the hub.
     """
     folder = Path(origin)
-    if not folder.is_dir():
-        return f"commit:{commit_of(origin)}"
+    return f"sha256:{_weights_hash(folder, 'config.json')}" if folder.is_dir() else f"commit:{commit_of(origin)}"
+
+
+def _weights_hash(folder: Path, *others: str) -> str:
+    """Of all weight files in a folder, and of other files by name."""
     whole = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in _WEIGHTS or path.name == "config.json":
+        if path.suffix in _WEIGHTS or path.name in others:
             with path.open("rb") as file:
                 whole.update(f"{path.name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return f"sha256:{whole.hexdigest()}"
+    return whole.hexdigest()
 
 
 def base_change(model: SentenceTransformer) -> str | None:
@@ -398,7 +422,13 @@ def _outermost_adapters(backbone: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield name, module
 
 
-def _write_readable_keys(backbone: PreTrainedModel) -> None:
+def keep_magnitudes(backbone: PreTrainedModel) -> None:
+    """Before a model with a loaded DoRA adapter is saved or trained on: its saves name the magnitudes readably."""
+    if any(adapter.use_dora for adapter in getattr(backbone, "peft_config", {}).values()):
+        _write_magnitudes(backbone)
+
+
+def _write_magnitudes(backbone: PreTrainedModel) -> None:
     """Have this model's adapter saves name DoRA's magnitudes as loading expects them."""
 
     def get_adapter_state_dict(self: PreTrainedModel, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

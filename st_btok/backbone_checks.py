@@ -73,8 +73,28 @@ def check_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def warn_of_neighbours(config: PreTrainedConfig) -> None:
+def switch_of_positions(config: PreTrainedConfig) -> int | None:
+    """The length in tokens above which LongRoPE reads positions in another way; None for other backbones.
+
+    transformers (5.23) decides by the longest row of a batch, so one long row changes the vectors of all others.
+    """
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
+        if rope.get("rope_type") == "longrope":
+            own = rope.get("original_max_position_embeddings")
+            return own or getattr(config, "original_max_position_embeddings", None)
+    return None
+
+
+def warn_of_neighbours(config: PreTrainedConfig, max_seq_length: int | None = None) -> None:
     """Say where an upstream fault makes a vector depend on its batch, which nothing here can mend."""
+    switch = switch_of_positions(config.get_text_config(decoder=True))
+    if switch:
+        logger.warning(
+            "LongRoPE reads all rows of a batch in another way once one of them is longer than %d tokens. %s", switch,
+            f"max_seq_length={max_seq_length} lets such rows in: encode one row at a time."
+            if (max_seq_length or 0) > switch else "So max_seq_length is at most that, unless a larger one is passed.",
+        )  # fmt: skip
     if config.model_type in MIXES_PICTURES and attention_of(config) != "eager":
         logger.warning(
             "In transformers 5.23 pictures of different shapes in one batch change each other's vectors on %s under "

@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import WordWeights
 from torch import nn
 from torch.nn import functional as F
 
+from st_btok.bare_text import frame_bare_text
 from st_btok.chat_template import append_btoks
 from st_btok.model_parts import find_btoks, tokenizer_of
 from st_btok.pooling import BTokPooling, select_btoks
@@ -121,4 +122,5 @@ def read_budget(model: SentenceTransformer, num_btoks: int) -> SentenceTransform
     present: Any = result[number]
     weights, _ = pooling.stock_modules(tokenizer, len(present.vocab))
     result[number] = weights.to(result.device)
+    frame_bare_text(transformer)
     return result

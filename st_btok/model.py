@@ -34,7 +34,14 @@ from transformers import (
 from transformers.image_utils import SizeDict
 from transformers.utils import quantization_config
 
-from st_btok.backbone_checks import check_causal, check_config, check_pad_token, check_weights, warn_of_neighbours
+from st_btok.backbone_checks import (
+    check_causal,
+    check_config,
+    check_pad_token,
+    check_weights,
+    switch_of_positions,
+    warn_of_neighbours,
+)
 from st_btok.bare_text import frame_bare_text
 from st_btok.batch_norm import freeze_batch_norm
 from st_btok.chat_template import DATE, Lack, append_btoks, pin_date, plain_template
@@ -82,7 +89,8 @@ def build_model(
         init: What the K embedding rows start from; see `add_btoks`. Default `"prompt"`.
         processor: Processor or tokenizer of a loaded model; must be left out for a name or path.
         max_seq_length: Limit of an input in tokens. Longer inputs lose text at the end, never media or BToks; exact
-            for text, an upper bound with media. Default: what tokenizer and backbone allow.
+            for text, an upper bound with media. Default: what tokenizer and backbone allow; with LongRoPE (Phi-3.5,
+            Phi-4-mini) what the backbone was first trained on, 4,096.
         min_pixels: Smallest image area in pixels, for processors with such limits. Default 3,136 (or the backbone's).
         max_pixels: Largest image area in pixels. Default 1,003,520, or the backbone's own limit if that is smaller;
             lowered, with a warning, where `max_seq_length` has no room for it.
@@ -129,7 +137,7 @@ def build_model(
         remember_commit(transformer.model.config, commit_of(path, **hub_arguments(model_kwargs or {})))
     if named and isinstance(backbone, PreTrainedModel):  # a part: where the whole lies, its LM head is found again
         transformer.model.name_or_path = transformer.model.config.name_or_path = named
-    warn_of_neighbours(transformer.model.config)
+    warn_of_neighbours(transformer.model.config, max_seq_length)
     tokenizer = tokenizer_of(transformer)
     check_pad_token(tokenizer)
     ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)
@@ -343,7 +351,8 @@ def _set_processing(
     transformer: Transformer, max_seq_length: int | None, min_pixels: int | None, max_pixels: int | None
 ) -> None:
     """Save what bounds an input: pixel limits (always both: a lone one is ignored) and the limit in tokens."""
-    positions = getattr(transformer.config.get_text_config(), "max_position_embeddings", None) or 32768
+    text = transformer.config.get_text_config()
+    positions = switch_of_positions(text) or getattr(text, "max_position_embeddings", None) or 32768
     limit = max_seq_length or min(tokenizer_of(transformer).model_max_length, positions)
     # sentence-transformers cuts texts by tokens, at `max_seq_length`, and keeps the template's tail. Without the None,
     # a processor takes the length of the tokenizer's last call, saved with it: a limit set later would do nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +95,8 @@ def build(config: TrainConfig, sources: Sequence[Source]) -> SentenceTransformer
         lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         # Checkpoints refer to it; one process writes both.
         base = Path(config.output_dir) / "base" if config.process_index == 0 else None
+        if base and not config.resume:
+            shutil.rmtree(base, ignore_errors=True)  # of a training that left no checkpoint
         model.add_adapter(btok_lora_config(model, **lora, use_dora=config.tuning == "dora", base=base))
     return model
 

@@ -94,7 +94,7 @@ def register() -> None:
     def render(self: PoolingIOProcessor, render_params: Any) -> Any:
         rendered = stock_render(self, render_params)
         ids, tokenizer = rendered["prompts"].get("prompt_token_ids"), self.renderer.tokenizer
-        check_prompt(ids, btok_ids(tokenizer))
+        check_prompt(ids, btok_ids(tokenizer), appended_btoks(tokenizer.chat_template))
         if "prompts" in render_params:  # bare text; in messages the template guards it
             check_bare(ids, tokenizer.encode(""), tokenizer.all_special_ids)
         return rendered
@@ -132,15 +132,29 @@ def averaged_btoks(model: str, revision: str | None) -> int:
     return len(weights) if only_btoks and config["unknown_word_weight"] == 0 else 0
 
 
-def check_prompt(token_ids: Sequence[int] | None, btoks: Sequence[int]) -> None:
-    """Refuse a prompt that does not end with all BToks, or has one elsewhere; without `btoks` all pass."""
+def appended_btoks(chat_template: object) -> int | None:
+    """How many BToks a saved template appends, which is the only place where it names them; None without a template.
+
+    After `read_budget` they are fewer than the tokenizer has.
+    """
+    return len(BTOK_PATTERN.findall(chat_template)) if isinstance(chat_template, str) else None
+
+
+def check_prompt(token_ids: Sequence[int] | None, btoks: Sequence[int], appended: int | None = None) -> None:
+    """Refuse a prompt that does not end with its BToks, or has one elsewhere.
+
+    Args:
+        token_ids: The prompt.
+        btoks: Ids of all BToks of the tokenizer; without any, every prompt passes.
+        appended: How many of them, the first, end a prompt. Default: all.
+    """
     if not btoks:
         return
-    ids = list(token_ids or [])
-    if ids[-len(btoks) :] != list(btoks) or len([token for token in ids if token in set(btoks)]) != len(btoks):
+    ids, own = list(token_ids or []), list(btoks[:appended])
+    if ids[-len(own) :] != own or len([token for token in ids if token in set(btoks)]) != len(own):
         raise ValueError(
-            f"a prompt must end with its {len(btoks)} bottleneck tokens {list(btoks)}, this one ends with "
-            f'{ids[-len(btoks) :]}. The chat template appends them: send `"messages": [{{"role": "user", "content": '
+            f"a prompt must end with its {len(own)} bottleneck tokens {own}, this one ends with "
+            f'{ids[-len(own) :]}. The chat template appends them: send `"messages": [{{"role": "user", "content": '
             '...}]` instead of `"input"`, without `add_generation_prompt` or `truncate_prompt_tokens`.'
         )
 

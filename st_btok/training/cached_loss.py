@@ -62,7 +62,8 @@ class CachedBTokLoss(nn.Module):
 
     Relations:
         - Equal to :class:`BTokLoss` up to rounding; every row is embedded twice, once without gradients.
-        - :class:`MatryoshkaLoss` around it works, as around sentence-transformers' own cached losses.
+        - :class:`MatryoshkaLoss` around it works, as around sentence-transformers' own cached losses. It weighs the
+          ranking part alone, where it also multiplies the condensation loss of `BTokLoss` by its first weight.
           :class:`AdaptiveLayerLoss` and :class:`Matryoshka2dLoss` do not support cached losses.
 
     Raises:

@@ -24,6 +24,7 @@ from sentence_transformers.util import cos_sim
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
+from st_btok.adapters import keep_magnitudes
 from st_btok.batch_norm import freeze_batch_norm
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.model_parts import LogitRule, find_btoks, unwrap
@@ -117,7 +118,7 @@ class BTokLoss(nn.Module):
         - With ``condensation_weight=0`` this is :class:`MultipleNegativesRankingLoss`.
         - :class:`CachedBTokLoss` is equal to this loss for any batch size at the memory of a mini-batch.
         - :class:`MatryoshkaLoss`, :class:`Matryoshka2dLoss` and :class:`AdaptiveLayerLoss` around it modify the
-          ranking part; the condensation loss counts once, in the first call, with that call's weight.
+          ranking part; the condensation loss counts once, in the first call, times that call's weight.
 
     Raises:
         ValueError: If the model has no bottleneck tokens, an argument is out of range, or the LM head is not found.
@@ -181,11 +182,13 @@ class BTokLoss(nn.Module):
         self.read_btoks = self.btoks
         check_appends_all(model)
         self.budgets = None if btok_budgets is None else check_budgets(model, btok_budgets)
-        freeze_batch_norm(model)  # a loaded model has lost what `build_model` set
+        # A loaded model has lost what `build_model` and `btok_lora_config` set.
+        freeze_batch_norm(model)
+        keep_magnitudes(transformer.model)
         # A loaded checkpoint has trainable WordWeights; trained ones would let other tokens leak into the mean.
-        for module in model.modules():
-            if isinstance(module, WordWeights):
-                module.requires_grad_(False)
+        self._weights = [weight for m in model.modules() if isinstance(m, WordWeights) for weight in m.parameters()]
+        for weight in self._weights:
+            weight.requires_grad_(False)
         self.reader = ContentReader(transformer, max_target_tokens, instructions)
         self.lm_head = None if target == "none" else own_head(transformer.model, lm_head)
         self.logits = LogitRule() if target == "none" else own_logits(transformer.model)
@@ -241,6 +244,12 @@ class BTokLoss(nn.Module):
                 )
             warn_of_half_precision(self.model)
             self._checked_training = True
+        if any(weight.requires_grad for weight in self._weights):
+            raise ValueError(
+                "the weights of the pooling (WordWeights) must stay as they are, or other tokens than the BToks would "
+                "be averaged, but they require a gradient: was requires_grad set after the loss was made? Leave out "
+                "the parameters whose name holds 'emb_layer', or make the loss last."
+            )
         for number, features in enumerate(columns):
             check_btoks(features["input_ids"], features["attention_mask"], self.btoks, f"column {number}")
 

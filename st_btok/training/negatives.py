@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from st_btok.training.splitting import row_offsets
+from st_btok.training.splitting import is_media, row_offsets
 
 # The order in which MultipleNegativesRankingLoss computes its similarity matrices.
 _ORDER = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -37,7 +37,8 @@ def content_fingerprints(features: dict[str, Any], media_tokens: dict[str, int])
     content = (_weights(ids.shape[1], ids.device)[(mask.cumsum(1) - 1).clamp(min=0)] * (ids + 1) * mask).sum(1)
     for key, offsets in row_offsets(features, media_tokens).items():
         value = features[key]
-        if value.shape[:2] == ids.shape or not value.is_floating_point():
+        # What else has one entry for each row is no content: the model writes its states and embeddings there.
+        if not value.is_floating_point() or (len(value) == len(ids) and not is_media(key)):
             continue
         for row in range(len(ids)):
             part = value[offsets[row] : offsets[row + 1]]

@@ -269,6 +269,51 @@ def test_a_relative_base_is_found_from_anywhere(qwen, tmp_path, monkeypatch):
     np.testing.assert_allclose(SentenceTransformer("../adapter").encode(["a"]), expected, atol=1e-6)
 
 
+def test_a_relative_backbone_is_found_from_anywhere(tmp_path, monkeypatch):
+    backbone, processor = build("llama")
+    monkeypatch.chdir(tmp_path)
+    backbone.save_pretrained("backbone")
+    processor.save_pretrained("backbone")
+    model = adapted(build_model("backbone", device="cpu"))
+    expected = model.encode(["a"])
+    assert save_trained(model, "adapter").startswith("the adapters alone")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    np.testing.assert_allclose(SentenceTransformer("../adapter").encode(["a"]), expected, atol=1e-6)
+
+
+def test_a_folder_that_holds_another_base_is_refused(qwen, tmp_path):
+    """As where a second training names the folder of the first: the first adapter would load with other vectors."""
+    adapted(qwen, base=tmp_path / "base")
+    expected = qwen.encode(["a"])
+    save_trained(qwen, tmp_path / "adapter")
+    second = merge_adapters(qwen)
+    with pytest.raises(ValueError, match="base must be a folder of its own, but .*base holds another model"):
+        btok_lora_config(second, base=tmp_path / "base")
+    np.testing.assert_allclose(SentenceTransformer(str(tmp_path / "adapter")).encode(["a"]), expected, atol=1e-6)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("base")] == ["base"]
+    adapted(second, base=tmp_path / "second")
+    btok_lora_config(SentenceTransformer(str(tmp_path / "base"), device="cpu"), base=tmp_path / "base")  # the same
+
+
+@pytest.mark.parametrize("trained_on", [False, True], ids=["saved again", "trained on"])
+def test_a_loaded_dora_adapter_keeps_its_magnitudes(qwen, tmp_path, trained_on):
+    adapted(qwen, base=tmp_path / "base", use_dora=True)
+    save_trained(qwen, tmp_path / "first")
+    loaded = SentenceTransformer(str(tmp_path / "first"), device="cpu")
+    if trained_on:
+        BTokLoss(loaded)
+        with torch.no_grad():
+            for name, parameter in loaded.named_parameters():
+                if "lora_magnitude" in name:
+                    parameter *= 1.1
+        loaded.save_pretrained(str(tmp_path / "second"))  # as the Trainer's checkpoints
+    else:
+        save_trained(loaded, tmp_path / "second")
+    again = SentenceTransformer(str(tmp_path / "second"), device="cpu")
+    np.testing.assert_allclose(again.encode(["a", "b"]), loaded.encode(["a", "b"]), atol=1e-6)
+
+
 def test_an_overwritten_base_is_noticed(qwen, tmp_path):
     other = copy.deepcopy(qwen)
     adapted(qwen, base=tmp_path / "base")

@@ -43,6 +43,15 @@ def test_reading_k_tokens_is_pooling_the_first_k(model, family, tmp_path):
     np.testing.assert_allclose(model.encode(samples), first_states(model, samples, 4), atol=1e-5)
 
 
+def test_text_without_the_template_is_framed_for_the_budget():
+    """As an engine tokenises a bare `"input"`: its ids are those of the prompt, with k BToks and not with all."""
+    model = build_model(*build("llama")[:1], processor=build("llama")[1], device="cpu")
+    for budget in (1, 2, 4):
+        small = read_budget(model, budget)
+        bare = small.tokenizer("Which town lies by the sea?")["input_ids"]
+        assert bare == small.preprocess(["Which town lies by the sea?"])["input_ids"][0].tolist()
+
+
 def test_ranking_is_the_mean_over_budgets(qwen):
     features = [qwen.preprocess(["a", "b", "c"]), qwen.preprocess(["one", "two", "three"])]
     parts = BTokLoss(qwen, btok_budgets=(4, 1, 2))(features)

@@ -40,6 +40,32 @@ def test_inputs_of_the_largest_media_keep_the_limit(model, family):
             assert 0.9 * LIMIT <= len(row) <= LIMIT and row[-4:] == ids
 
 
+def longrope():
+    """A Llama whose rotary embeddings change for rows of more than 96 tokens."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 96, **factors}
+    backbone, processor = build("llama")
+    config = backbone.config.__class__.from_dict(
+        {**backbone.config.to_dict(), "rope_parameters": rope, "max_position_embeddings": 2048}
+    )
+    other = type(backbone)(config).eval()
+    other.load_state_dict(backbone.state_dict())
+    return other, processor
+
+
+def test_a_long_row_changes_no_other_under_longrope(caplog):
+    backbone, processor = longrope()
+    model = build_model(backbone, processor=processor, device="cpu")
+    assert model.max_seq_length == 96 and "once one of them is longer than 96 tokens" in caplog.text
+    alone, beside = model.encode(["a short text"]), model.encode(["a short text", "long " * 100])[:1]
+    np.testing.assert_allclose(beside, alone, atol=1e-6)
+    caplog.clear()
+    longer = build_model(backbone, processor=processor, device="cpu", max_seq_length=500)
+    assert "max_seq_length=500 lets such rows in" in caplog.text
+    beside = longer.encode(["a short text", "long " * 100])[:1]
+    assert np.abs(beside - alone).max() > 1e-3, "what the warning is about"
+
+
 def test_the_longest_image_is_counted_not_the_square_one(qwen):
     """16 patches fit into the largest area as 4 x 4, but 1 x 56 where an image is as thin as the processor takes."""
     lengths = [len(qwen[0].preprocess([Image.new("RGB", size)])["input_ids"][0]) for size in ((980, 980), (3980, 20))]

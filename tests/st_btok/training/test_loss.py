@@ -233,6 +233,19 @@ def test_a_saved_model_trains_on_without_conversion(qwen, tmp_path):
     assert np.abs(model.encode(["red"]) - qwen.encode(["red"])).max() > 1e-3
 
 
+def test_parameters_that_are_unfrozen_after_the_loss_was_made_leave_the_pooling_alone(qwen):
+    """As who freezes a tower by hand does: 20 tokens had a weight after ten steps instead of 4."""
+    loss = BTokLoss(qwen)
+    features = [qwen.preprocess(texts) for texts in TEXTS]
+    for name, parameter in qwen.named_parameters():
+        parameter.requires_grad = "visual" not in name
+    with pytest.raises(ValueError, match="WordWeights.*'emb_layer'"):
+        loss(features)
+    for name, parameter in qwen.named_parameters():
+        parameter.requires_grad = "visual" not in name and "emb_layer" not in name
+    total(loss(features)).backward()
+
+
 def test_several_datasets_with_their_own_losses(qwen, tmp_path):
     data = DatasetDict({"captions": dataset(), "questions": asked()})
     losses = {"captions": BTokLoss(qwen, target="positive"), "questions": BTokLoss(qwen, target="none")}

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from st_btok import BTokLoss
+from st_btok import BTokLoss, btok_lora_config
 from st_btok.training.negatives import FilteredSimilarity, content_fingerprints
 from tests.backbones import clip, picture
 
@@ -139,6 +139,25 @@ def test_contents_are_equal_exactly_for_equal_rows(qwen, side):
     assert torch.equal(once[: len(rows)], once[len(rows) :])
     alone = torch.cat([content_fingerprints(qwen.preprocess([row]), media) for row in rows])
     assert torch.equal(alone, once[: len(rows)]), "not a matter of the batch"
+
+
+@pytest.mark.parametrize("options", [{}, {"condensation_weight": 0}, {"route": "prefix"}], ids=str)
+def test_duplicates_are_dropped_under_dropout_too(qwen, options):
+    """Dropout gives equal rows other embeddings, which the forward pass writes beside their content."""
+    qwen.add_adapter(btok_lora_config(qwen, dropout=0.5, init_lora_weights=False))
+    loss = BTokLoss(qwen.train(), false_negative_margin=10.0, **options)
+    dropped = []
+    found = type(loss.filter).__call__
+
+    def counted(self, a, b):
+        similarities = found(self, a, b)
+        dropped.append(similarities.isinf().nonzero().tolist())
+        return similarities
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(loss.filter), "__call__", counted)
+        loss([qwen.preprocess(["a", "b", "a", "c"]), qwen.preprocess(["one", "two", "three", "two"])])
+    assert dropped == [[[0, 2], [1, 3], [2, 0], [3, 1]]], "equal queries, and equal positives"
 
 
 def test_a_negative_margin_is_refused(qwen):
