@@ -11,7 +11,7 @@ Where there is no apt, unpack them elsewhere into `CACHE/<package>` and everythi
 | `languages` | German caption of a stamp | English caption | the same |
 | `words` | word | its meaning | wordnet-base, WordNet licence |
 | `packages` | title of a package | first paragraph of its description | apt's own lists |
-| `descriptions` | title of a package | its whole description, of 400 to 1,500 characters | the same |
+| `descriptions` | title of a package | its whole description, of 400 to 1,000 characters | the same |
 | `pages` | heading of a section | the section as a page image | debian-handbook, GPL and CC BY-SA |
 """
 
@@ -133,10 +133,10 @@ def packages(cache: Path) -> Iterator[RealPair]:
 
 
 def descriptions(cache: Path) -> Iterator[RealPair]:
-    """Titles of packages with their whole descriptions, about 100 to 300 tokens long."""
+    """Titles of packages with their whole descriptions, about 100 to 250 tokens long."""
     for title, description in _package_descriptions(cache):
         text = " ".join(description.replace("\n .\n", "\n").split())
-        if 400 <= len(text) <= 1500:
+        if 400 <= len(text) <= 1000:
             yield RealPair(title, text)
 
 

@@ -77,6 +77,8 @@ VARIANTS = {
     "topic start, rows untrained": Compared(f"{_TOPIC},{_FIXED},condensation_weight=0"),
     "topic start, condensation 0.2": Compared(f"{_TOPIC},condensation_weight=0.2"),  # all defaults
     "topic start, condensation 1": Compared(f"{_TOPIC},condensation_weight=1"),
+    # Targets as long as the texts are, where the default ends them after 64 tokens.
+    "topic start, whole targets": Compared(f"{_TOPIC},condensation_weight=0.2,max_target_tokens=320"),
     "topic start, no mask": Compared(f"{_TOPIC},route=unmasked,condensation_weight=0.2"),
     "topic start, K = 1": Compared(f"{_TOPIC},num_btoks=1,condensation_weight=0.2"),
     "topic start, K = 16": Compared(f"{_TOPIC},num_btoks=16,condensation_weight=0.2"),
