@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.model import build_model
     from st_btok.pooling import BTokPooling
     from st_btok.tokens import add_btoks, btok_ids, btok_tokens
-    from st_btok.tools.explain import btok_attention, decode_btoks
+    from st_btok.tools.explain import BTokAttention, Decoded, btok_attention, decode_btoks
     from st_btok.tools.explain_figure import draw_attention
     from st_btok.training.cached_loss import CachedBTokLoss
     from st_btok.training.callback import BTokCallback
@@ -48,12 +48,14 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
 
 __all__ = [
     "__version__",
+    "BTokAttention",
     "BTokCallback",
     "BTokLoss",
     "BTokPooling",
     "CachedBTokLoss",
     "CheckedEmbeddings",
     "CheckedInputs",
+    "Decoded",
     "EncodedRow",
     "MediaOptions",
     "SkippedInput",
@@ -106,7 +108,7 @@ _MODULES = {
     "st_btok.model": ("build_model",),
     "st_btok.pooling": ("BTokPooling",),
     "st_btok.tokens": ("add_btoks", "btok_ids", "btok_tokens"),
-    "st_btok.tools.explain": ("btok_attention", "decode_btoks"),
+    "st_btok.tools.explain": ("BTokAttention", "Decoded", "btok_attention", "decode_btoks"),
     "st_btok.tools.explain_figure": ("draw_attention",),
     "st_btok.training.mask": ("condensation_attention", "condensation_mask", "register_condensation_attention"),
     "st_btok.training.cached_loss": ("CachedBTokLoss",),

@@ -13,6 +13,7 @@ from st_btok.model_parts import GENERATING, attention_of, hub_arguments
 
 logger = logging.getLogger(__name__)
 
+PREFIX_ATTENTION = ("paligemma",)  # others are found by `check_causal`, once their weights are read
 MIXES_PICTURES = ("phi4_multimodal",)  # measured by `st-btok check`
 
 
@@ -29,6 +30,11 @@ def check_config(config: PreTrainedConfig, name: str) -> None:
             "is in none of its mappings for causal, image-text-to-text and multimodal language models: an encoder? If "
             "it is a causal decoder of your own, name it first: "
             f"AutoModelForCausalLM.register({type(config).__name__}, YourModelForCausalLM)."
+        )
+    if config.model_type in PREFIX_ATTENTION:
+        raise ValueError(
+            f"the backbone must be causal, but {name} ({config.model_type}) reads its input in both directions. Use a "
+            "causal language model such as Qwen/Qwen2-VL-2B-Instruct."
         )
     if getattr(config, "is_decoder", True) is False:
         raise ValueError(

@@ -106,7 +106,9 @@ def read_budget(model: SentenceTransformer, num_btoks: int) -> SentenceTransform
         ValueError: If k is out of range, or the model does not pool all K tokens.
     """
     _, ids = find_btoks(model)
-    check_budgets(model, (len(ids), num_btoks))
+    check_budgets(model, (len(ids),))
+    if not 1 <= num_btoks <= len(ids):
+        raise ValueError(f"num_btoks must lie between 1 and K = {len(ids)}, got {num_btoks}.")
     result = copy.deepcopy(model)
     transformer, _ = find_btoks(result)
     tokenizer = tokenizer_of(transformer)

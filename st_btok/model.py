@@ -116,14 +116,21 @@ def build_model(
         raise ValueError(f'readout must be "mean", "last" or "attention", got {readout!r}. BTokPooling has one more.')
     if template not in ("chat", "plain"):
         raise ValueError(f'template must be "chat" or "plain", got {template!r}.')
-    if num_btoks < 1:
-        raise ValueError(f"num_btoks must be at least 1, got {num_btoks}. The paper uses 4.")
+    if not isinstance(num_btoks, int) or num_btoks < 1:
+        raise ValueError(f"num_btoks must be a whole number, at least 1, got {num_btoks!r}. The paper uses 4.")
+    if prompts is not None and not isinstance(prompts, dict):
+        raise ValueError(f'prompts must be instructions by name, such as {{"query": "Find: "}}, got {prompts!r}.')
+    if not isinstance(backbone, str | Path | PreTrainedModel):
+        raise ValueError(
+            f"backbone must be a name, a path or a transformers model, got {type(backbone).__name__}. Of a "
+            "SentenceTransformer pass the parts: build_model(model[0].model, processor=model[0].processor)."
+        )
     model_kwargs, processor_kwargs, config_kwargs = _gguf(model_kwargs, processor_kwargs, config_kwargs)
     named = "" if isinstance(backbone, PreTrainedModel) else str(backbone)
     if named and processor is None and "gguf_file" not in model_kwargs:
         backbone, processor = _thinker(str(backbone), model_kwargs, processor_kwargs, config_kwargs)
     with _as_path(backbone, processor) as path:
-        check_config(AutoConfig.from_pretrained(path, **(config_kwargs or {})), str(path))
+        check_config(_config_of(path, config_kwargs), str(path))
         transformer = Transformer(
             path,
             model_kwargs=model_kwargs,
@@ -192,6 +199,17 @@ def _as_path(
         yield folder
 
 
+def _config_of(path: str, config_kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """The config in a folder or of a name; an `OSError` for a name that is neither says so first."""
+    try:
+        return AutoConfig.from_pretrained(path, **config_kwargs)
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise OSError(f"there is no folder {path!r} here, and no model of that name was found: {reason}") from error
+
+
 def _gguf(model_kwargs: dict[str, Any] | None, *others: dict[str, Any] | None) -> tuple[dict[str, Any], ...]:
     """Name a GGUF file once for all three loaders, and unpack it: packed weights can be neither trained nor saved."""
     kwargs = [dict(given or {}) for given in (model_kwargs, *others)]
@@ -206,7 +224,7 @@ def _gguf(model_kwargs: dict[str, Any] | None, *others: dict[str, Any] | None) -
 def _thinker(path: str, *kwargs: dict[str, Any]) -> tuple[str | PreTrainedModel, ProcessorMixin | None]:
     """The part of an any-to-any model that reads: of a Qwen2.5-Omni its thinker, with the processor; else the path."""
     model_kwargs, processor_kwargs, config_kwargs = kwargs
-    config = AutoConfig.from_pretrained(path, **config_kwargs)
+    config = _config_of(path, config_kwargs)
     part: Any = getattr(config, "thinker_config", None)
     kind: Any = type(part)
     cls: Any = next((mapping[kind] for mapping in GENERATING if kind in mapping), None)

@@ -33,6 +33,7 @@ class Corpus:
         folder: Where relative paths start from.
         num_rows: Records; None for a stream, whose end only shows when it is reached.
         digest: Changes with the content; see `corpus_digest.py`.
+        others: Columns of the records read so far that hold no content, such as a misspelt `img`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Corpus:
     ) -> None:
         """`start` gives the records from a number on, `folder` is where paths start, `digest` holds what was read."""
         self.folder, self.num_rows, self.digest = folder, num_rows, digest.value()
+        self.others: set[str] = set()
         self._start = start
         self._place, self._coming = -1, iter(())
 
@@ -55,6 +57,8 @@ class Corpus:
             except StopIteration:
                 return
             self._place += 1
+            if isinstance(record, dict):
+                self.others |= record.keys() - {*CONTENT, "id", "error"}
             yield record
 
     def has(self, number: int) -> bool:

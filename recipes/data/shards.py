@@ -193,3 +193,5 @@ def main(config: EncodeConfig) -> None:
             broken += encode_shard(model, corpus, shard, config)
             written += 1
     print(f"{written} shards written to {config.output_dir}; {broken} rows in them could not be read (column error).")
+    if corpus.others:
+        print(f"Columns that are neither text, image nor video were not embedded: {', '.join(sorted(corpus.others))}.")

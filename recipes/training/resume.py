@@ -193,7 +193,7 @@ def check_fingerprint(folder: str | Path, identity: Mapping[str, Any]) -> None:
         raise ValueError(
             f"a resumed training must be the interrupted one, but this differs from {path}:\n"
             + "\n".join(changed)
-            + "\nRestore it, use another --output_dir, or go on all the same with --allow_changes."
+            + ".\nRestore it, use another --output_dir, or go on all the same with --allow_changes."
         )
 
 
@@ -205,10 +205,18 @@ def only_training_in(folder: str | Path) -> Iterator[None]:
 
     Raises:
         RuntimeError: Another process trains in this folder.
+        ValueError: It can't be written.
     """
     path = Path(folder) / LOCK
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"output_dir must be a folder that can be written, but {str(folder)!r} can't: {error.strerror}. Pass "
+            "another."
+        ) from error
+    with file:
         if fcntl is not None:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -98,6 +98,9 @@ def build(config: TrainConfig, sources: Sequence[Source]) -> SentenceTransformer
         if base and not config.resume:
             shutil.rmtree(base, ignore_errors=True)  # of a training that left no checkpoint
         model.add_adapter(btok_lora_config(model, **lora, use_dora=config.tuning == "dora", base=base))
+        for parameter in model.parameters():  # over a half-precision base, what trains is float32 all the same
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return model
 
 

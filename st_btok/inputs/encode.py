@@ -125,6 +125,11 @@ def checked_inputs(
 
 def as_batch(inputs: Iterable[Any], model: SentenceTransformer) -> Iterable[Any]:
     """The batch as it was given; a `ValueError` if it is one input and not a batch."""
+    if hasattr(inputs, "columns") and hasattr(inputs, "iloc"):
+        columns = [str(column) for column in inputs.columns]
+        raise ValueError(
+            f"the checked path takes a batch, got a table: pass one of its columns {columns}, or its rows"
+        )
     is_one = isinstance(inputs, str | bytes | Path | dict | Image.Image) or getattr(inputs, "ndim", 1) != 1
     if isinstance(inputs, list | np.ndarray | Tensor):
         is_one = is_one or model.is_singular_input(inputs)

@@ -80,7 +80,7 @@ class PdfPages(Iterator[Image.Image]):
                     hint = "is encrypted; pass its password" if password is None else "has another password"
                     raise ValueError(f"the PDF file {path!r} {hint}.") from error
                 raise ValueError(
-                    f"{path!r} is no PDF file, damaged, or without pages: {error}. Make it again."
+                    f"{path!r} is no PDF file, damaged, or without pages: {str(error).rstrip('.')}. Make it again."
                 ) from error
             total = len(self._document)
             if self._document.formenv:  # without the blue in which a viewer shows what can be filled in

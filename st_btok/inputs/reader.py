@@ -100,7 +100,9 @@ class InputReader:
                 '[...]}, frames as {"video": [...]}, a conversation as a list of {"role": ..., "content": ...}'
             )
         hint = 'say what they are, as in {"image": ...}' if isinstance(value, bytes) else "leave the row out"
-        raise ValueError(f"got {type(value).__name__}; text, an image, an array or a dict is needed. Or {hint}")
+        missing = value is None or (isinstance(value, float) and value != value)
+        seen = f"a missing value ({value})" if missing else type(value).__name__
+        raise ValueError(f"got {seen}; text, an image, an array or a dict is needed. Or {hint}")
 
     def _bare(self, value: str) -> Any:
         """A string: text, or the path or URL of a medium, as in sentence-transformers but with more kinds of files."""

@@ -113,7 +113,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
 def parser_of_all() -> argparse.ArgumentParser:
     """The parser of `st-btok`; its result holds the command's name as `command`, beside its arguments."""
     parser = _Parser(
-        prog="st-btok", description="Bottleneck-token embeddings: tools around a model.", allow_abbrev=False
+        prog="st-btok",
+        description="Bottleneck-token embeddings: tools around a model. To train one: python -m recipes.train, in "
+        "the checkout.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"st_btok {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

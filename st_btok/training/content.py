@@ -173,8 +173,17 @@ class ContentCarrier:
 
         Returns:
             Features.
+
+        Raises:
+            ValueError: If a row is None.
         """
         module = self.transformer
+        for number, row in enumerate(inputs):
+            if row is None:
+                raise ValueError(
+                    f"every column must hold a value in every row, but row {number} of this batch is None. Leave such "
+                    "rows out of the data set."
+                )
         inputs = [without_missing(row) for row in inputs]
         features = self._preprocess(inputs, prompt=prompt, **options)
         if not features or torch.is_inference_mode_enabled():  # `encode`

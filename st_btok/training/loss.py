@@ -10,8 +10,11 @@ One training step as straight code stands in `reference.py`. A batch goes the sa
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -50,6 +53,19 @@ from st_btok.training.targets import (
     join_targets,
 )
 from st_btok.training.vocabulary_loss import SummedCrossEntropy
+
+logger = logging.getLogger(__name__)
+_RANKING = [name for name in signature(MultipleNegativesRankingLoss).parameters if name != "model"]
+# What other losses call it, and where it is here.
+_ELSEWHERE = {"temperature": "scale, the inverse temperature", "mini_batch_size": "CachedBTokLoss"}
+
+
+def _no_such_argument(name: str) -> str:
+    """What to pass instead of an argument that the losses don't know."""
+    known = [own for own in (*signature(BTokLoss).parameters, *_RANKING) if own not in ("model", "ranking")]
+    near = difflib.get_close_matches(name, known, n=1)
+    instead = _ELSEWHERE.get(name) or (near[0] if near else "")
+    return f"BTokLoss has no argument {name!r}. " + (f"Use {instead}." if instead else f"It has {', '.join(known)}.")
 
 
 class BTokLoss(nn.Module):
@@ -167,6 +183,10 @@ class BTokLoss(nn.Module):
             raise ValueError(f"route must be one of {('auto', *ROUTES)}, got {route!r}.")
         if max_target_tokens < 1:
             raise ValueError(f"max_target_tokens must be at least 1, got {max_target_tokens}.")
+        if unknown := set(ranking) - set(_RANKING):
+            raise ValueError(_no_such_argument(sorted(unknown)[0]))
+        if scale <= 1:
+            logger.warning("scale is the inverse temperature: for a temperature of 0.02 it is 50, got %s.", scale)
         self.model = model
         self.target = target
         self.max_target_tokens = max_target_tokens

@@ -417,11 +417,12 @@ def test_of_two_jobs_with_other_settings_in_a_folder_the_first_wins(tmp_path):
 
 def test_the_command(tmp_path, qwen, monkeypatch, capsys):
     qwen.save_pretrained(str(tmp_path / "model"))
-    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "c.jsonl").write_text('{"id": 1, "text": "one"}\n{"text": "two", "img": "two.png"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--model", "model", "--corpus", "c.jsonl", "--output", "out"])
     encode_corpus.main()
-    assert "1 shards written to out; 0 rows" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 shards written to out; 0 rows" in out and "image nor video were not embedded: img." in out
     rows = list(read_embeddings(str(tmp_path / "out")))
     np.testing.assert_allclose([row["embedding"] for row in rows], qwen.encode_document(["one", "two"]), atol=1e-5)
 

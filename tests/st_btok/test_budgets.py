@@ -73,7 +73,7 @@ def test_budgets_out_of_range_are_refused(qwen):
         with pytest.raises(ValueError, match="between 1 and K = 4"):
             BTokLoss(qwen, btok_budgets=budgets)
     for budget in (0, 5):
-        with pytest.raises(ValueError, match="between 1 and K = 4"):
+        with pytest.raises(ValueError, match=f"num_btoks must lie between 1 and K = 4, got {budget}"):
             read_budget(qwen, budget)
 
 

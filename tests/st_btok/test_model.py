@@ -340,6 +340,31 @@ def test_unknown_options_are_refused_before_anything_is_loaded(option):
         build_model("does/not-matter", **option)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_btoks": "4"}, "num_btoks must be a whole number, at least 1, got '4'"),
+        ({"prompts": "query: "}, "prompts must be instructions by name, such as {\"query\": .*got 'query: '"),
+        ({"backbone": 3}, "backbone must be a name, a path or a transformers model, got int"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(**{"backbone": "not loaded", **arguments})
+
+
+def test_the_parts_of_an_embedder_are_what_the_error_asks_for(qwen):
+    with pytest.raises(ValueError, match=r"got SentenceTransformer.*build_model\(model\[0\]\.model, processor="):
+        build_model(qwen)
+    build_model(qwen[0].model, processor=qwen[0].processor, device="cpu")
+
+
+def test_a_name_that_is_no_folder_is_said_to_be_none(monkeypatch):
+    with pytest.raises(OSError, match="there is no folder 'recipes/backbon' here, and no model of that name"):
+        build_model("recipes/backbon")
+
+
 def test_encoders_are_refused():
     own = tokenizer()
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -361,7 +386,7 @@ def test_a_backbone_that_looks_ahead_is_refused():
 def test_prefix_attention_is_refused():
     """PaliGemma: image and prompt see each other in both directions, so the input's states see the BToks."""
     backbone, processor = build("paligemma")
-    with pytest.raises(ValueError, match="must be causal.*paligemma"):
+    with pytest.raises(ValueError, match="must be causal.*paligemma.*both directions"):
         build_model(backbone, processor=processor, template="plain")
 
 

@@ -145,6 +145,15 @@ def test_another_training_is_refused_and_moved_files_are_not_another(tmp_path, c
     assert "can't be checked" in caplog.text
 
 
+def test_a_folder_that_cannot_be_written_is_said_to_be_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match="output_dir must be a folder that can be written, but .*file/out' can't: Not a"
+    ):
+        with only_training_in(tmp_path / "file" / "out"):
+            pass
+
+
 def hold(folder, pids):
     with only_training_in(folder):
         worker = os.fork()

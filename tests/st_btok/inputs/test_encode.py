@@ -6,6 +6,7 @@ import re
 from threading import get_ident
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -510,7 +511,7 @@ def test_any_iterable_is_a_batch(tmp_path, qwen):
     assert (
         difference(encode_checked(qwen, np.array(["a", "b"], dtype=object)).embeddings, qwen.encode(["a", "b"])) < 1e-5
     )
-    with pytest.raises(ValueError, match="row 1: got NoneType"):
+    with pytest.raises(ValueError, match=r"row 1: got a missing value \(None\)"):
         encode_checked(qwen, iter(["a", None]))
     for single in (picture(), np.zeros((28, 28, 3), np.uint8), tmp_path / "a.png", b"a", 3):
         with pytest.raises(ValueError, match="put the one input into a list"):
@@ -581,3 +582,10 @@ def test_a_transparency_key_changes_nothing(tmp_path, qwen):
     for rows in (["keyed.png"], ["keyed.png", "plain.png"], ["plain.png", "keyed.png"]):
         found = encode_checked(qwen, [{"image": Image.open(tmp_path / name)} for name in rows]).embeddings
         assert difference(found, np.concatenate([expected] * len(rows))) < 1e-5
+
+
+def test_a_table_is_answered_with_its_columns(qwen):
+    table = pandas.DataFrame({"id": [1, 2], "text": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"got a table: pass one of its columns \['id', 'text'\]"):
+        encode_checked(qwen, table)
+    assert encode_checked(qwen, table["text"]).rows == [0, 1]

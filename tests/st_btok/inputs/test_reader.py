@@ -97,7 +97,8 @@ def test_conversations(png):
 
 
 BAD = {
-    "none": (None, "got NoneType"),
+    "none": (None, "got a missing value"),
+    "NaN": (float("nan"), "got a missing value .nan"),
     "number": (3, "got int; text, an image, an array or a dict is needed"),
     "bytes": (b"abc", 'say what they are, as in {"image": ...}'),
     "half a character": ("\ud800", "lone surrogate. at 0"),

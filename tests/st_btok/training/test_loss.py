@@ -131,6 +131,32 @@ def test_bad_arguments_are_refused(qwen, options, message):
         BTokLoss(qwen, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("temperature", "Use scale, the inverse temperature"),
+        ("mini_batch_size", "Use CachedBTokLoss"),
+        ("condensation_wieght", "Use condensation_weight"),
+        ("hardness_strenght", "Use hardness_strength"),
+        ("xyz", "It has scale, condensation_weight, "),
+    ],
+)
+def test_an_argument_that_no_loss_has_is_named(qwen, name, instead):
+    with pytest.raises(ValueError, match=f"BTokLoss has no argument '{name}'. {instead}"):
+        BTokLoss(qwen, **{name: 0.05})
+
+
+def test_a_temperature_in_the_place_of_its_inverse_is_noticed(qwen, caplog):
+    BTokLoss(qwen, scale=0.02)
+    assert "for a temperature of 0.02 it is 50, got 0.02" in caplog.text
+
+
+def test_a_row_without_a_value_is_named(qwen):
+    BTokLoss(qwen)
+    with pytest.raises(ValueError, match="row 1 of this batch is None"):
+        qwen.preprocess(["a", None])
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("loss_class", [BTokLoss, CachedBTokLoss])
 def test_a_model_with_nothing_to_train_is_refused_at_its_first_batch(qwen, loss_class, checkpointing):
