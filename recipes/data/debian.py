@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 224  # longest side of a picture, in pixels
 PAGE = (448, 588)  # a page: width and height, in pixels
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,13 @@ def draw_svg(path: Path) -> Image.Image | None:
     """A drawing on white, its longest side 224 px; None for a file that can't be drawn."""
     import resvg_py
 
+    fonts = {
+        "skip_system_fonts": True,  # the split of a corpus must not depend on what else a machine has installed
+        "font_files": [str(file) for file in sorted(FONTS.glob("DejaVu*.ttf"))],
+    }
     try:
-        drawn: Any = resvg_py.svg_to_bytes(svg_path=str(path), width=SIDE, dpi=96)  # or pt and mm are nothing
+        # Without dpi, points and millimetres are nothing.
+        drawn: Any = resvg_py.svg_to_bytes(svg_path=str(path), width=SIDE, dpi=96, **fonts)
         return on_white(Image.open(io.BytesIO(bytes(drawn))))
     except Exception:  # whatever the drawing library raises: one file of thousands
         return None
@@ -188,8 +194,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 def draw_page(text: str) -> Image.Image:
     """A page that holds as much of a text as fits."""
-    fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 13)
+    font = ImageFont.truetype(str(FONTS / "DejaVuSans.ttf"), 13)
     width, height, margin, step = *PAGE, 14, 18
     lines = [""]
     for word in text.split():

@@ -284,8 +284,8 @@ def find_media(transformer: Transformer, features: dict[str, Any]) -> list[Mediu
     """The images and videos of one input and the grids of their tokens.
 
     Qwen-VL's `image_grid_thw` / `video_grid_thw` (divided by the merge size) tell the grid. Elsewhere each unbroken
-    run of image tokens counts as one medium (a tiled image gives one per tile); it has a square grid if the
-    processor's number of tokens per tile says so.
+    run of image tokens counts as one medium (a tiled image gives one per tile); it has a grid if the processor's
+    number of tokens per tile, or its patch size (LLaVA, FastVLM), says so.
 
     Args:
         transformer: The model's first module.
@@ -301,7 +301,7 @@ def find_media(transformer: Transformer, features: dict[str, Any]) -> list[Mediu
         positions = (ids == token).nonzero().flatten() if token is not None else ids[:0]
         grids = features.get(f"{kind}_grid_thw")
         if grids is None:
-            media += [Medium(kind, run, grid) for run, grid in _tiles(transformer, positions)]
+            media += [Medium(kind, run, grid) for run, grid in _tiles(transformer, positions, features)]
             continue
         merge = transformer.processor.image_processor.merge_size
         sizes = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in grids]
@@ -310,7 +310,9 @@ def find_media(transformer: Transformer, features: dict[str, Any]) -> list[Mediu
     return media
 
 
-def _tiles(transformer: Transformer, positions: Tensor) -> Iterator[tuple[Tensor, tuple[int, int, int] | None]]:
+def _tiles(
+    transformer: Transformer, positions: Tensor, features: dict[str, Any]
+) -> Iterator[tuple[Tensor, tuple[int, int, int] | None]]:
     """Unbroken runs of placeholder tokens, cut into tiles where the processor says how many tokens a tile has."""
     if not len(positions):
         return
@@ -319,8 +321,14 @@ def _tiles(transformer: Transformer, positions: Tensor) -> Iterator[tuple[Tensor
     names = ("image_seq_length", "image_seq_len")
     size = next((getattr(transformer.processor, name) for name in names if hasattr(transformer.processor, name)), 0)
     side = math.isqrt(size)
+    patch, pixels = getattr(transformer.processor, "patch_size", None), features.get("pixel_values")
+    cropped = getattr(getattr(transformer.processor, "image_processor", None), "do_center_crop", False)
+    # A grid is laid over the whole picture, so there is none where the tower sees a part of it.
+    patches = [] if not patch or pixels is None or cropped else [length // patch for length in pixels.shape[-2:]]
     for run in positions.tensor_split(breaks):
         if size and len(run) % size == 0 and side * side == size:
             yield from ((tile, (1, side, side)) for tile in run.split(size))
+        elif patches and math.prod(patches) == len(run):
+            yield run, (1, patches[0], patches[1])
         else:
             yield run, None

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from PIL import Image
 
 from recipes.data import debian, real
@@ -68,6 +69,18 @@ def test_drawings_in_every_unit_are_drawn(tmp_path, unit):
     path.write_text(SVG.format(title="Half sky").replace('"40" height="20"', f'"40{unit}" height="20{unit}"', 1))
     drawing = debian.draw_svg(path)
     assert drawing is not None and drawing.size[0] == 224 and abs(drawing.size[1] - 112) <= 4  # in whole pixels
+
+
+def test_the_fonts_of_a_machine_change_no_drawing(tmp_path):
+    """Two stamps went to other splits once a browser had brought fonts along."""
+    pytest.importorskip("resvg_py", reason="the extra `real` draws clip art")
+    found = {font_manager.get_font(path).family_name for path in font_manager.findSystemFonts()}
+    drawn = {}
+    for name in ("DejaVu Sans", *(name for name in found if not name.startswith("DejaVu"))):
+        text = f'<text x="2" y="30" font-family="{name}" font-size="24">words</text>'
+        (tmp_path / "a.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="90" height="40">{text}</svg>')
+        drawn[name] = debian.draw_svg(tmp_path / "a.svg").convert("L").getextrema()[0] < 128
+    assert drawn == {name: name == "DejaVu Sans" for name in drawn}
 
 
 def test_a_package_that_is_not_there_says_what_to_do(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from st_btok.tools.explain import BTokAttention, Medium, _search, btok_attention
 from st_btok.tools.explain_figure import draw_attention
 from st_btok.training.content import closing_token
 from st_btok.training.targets import join_targets
-from tests.backbones import build, clip, picture
+from tests.backbones import build, clip, picture, published_btok
 
 SAMPLES = {
     "qwen2_vl": ["a red kitten", picture(56, 84, 1), {"image": picture(28, 56, 2), "text": "what colour?"}],
@@ -239,7 +239,7 @@ def test_grids_of_images_and_videos(qwen):
     assert weights[2, 0, 1, 0] == found.weights[2, found.media[1].positions[3]], "row by row"
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "internvl", "gemma3", "llava_onevision"])
+@pytest.mark.parametrize("name", ["smolvlm", "internvl", "gemma3", "llava", "llava_onevision"])
 def test_grids_elsewhere_are_square_tiles_or_none(name):
     model = make(name)
     features = model.preprocess([{"image": picture(56, 56, 1), "text": "a"}])
@@ -249,7 +249,17 @@ def test_grids_elsewhere_are_square_tiles_or_none(name):
     for medium in media:
         if medium.grid is not None:
             assert medium.grid[1] == medium.grid[2] and medium.grid[1] ** 2 == len(medium.positions)
-    assert all(medium.grid is None for medium in media) == (name == "llava_onevision")
+    cropped = name == "llava"  # LLaVA 1.5 sees the middle of a picture only
+    assert all(medium.grid is None for medium in media) == (cropped or name == "llava_onevision")
+
+
+def test_a_grid_of_patches_is_the_towers_own_map():
+    """FastVLM's processor knows a patch's size, and its tower gives a map of rows and columns."""
+    model, _ = published_btok("fast_vlm")
+    features = model.preprocess([picture(56, 56, 1)])
+    (medium,) = find_media(model[0], features)
+    found = model[0].model.vision_tower(features["pixel_values"], return_dict=True).last_hidden_state
+    assert medium.grid == (1, *found.shape[-2:]) and len(medium.positions) > 1
 
 
 def test_figures_show_where_attention_is(tmp_path):
