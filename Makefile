@@ -34,9 +34,10 @@ seeing: setup
 	$(BIN)/python -m recipes.research.seeing
 
 # A search page over some hundred photographs and drawings: http://127.0.0.1:7860. Its model never saw them; it is
-# trained first, and kept.
+# trained first, which takes 10 minutes, and kept.
+BF16 := $(if $(shell grep -m1 avx512_bf16 /proc/cpuinfo 2>/dev/null),--bf16)
 demo: setup
-	$(BIN)/python -m recipes.research.seeing --embedder btok-demo/model --steps 60 --pictures btok-demo/files
+	$(BIN)/python -m recipes.research.seeing --embedder btok-demo/model --steps 60 $(BF16) --pictures btok-demo/files
 	$(BIN)/python -m recipes.search index btok-demo/files --to btok-demo/index --model btok-demo/model
 	$(BIN)/python -m recipes.search serve btok-demo/index --model btok-demo/model
 
