@@ -107,7 +107,7 @@ def table(config: MemoryConfig) -> str:
     title = (
         f"Computed, not measured: `CachedBTokLoss(mini_batch_size={config.mini_batch_size})`, {config.batch_size} "
         f"pairs, gradient checkpointing, targets of 64 tokens, LoRA of rank {config.rank} "
-        f"over bfloat16 (`--dtype bfloat16`), all weights in float32; memory in GiB; seconds on "
+        f"over a bfloat16 base (`--dtype bfloat16`), all weights in float32; memory in GiB; seconds on "
         f"one H100, assuming {_UTILISATION:.0%} utilisation and no wait for data. Inputs: query -> target side."
     )
     head = ["backbone", "tuning", "inputs", "weights", "gradients, AdamW", "activations", "sum", "seconds a step"]
