@@ -309,8 +309,7 @@ def base_gap(model: SentenceTransformer) -> str | None:
     rows, stored = len(embedding_matrix(backbone)), config.get_text_config(decoder=True).vocab_size
     if rows != stored:
         return f"their base {origin!r} has {stored} embedding rows, the model with its bottleneck tokens has {rows}"
-    adapters = getattr(backbone, "peft_config", {}).values()
-    held = [_token_rows(adapter.trainable_token_indices) for adapter in adapters] or [set(ids)]
+    held = _held_rows(backbone) or [set(ids)]
     if not all(rows >= set(ids) for rows in held) and not Path(origin, "modules.json").exists():
         return f"they don't hold the rows of the bottleneck tokens, and neither does their base {origin!r}"
     if name := _changed_weight(backbone, origin, set.intersection(*held)):
@@ -324,6 +323,25 @@ def _origin_config(backbone: PreTrainedModel) -> PreTrainedConfig | None:
         return AutoConfig.from_pretrained(backbone.name_or_path) if backbone.name_or_path else None
     except (OSError, ValueError, HFValidationError):
         return None
+
+
+def _held_rows(backbone: PreTrainedModel) -> list[set[int]]:
+    """The tokens whose rows each adapter of the model holds."""
+    return [_token_rows(adapter.trainable_token_indices) for adapter in getattr(backbone, "peft_config", {}).values()]
+
+
+def warn_of_lost_btoks(model: SentenceTransformer) -> None:
+    """Say, before a training, that saves of an adapter that is not from `btok_lora_config` lose the BToks."""
+    transformer, ids = find_btoks(model)
+    origin = str(transformer.model.name_or_path)
+    if all(rows >= set(ids) for rows in _held_rows(transformer.model)) or Path(origin, "modules.json").exists():
+        return
+    logger.warning(
+        "What this adapter saves will load with other vectors: it holds no token embeddings of the bottleneck tokens, "
+        "and neither does its base %r. Add it with model.add_adapter(btok_lora_config(model)), or save only after "
+        "merge_adapters(model).",
+        origin,
+    )
 
 
 def _token_rows(given: list[int] | dict[str, list[int]] | None) -> set[int]:

@@ -27,7 +27,7 @@ from sentence_transformers.util import cos_sim
 from sentence_transformers.util.distributed import get_world_size
 from torch import Tensor, nn
 
-from st_btok.adapters import keep_magnitudes
+from st_btok.adapters import keep_magnitudes, warn_of_lost_btoks
 from st_btok.batch_norm import freeze_batch_norm
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.model_parts import LogitRule, find_btoks, unwrap
@@ -205,6 +205,7 @@ class BTokLoss(nn.Module):
         # A loaded model has lost what `build_model` and `btok_lora_config` set.
         freeze_batch_norm(model)
         keep_magnitudes(transformer.model)
+        warn_of_lost_btoks(model)
         # A loaded checkpoint has trainable WordWeights; trained ones would let other tokens leak into the mean.
         self._weights = [weight for m in model.modules() if isinstance(m, WordWeights) for weight in m.parameters()]
         for weight in self._weights:

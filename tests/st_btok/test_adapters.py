@@ -212,6 +212,23 @@ def from_disk(tmp_path):
     return build_model(str(tmp_path / "backbone"), device="cpu")
 
 
+def test_an_adapter_of_ones_own_that_loses_the_btoks_is_told_before_training(from_disk, tmp_path, caplog):
+    """As sentence-transformers' own pages add one: its checkpoint holds no embeddings of the BToks."""
+    from_disk.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    BTokLoss(from_disk)
+    assert "save only after merge_adapters(model)" in caplog.text
+    expected = from_disk.eval().encode(["a", "b"])
+    from_disk.save_pretrained(str(tmp_path / "saved"))
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert np.abs(loaded.encode(["a", "b"]) - expected).max() > 1e-2, "what the warning is about"
+    caplog.clear()
+    merge_adapters(from_disk).save_pretrained(str(tmp_path / "merged"))
+    loaded = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    np.testing.assert_allclose(loaded.encode(["a", "b"]), expected, atol=1e-5)
+    BTokLoss(adapted(loaded, base=tmp_path / "base"))
+    assert "merge_adapters" not in caplog.text
+
+
 def test_a_second_adapter_stands_on_what_the_first_left(from_disk, tmp_path, caplog):
     """The origin's weights are not the base any more, though the model still bears its name."""
     merge_adapters(adapted(from_disk))
