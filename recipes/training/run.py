@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,8 @@ def validation(config: TrainConfig, held_out: Sequence[Source]) -> BaseEvaluator
         prompt_of = config.prompt_of if config.prompts else None
         evaluators.append(mean_of_sources(held_out, config.per_device_eval_batch_size, prompt_of))
     if config.validation_suite:
-        from evaluation.mini import evaluator_for  # needs mteb, the extra `eval`
-
-        evaluators.append(evaluator_for(config.validation_suite, batch_size=config.per_device_eval_batch_size))
+        mini = import_module("evaluation.mini")  # needs mteb, the extra `eval`
+        evaluators.append(mini.evaluator_for(config.validation_suite, batch_size=config.per_device_eval_batch_size))
     return SequentialEvaluator(evaluators) if evaluators else None
 
 
