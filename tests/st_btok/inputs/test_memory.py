@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -92,8 +93,17 @@ def test_what_large_files_cost(tmp_path):
     assert found["limit"] == [[0], [[1, "MemoryError"]]], "64 MiB more than the process has, for 144 MB"
 
 
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
 def test_large_images_are_decoded_one_at_a_time(monkeypatch):
-    """Small images meet at a barrier, so four are decoded at once; a second large one would find the first at work."""
+    """Small images meet at a barrier, so four are decoded at once; a second large one would find the first at work.
+
+    They come as files: two image objects may share one of the locks that keep an object from being loaded twice.
+    """
     together, alone = threading.Barrier(4, timeout=60), threading.Lock()
 
     def small(image, background):
@@ -110,7 +120,7 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch):
     for size, decode in ((28, small), (56, large)):
         monkeypatch.setattr(images, "normalise", decode)
         with ThreadPoolExecutor(4) as pool:
-            assert len(list(pool.map(images.rgb_image, [picture(size, size) for _ in range(8)]))) == 8
+            assert len(list(pool.map(images.rgb_image, [png(picture(size, size)) for _ in range(8)]))) == 8
 
 
 def test_large_images_are_shrunk_as_the_whole_would_be(monkeypatch, tmp_path):
