@@ -220,8 +220,7 @@ def test_prompts_that_differ_by_data_set_are_trained_with_and_scored_with(backbo
 def test_adapters_over_a_half_precision_base_train_in_float32(backbone, tmp_path):
     model = recipe.build(config(backbone, tmp_path, dtype="bfloat16", tuning="dora"), [])
     types = {trained: {p.dtype for p in model.parameters() if p.requires_grad == trained} for trained in (True, False)}
-    assert types == {True: {torch.float32}, False: {torch.bfloat16, torch.float32}} or types[False] == {torch.bfloat16}
-    assert types[True] == {torch.float32}
+    assert types[True] == {torch.float32} and torch.bfloat16 in types[False]
 
 
 def test_what_can_be_known_from_the_data_is_said_before_anything_is_saved(backbone, pairs, tmp_path):
