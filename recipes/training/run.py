@@ -96,8 +96,8 @@ def build(config: TrainConfig, sources: Sequence[Source]) -> SentenceTransformer
         lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         # Checkpoints refer to it; one process writes both.
         base = Path(config.output_dir) / "base" if config.process_index == 0 else None
-        if base and not config.resume:
-            shutil.rmtree(base, ignore_errors=True)  # of a training that left no checkpoint
+        if base and not any(base.parent.glob("checkpoint-*")):
+            shutil.rmtree(base, ignore_errors=True)  # perhaps half written, or another training's
         model.add_adapter(btok_lora_config(model, **lora, use_dora=config.tuning == "dora", base=base))
         for parameter in model.parameters():  # over a half-precision base, what trains is float32 all the same
             if parameter.requires_grad:

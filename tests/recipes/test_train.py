@@ -223,6 +223,15 @@ def test_adapters_over_a_half_precision_base_train_in_float32(backbone, tmp_path
     assert types[True] == {torch.float32} and torch.bfloat16 in types[False]
 
 
+def test_a_base_that_was_half_written_is_written_again(backbone, tmp_path):
+    """Killed before the first checkpoint: what lies there is no base that an adapter may stand on."""
+    torn = tmp_path / "out" / "base"
+    torn.mkdir(parents=True)
+    (torn / "config.json").write_text("{")
+    recipe.build(config(backbone, tmp_path, tuning="lora", resume=True), [])
+    assert (torn / "modules.json").is_file() and json.loads((torn / "config.json").read_text())
+
+
 def test_what_can_be_known_from_the_data_is_said_before_anything_is_saved(backbone, pairs, tmp_path):
     with pytest.raises(ValueError, match="at least one batch of --batch_size 64 rows .*'mine': 23}"):
         train(config("not a model", tmp_path, data=[pairs], per_device_train_batch_size=64))
