@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +36,7 @@ from evaluation.reporting.scores import (
     read_results,
     summarize,
 )
-from evaluation.stock import stock_benchmark, stock_suite
+from evaluation.stock import stock_benchmark, stock_parts, stock_suite
 
 RUN_FILE = "run.json"
 """Written by `evaluation.run` beside the results: command, seed, hardware and versions of every run."""
@@ -47,7 +47,9 @@ def write_report(
     output: str | Path,
     *,
     expected: Mapping[str, tuple[str, str]] | None = None,
+    parts: Mapping[str, Set[tuple[str, str]]] | None = None,
     protocol: str | None = None,
+    wanted: Callable[[Score], bool] = lambda score: True,
     seed: int = 0,
 ) -> Path:
     """Write `report.md`, one `<model>.json` each, `groups.png` and `sizes.png`.
@@ -57,7 +59,9 @@ def write_report(
         output: Folder to write to, made if needed.
         expected: The complete suite, name -> (modality, group); results of other suites are left out. Default: MMEB-V2
             or the mini benchmark, whichever the results belong to, or the tasks of mteb that are there.
+        parts: Of mteb's tasks: the splits and languages that count, see `read_results`.
         protocol: Use results of this protocol only (`vlm2vec` or `btoks`); needed where the folders hold both.
+        wanted: Whether a score is one of those to report.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -66,7 +70,9 @@ def write_report(
     Raises:
         ValueError: Models of different splits or protocols: their averages can't be compared.
     """
-    models = read_results(folders)
+    runs = read_runs(folders)
+    used = [digest for run in runs for digest in (run.get("data") or {}).values()]
+    models = read_results(folders, used=used, parts=parts, wanted=wanted)
     if expected is not None:
         models = only(models, expected)
     models = [model for model in models if protocol in (None, model.protocol)]
@@ -82,9 +88,12 @@ def write_report(
             "each, with --protocol (in code: protocol=)"
         )
     suite = _suite(models) if expected is None else expected
+    plain = {model.name for model in models}
     models = distinguish(models)
     curves = size_curves(models, suite)
-    models = [model for model in models if not model.truncated] or models
+    whole = {(model.name, model.revision) for model in models if not model.truncated}
+    models = [model for model in models if not model.truncated or (model.name, model.revision) not in whole]
+    models = [replace(m, name=f"{m.name}, first {m.size} numbers") if m.truncated else m for m in models]
     means = [summarize(model.scores, suite) for model in models]
     target = Path(output)
     target.mkdir(parents=True, exist_ok=True)
@@ -92,24 +101,31 @@ def write_report(
     if curves:
         size_plot(curves, target / "sizes.png")
     if suite == expected_datasets():
+        for name in plain - {model.name for model in models}:  # of a report from before there were two of this name
+            _submission(target, name).unlink(missing_ok=True)
         for model in models:
-            file = target / f"{model.name.replace('/', '__')}.json"
-            file.write_text(json.dumps(leaderboard_entry(model), indent=1), encoding="utf-8")
-    parts = [
+            if all(score.fraction == 1 for score in model.scores.values()):  # a part of the queries is no submission
+                text = json.dumps(leaderboard_entry(model), indent=1)
+                _submission(target, model.name).write_text(text, encoding="utf-8")
+    sections = [
         f"# Results on split `{labels[0]}`" + (f", protocol `{protocols[0]}`" if protocols[0] else ""),
         _means_table(models, means),
         "![means per group](groups.png)",
         _sizes_table(curves),
         _datasets_table(models, suite),
         _data(models),
-        _missing(models, suite, folders),
+        _missing(models, suite, runs),
         _remarks(models),
         _differences(models, seed),
-        _provenance(models, folders),
+        _provenance(models, runs),
     ]
     file = target / "report.md"
-    file.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    file.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
     return file
+
+
+def _submission(folder: Path, name: str) -> Path:
+    return folder / f"{name.replace('/', '__')}.json"
 
 
 def only(models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]]) -> list[ModelScores]:
@@ -212,13 +228,13 @@ def _data(models: Sequence[ModelScores]) -> str:
         ]
     older = {model.name: model.older for model in models if model.older}
     if older:
-        lines.append("Scored again on other data; the newest score counts:")
+        lines.append("Scored on several versions of the data; the one that was scored last counts:")
         lines.append("\n".join(f"- {model}: {', '.join(names)}." for model, names in older.items()))
     return "\n\n".join(["## Different data", *lines]) if lines else ""
 
 
 def _missing(
-    models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]], folders: Sequence[str | Path]
+    models: Sequence[ModelScores], suite: Mapping[str, tuple[str, str]], runs: Sequence[Mapping[str, Any]]
 ) -> str:
     """Which data sets have no score, and what the runs said of those that they could not score."""
     lines = []
@@ -228,16 +244,23 @@ def _missing(
             lines.append(f"- {model.name}: {len(absent)} of {len(suite)}: {', '.join(absent)}.")
     reasons = {
         f"- {name}: {why}"
-        for run in read_runs(folders)
+        for run in runs
         for name, why in (run.get("missing") or {}).items()
         if name in suite and not all(name in model.scores for model in models)
     }
-    if not lines:
+    # A score that the last run could not repeat is of data that are no longer there.
+    last = (runs[-1].get("missing") or {}) if runs else {}
+    reasons |= {
+        f"- {name}: {why} Its score is of an earlier run."
+        for name, why in last.items()
+        if name in suite and all(name in model.scores for model in models)
+    }
+    if not (lines or reasons):
         return ""
     told = (
         ["What the runs said of data sets that they could not score:", "\n".join(sorted(reasons))] if reasons else []
     )
-    return "\n\n".join(["## Missing data sets", "\n".join(lines), *told])
+    return "\n\n".join(["## Missing data sets", *(["\n".join(lines)] if lines else []), *told])
 
 
 def _suite(models: Sequence[ModelScores]) -> dict[str, tuple[str, str]]:
@@ -306,6 +329,13 @@ def _remarks(models: Sequence[ModelScores]) -> str:
         for score in model.scores.values()
         for what, count in score.details.get("oddities", {}).items()
     )
+    broken = {
+        (s.dataset, s.details["broken_rows"]): None
+        for m in models
+        for s in m.scores.values()
+        if s.partial and s.details.get("broken_rows")
+    }
+    lines |= {f"- {name}: {count} rows, candidates or pages were left out or missing.": None for name, count in broken}
     found = [(model, score) for model in models for score in model.scores.values() if "ndcg_official" in score.details]
     for model, score in found:
         lines[
@@ -344,7 +374,7 @@ def _differences(models: Sequence[ModelScores], seed: int) -> str:
     return f"## Differences\n\n{note}\n\n{table(head, rows)}"
 
 
-def _provenance(models: Sequence[ModelScores], folders: Sequence[str | Path]) -> str:
+def _provenance(models: Sequence[ModelScores], runs: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for model in models:
         fractions = sorted({score.fraction for score in model.scores.values()})
@@ -361,7 +391,7 @@ def _provenance(models: Sequence[ModelScores], folders: Sequence[str | Path]) ->
     for (hub_id, version), names in sorted(read.items()):
         whose = "" if len(names) == len(models) else f", read by {', '.join(names)}"
         lines.append(f"- data {hub_id}: {version}{whose}")
-    for run in read_runs(folders):
+    for run in runs:
         known = {name: run.get(name, "unknown") for name in ("command", "hardware", "seed", "started")}
         lines.append("- `{command}`: {hardware}, seed {seed}, {started}".format(**known))
     return "## Provenance\n\n" + "\n".join(lines)
@@ -381,7 +411,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
         Records of `evaluation.run`, oldest first.
     """
     files = [Path(folder) / RUN_FILE for folder in folders]
-    return [run for file in files for run in read_json(file) or ()]
+    return sorted((run for file in files for run in read_json(file) or ()), key=lambda run: run.get("started", ""))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -394,10 +424,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default: 0)")
     options = parser.parse_args(arguments)
     try:
-        expected = None
+        choice: dict[str, Any] = {"protocol": options.protocol, "seed": options.seed}
         if options.suite:
-            expected = stock_suite(stock_benchmark(options.suite.removeprefix("mteb:")))
-        choice = {"expected": expected, "protocol": options.protocol, "seed": options.seed}
+            benchmark = stock_benchmark(options.suite.removeprefix("mteb:"))
+            choice |= {"expected": stock_suite(benchmark), "parts": stock_parts(benchmark)}
         write_report(options.folders, options.output_dir, **choice)
     except (ValueError, OSError) as error:
         raise SystemExit(f"evaluation.report: {' '.join(str(error).split())}") from error

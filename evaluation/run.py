@@ -114,9 +114,11 @@ def check_names(options: argparse.Namespace) -> None:
     looks_local = options.model.startswith((".", "/", "~")) or len(model.parts) > 2
     if looks_local and not options.model.startswith("open_clip:") and not model.exists():
         raise ValueError(f"--model {options.model!r} is no folder, and no name on the hub has this form")
-    settings = input_settings(options)
-    if suite != "mmeb-v2" and settings != InputSettings():
-        raise ValueError("--frames, --instruction, --candidate_instruction and --model_prompts are of --suite mmeb-v2")
+    if options.pooling and options.model.startswith("open_clip:"):
+        raise ValueError(
+            "--pooling reads a backbone of transformers, and open_clip's models have a pooling of their own"
+        )
+    _check_suite(options)
     if suite == "mini":
         known = {*GROUPS, *(f"mini-{group}" for group in GROUPS), *GROUPS.values()}
         if unknown := sorted(set(options.subset or ()) - known):
@@ -132,6 +134,23 @@ def check_names(options: argparse.Namespace) -> None:
                 f"--suite mmeb-v2 needs --data, a folder with image-tasks, video-tasks or visdoc-tasks; got "
                 f"{options.data!r}. Unpack the archives of huggingface.co/datasets/TIGER-Lab/MMEB-V2 there."
             )
+
+
+def _check_suite(options: argparse.Namespace) -> None:
+    """Refuse settings that the suite does not read."""
+    settings = input_settings(options)
+    if options.suite != "mmeb-v2":
+        own = {
+            "--frames, --instruction, --candidate_instruction and --model_prompts": settings != InputSettings(),
+            "--protocol": options.protocol != PROTOCOLS[0],
+            "--fraction": options.fraction != 1,
+            "--page_split": options.page_split != "page-fixed",
+            "--revision": bool(options.revision),
+        }
+        if given := [names for names, is_given in own.items() if is_given]:
+            raise ValueError(f"{' and '.join(given)} are of --suite mmeb-v2, this is {options.suite}: leave them out")
+    if options.suite != "mini" and options.split != "test":
+        raise ValueError(f"--split is of --suite mini; {options.suite} has its own splits: leave it out")
 
 
 def input_settings(options: argparse.Namespace) -> InputSettings:
@@ -185,7 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(scoring.describe(result))
         if results:
             mean = fmean(result.get_score() for result in results)
-            print(f"{100 * mean:6.1f}  plain mean of these {len(results)} data sets")
+            print(f"{100 * mean:6.1f}  plain mean of these {len(results)} data sets", flush=True)
+    scored = [result for results in outcome.results.values() for result in results]
+    if options.report and scored:
+        try:
+            print(f"report: {scoring.report(options, scored)}")
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"evaluation.run: no report: {' '.join(str(error).split())}") from error
     if outcome.missing:
         names = ", ".join(outcome.missing)
         raise SystemExit(f"evaluation.run: {len(outcome.missing)} data sets have no score: {names}")

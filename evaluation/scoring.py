@@ -30,13 +30,15 @@ from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from evaluation.atomic_write import atomic_write, read_json
 from evaluation.baselines import load_model
 from evaluation.embedding.store import EmbeddingStore
-from evaluation.mini import mini_benchmark
+from evaluation.mini import MINI, mini_benchmark
+from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.report import RUN_FILE, read_runs, write_report
 from evaluation.reporting.retrieval_sheet import retrieval_sheet
+from evaluation.reporting.scores import sample, sample_of
 from evaluation.result_cache import WholeResultCache
 from evaluation.run import MTEB_PREFIX, input_settings, stored_name
-from evaluation.stock import stock_benchmark, stock_suite
+from evaluation.stock import stock_benchmark, stock_parts, stock_suite
 from evaluation.task import DATA_MARK, MMEBRetrieval, mmeb_v2_benchmark
 from evaluation.wrapping import wrap
 
@@ -90,15 +92,25 @@ def hardware() -> str:
 
 
 def record_run(
-    output: Path, command: str, options: argparse.Namespace, missing: Mapping[str, str] | None = None
-) -> None:
-    """Append this run to `run.json` beside the results: command, seed, hardware, versions, start, missing data sets.
+    output: Path,
+    command: str,
+    options: argparse.Namespace,
+    missing: Mapping[str, str] | None = None,
+    data: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Append this run to `run.json` beside the results.
+
+    A record holds command, seed, hardware, versions, start, hashes of the data, and what is missing.
 
     Args:
         output: Result folder.
         command: The exact command line.
         options: Parsed command line.
         missing: Data sets that can't be scored -> why.
+        data: Data sets that can be scored -> hash of their data.
+
+    Returns:
+        The record.
     """
     output.mkdir(parents=True, exist_ok=True)
     run: dict[str, Any] = {
@@ -108,8 +120,10 @@ def record_run(
         "versions": {package: version(package) for package in _PACKAGES},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "missing": dict(missing or {}),
+        "data": dict(data or {}),
     }
     atomic_write(output / RUN_FILE, json.dumps([*read_runs([output]), run], indent=1))
+    return run
 
 
 @dataclass
@@ -159,6 +173,11 @@ def load_tasks(tasks: Iterable[Any]) -> tuple[list[Any], dict[str, str]]:
 def is_full(error: BaseException) -> bool:
     """Whether an error is a full disk's, whichever library reports it."""
     return "No space left on device" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+
+
+def _data_of(task: Any) -> str:
+    """Which data a task is scored on, as its result tells it."""
+    return task.digest if isinstance(task, MMEBRetrieval) else str(task.metadata.dataset["revision"])
 
 
 def unsupported(task: MMEBRetrieval, modalities: Collection[str]) -> str:
@@ -230,7 +249,7 @@ def variants(model: SentenceTransformer | MultiVectorEncoder, sizes: Sequence[in
 def run(
     options: argparse.Namespace, command: str, model: SentenceTransformer | MultiVectorEncoder | None = None
 ) -> Outcome:
-    """Evaluate, and write what was asked for.
+    """Evaluate, and record the run.
 
     Args:
         options: Parsed command line.
@@ -260,12 +279,13 @@ def run(
         else:
             tasks.append(task)
     output = Path(options.output_dir)
-    record_run(output, command, options, missing)
+    data = {dataset_name(task): _data_of(task) for task in tasks}
+    record = record_run(output, command, options, missing, data)
     if missing:
         print(f"{len(missing)} of {len(benchmark.tasks)} data sets can't be scored, {len(tasks)} are:")
         print("".join(f"  {name}: {why}\n" for name, why in missing.items()), end="", flush=True)
     # 3. the scores
-    outcome = Outcome(missing=missing)
+    outcome = Outcome(missing=dict(missing))
     pool = model.start_multi_process_pool(devices) if len(devices) > 1 else None
     try:
         for experiment in asked if tasks else ():
@@ -275,14 +295,7 @@ def run(
     finally:
         if pool is not None:
             model.stop_multi_process_pool(pool)
-    if outcome.missing != missing or missing:
-        _record_missing(output, outcome.missing)
-    # 4. the report: of the whole benchmark, so that the tasks that were not asked for are seen to be missing
-    if options.report and any(outcome.results.values()):
-        name = options.suite.removeprefix(MTEB_PREFIX)
-        suite = stock_suite(stock_benchmark(name)) if options.suite.startswith(MTEB_PREFIX) else None
-        protocol = options.protocol if options.suite == "mmeb-v2" else None
-        write_report([output], output / "report", expected=suite, protocol=protocol, seed=options.seed)
+    _record_missing(output, record, outcome.missing)
     return outcome
 
 
@@ -326,17 +339,53 @@ def _score(
             if not isinstance(error, ValueError | OSError):
                 logger.error("where it happened:", exc_info=True)
             continue
-        results += found.task_results
+        for failed in found.exceptions or ():  # mteb passes over private tasks
+            outcome.missing[dataset_name(task)] = failed.exception.strip().partition("\n")[0]
+        # a stored result may hold further languages, which another benchmark asked for
+        results += [
+            result if isinstance(task, MMEBRetrieval) else result.validate_and_filter_scores(task)
+            for result in found.task_results
+        ]
         if predictions and isinstance(task, MMEBRetrieval):
             _write_sheet(task, predictions, output / "sheets" / folder)
     outcome.results[wrapper.model.get_embedding_dimension()] = results
 
 
-def _record_missing(output: Path, missing: Mapping[str, str]) -> None:
-    """Note in this run's record what turned out to be missing."""
-    runs = read_runs([output])
-    runs[-1]["missing"] = dict(missing)
+def _record_missing(output: Path, run: Mapping[str, Any], missing: Mapping[str, str]) -> None:
+    """Note in this run's record, which need not be the last one, what turned out to be missing."""
+    runs = [{**known, "missing": dict(missing)} if known == run else known for known in read_runs([output])]
     atomic_write(output / RUN_FILE, json.dumps(runs, indent=1))
+
+
+def report(options: argparse.Namespace, results: Iterable[TaskResult]) -> Path:
+    """Write the report of what this run scored, beside all other models that were scored on the same.
+
+    The whole suite is expected, so that what was not asked for is seen to be missing.
+
+    Args:
+        options: Parsed command line.
+        results: What the run scored.
+
+    Returns:
+        The report.
+    """
+    output = Path(options.output_dir)
+    if options.suite.startswith(MTEB_PREFIX):
+        benchmark = stock_benchmark(options.suite.removeprefix(MTEB_PREFIX))
+        choice: dict[str, Any] = {"expected": stock_suite(benchmark), "parts": stock_parts(benchmark)}
+    else:
+        rows = MINI if options.suite == "mini" else MMEB_V2
+        entries = [entry for result in results for split in result.scores.values() for entry in split]
+        samples = {
+            sample(entry["mmeb_name"], entry["split_label"], entry["fraction"], entry["sample_seed"])
+            for entry in entries
+        }
+        choice = {
+            "expected": {row.name: (row.modality, row.group) for row in rows},
+            "protocol": options.protocol if options.suite == "mmeb-v2" else None,
+            "wanted": lambda score: sample_of(score) in samples,
+        }
+    return write_report([output], output / "report", seed=options.seed, **choice)
 
 
 def describe(result: TaskResult) -> str:
@@ -368,7 +417,13 @@ def describe(result: TaskResult) -> str:
 
 
 def _write_sheet(task: MMEBRetrieval, predictions: Path, folder: Path) -> None:
+    """The sheet of a task; one that can't be drawn loses no score."""
     file = predictions / task.prediction_file_name
-    if file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        logger.warning("%s has no sheet: its stored score came without rankings. Use --overwrite.", task.row.name)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         retrieval_sheet(task, file, folder / f"{task.metadata.name}.png")
+    except (OSError, ValueError) as error:
+        logger.error("the sheet of %s can't be drawn: %s", task.row.name, reason(error))

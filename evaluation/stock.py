@@ -67,3 +67,19 @@ def stock_suite(benchmark: Benchmark) -> dict[str, tuple[str, str]]:
         Task -> (`mteb`, its type).
     """
     return {task.metadata.name: (STOCK, task.metadata.type) for task in benchmark.tasks}
+
+
+def stock_parts(benchmark: Benchmark) -> dict[str, set[tuple[str, str]]]:
+    """What a benchmark asks of its tasks; other benchmarks ask other languages of the same ones.
+
+    Args:
+        benchmark: One of mteb's.
+
+    Returns:
+        Task -> its splits and subsets.
+    """
+    found = {}
+    for task in benchmark.tasks:
+        subsets = ["default"] if task.is_aggregate else task.hf_subsets
+        found[task.metadata.name] = {(split, subset) for split in task.eval_splits for subset in subsets}
+    return found

@@ -51,7 +51,23 @@ def wrap(
     """
     from mteb.models import MultiVectorWrapper, SentenceTransformerEncoderWrapper
 
-    class MediaFirstWrapper(SentenceTransformerEncoderWrapper):
+    class CurrentMeta:
+        """Metadata whose revision is that of the weights as they are now: mteb looks for stored results by it."""
+
+        model: SentenceTransformer | MultiVectorEncoder
+
+        @property
+        def mteb_model_meta(self) -> ModelMeta:
+            found: ModelMeta = vars(self)["meta"]
+            # in place and past pydantic's setter: mteb stores the result under the very object it already holds
+            vars(found)["revision"] = checkpoint(self.model, found.experiment_kwargs)
+            return found
+
+        @mteb_model_meta.setter
+        def mteb_model_meta(self, value: ModelMeta) -> None:
+            vars(self)["meta"] = value
+
+    class MediaFirstWrapper(CurrentMeta, SentenceTransformerEncoderWrapper):  # type: ignore[misc]  # a field there
         """mteb's wrapper, which gives each row's columns in the order of the table, media before the text."""
 
         def encode(self, inputs: Any, **kwargs: Any) -> Any:
@@ -59,7 +75,7 @@ def wrap(
             _check(np.asarray(vectors), inputs.dataset, kwargs)
             return vectors
 
-    class MediaFirstMultiVectorWrapper(MultiVectorWrapper):
+    class MediaFirstMultiVectorWrapper(CurrentMeta, MultiVectorWrapper):  # type: ignore[misc]  # as above
         """The same for a model with many vectors per input."""
 
         def _encode(self, inputs: Any, **kwargs: Any) -> Any:

@@ -131,6 +131,10 @@ def _configs(model: torch.nn.Module) -> dict[str, Any]:
             seen.add(id(adapters))
             settings = {key: _without(adapter.to_dict(), _NO_MATTER) for key, adapter in adapters.items()}
             found[f"{name} adapters"] = settings
+        disabled = getattr(module, "disable_adapters", None)
+        if isinstance(disabled, bool):  # of a layer with adapters; a model's attribute of that name is a method
+            active = [] if disabled else module.active_adapters
+            found |= {} if active == ["default"] else {f"{name} active": active}
     return found
 
 

@@ -98,8 +98,11 @@ class EmbeddingStore:
     def _index(self, space: bytes) -> dict[bytes, Path]:
         """Content -> shard of one space, read from the disk once."""
         if space not in self._shards:
-            reads = self.folder and not self._fresh
-            files = sorted(self._place(space).glob("*.safetensors")) if reads else []
+            files = sorted(self._place(space).glob("*.safetensors")) if self.folder else []
+            if self._fresh:  # else a later run would read old vectors beside the new ones
+                for file in files:
+                    file.unlink()
+                files = []
             self._shards[space] = {key: file for file in files for key in _read(file)}
         return self._shards[space]
 

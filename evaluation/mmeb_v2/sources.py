@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import config as datasets_config
 from datasets import load_dataset
 from huggingface_hub import HfApi
 
@@ -28,6 +30,9 @@ _PATTERNS = "{config}/{split}-* {config}/{split} {config}/* data/{config}/{split
 UNKNOWN = "unknown commit"
 _END_BYTES = 2**16  # corpora hold gigabytes of pictures; a parquet file's end describes all of its columns
 _PATTERNS_WITHOUT_CONFIG = ("data/{split}-*", "{split}-*", "{split}", "data/*")
+# at the start of a file's name
+_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z0-9])", re.IGNORECASE)
+_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def read_table(row: MMEBDataset, root: DataRoot, config: str | None = None) -> S
 
     Raises:
         FileNotFoundError: Nothing local, and `root.offline` is set.
-        ValueError: The row is pinned to a revision and the data are of another.
+        ValueError: The row is pinned to a revision and the data are of another; a shard is missing; or the data set's
+            other tables were read from another copy.
     """
     config = config or row.config
     repositories = [hub_id for hub_id in (row.hub_id, row.alternative_id) if hub_id]
@@ -73,9 +79,10 @@ def read_table(row: MMEBDataset, root: DataRoot, config: str | None = None) -> S
         *(((row.hub_id, root.path / row.annotation),) if row.annotation else ()),
     ]
     for hub_id, place in places:
-        table = _read_place(place, config, row.split)
+        version = local_version(place) if place.exists() else ""
+        table = _read_place(place, config, row.split, version)
         if table is not None:
-            _record(root, row, hub_id, local_version(place))
+            _record(root, row, hub_id, version)
             return table
     if root.offline:
         raise FileNotFoundError(
@@ -101,7 +108,12 @@ def _record(root: DataRoot, row: MMEBDataset, hub_id: str, version: str) -> None
             f"{row.name} is pinned to revision {row.revision}, but the data of {hub_id} at hand are of {version}. "
             "Download that revision (`hf download --repo-type dataset --revision`), or unpin it."
         )
-    root.read[hub_id] = version
+    known = root.read.setdefault(hub_id, version)
+    if known != version:
+        raise ValueError(
+            f"{row.name} needs all tables of {hub_id} from one copy, but some are of {known} and others of {version}. "
+            "Complete one copy, or remove the other."
+        )
 
 
 def local_version(place: Path) -> str:
@@ -134,30 +146,50 @@ def local_version(place: Path) -> str:
     return f"files {digest.hexdigest()[:16]}"
 
 
-def _read_place(place: Path, config: str | None, split: str) -> Sequence[dict[str, Any]] | None:
+def _read_place(place: Path, config: str | None, split: str, version: str) -> Sequence[dict[str, Any]] | None:
     """The table at a file or folder, `None` when it is not there."""
+    # `datasets` knows a file by path and time, which a copy can keep: so each version has a cache of its own
+    cache = str(Path(datasets_config.HF_DATASETS_CACHE) / "local" / version.removeprefix("files "))
     if place.is_file():
-        return _read_files([place])
+        return _read_files([place], cache)
     if not place.is_dir():
         return None
     if (place / "README.md").is_file() and "configs:" in (place / "README.md").read_text(encoding="utf-8"):
-        return load_dataset(str(place), config, split=split)
+        for file in place.rglob("*.parquet"):
+            _check_shards(sorted(file.parent.glob(_SHARD.sub("", file.stem) + "-*.parquet")))
+        return load_dataset(str(place), config, split=split, cache_dir=cache)
     for pattern in _PATTERNS if config else _PATTERNS_WITHOUT_CONFIG:
         stem = pattern.format(config=config, split=split)
         for suffix in (".parquet", ".jsonl", ".json"):
-            files = sorted(place.glob(stem + suffix))
+            files = sorted(file for file in place.glob(stem + suffix) if _may_hold(file, split))
             if files:
-                return _read_files(files)
+                return _read_files(files, cache)
     return None
 
 
-def _read_files(files: list[Path]) -> Sequence[dict[str, Any]]:
+def _may_hold(file: Path, split: str) -> bool:
+    """Whether a file's name doesn't say that it holds another split."""
+    named = _SPLIT.match(file.name)
+    return named is None or file.name.startswith(split)
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Refuse a table in several files of which some are missing."""
+    parts = [match for file in files if (match := _SHARD.search(file.stem))]
+    for part in parts:
+        if len(parts) < int(part[2]):
+            there = ", ".join(file.name for file in files)
+            raise ValueError(f"{files[0].parent} must hold all {int(part[2])} parts of a table, it has {there}")
+
+
+def _read_files(files: list[Path], cache: str) -> Sequence[dict[str, Any]]:
     if files[0].suffix == ".parquet":
-        return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+        _check_shards(files)
+        return load_dataset("parquet", data_files=[str(file) for file in files], split="train", cache_dir=cache)
     rows: list[dict[str, Any]] = []
     for file in files:
         text = file.read_text(encoding="utf-8")
         # read by json, not by datasets: ids are numbers in some rows of these files and strings in others
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]
         rows += json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in lines]
     return rows

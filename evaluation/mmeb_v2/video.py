@@ -77,7 +77,7 @@ def _labels(row: MMEBDataset, root: DataRoot, table: Sequence[Record]) -> list[s
     ours = Path(__file__).with_name(f"{row.name.lower()}_labels.txt")
     file = ours if ours.is_file() and not given.is_file() else given
     if file.is_file():
-        labels = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+        labels = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
     else:
         labels = occurring
     if len(set(labels)) != row.num_candidates:
@@ -258,6 +258,8 @@ def _ask_clip(builder: SplitBuilder, row: MMEBDataset, root: DataRoot, index: in
         raise BrokenMediaError(f"clip folder {str(folder)!r} does not exist")
     clips = [clip for clip in folder.iterdir() if clip.is_dir() and clip.name != "query"]
     clips.sort(key=lambda clip: natural_key(clip.name))
+    if row.num_candidates and len(clips) < row.num_candidates:
+        builder.report(index, f"{len(clips)} of {row.num_candidates} clips are there")
     gold = {f"{folder.name}/{clip.name}": 1 for clip in clips if clip.name.startswith("positive")}
     query = _query(row, row.query_text.format_map(record), video=_chosen(row, stored_frames(folder / "query")))
     own = [item for clip in clips for item in _clip(builder, row, index, f"{folder.name}/{clip.name}", clip)]

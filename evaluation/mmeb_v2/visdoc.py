@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,46 +67,50 @@ def load_visdoc(row: MMEBDataset, root: DataRoot, fraction: float = 1.0, seed: i
         ValueError: No usable query is left.
     """
     broken: list[BrokenRow] = []
-    corpus, contents = _pages(row, root, broken)
-    known = set(corpus["id"])
-    relevant = _relevance(row, root, known)
+    corpus, contents, left_out = _pages(row, root, broken)
+    relevant = _relevance(row, root, contents.keys(), left_out, broken)
     table = read_table(row, root, "queries")
-    asked: list[tuple[str, Item]] = []
+    asked: dict[str, Item] = {}
     skipped, start = 0, row.query_text.split("{")[0]
     for index in sampled_rows(len(table), fraction, seed):
         query_id, text = f"q{table[index]['query-id']}", table[index]["query"]
-        reason = "empty query" if not (text or "").strip() else "" if query_id in relevant else "no usable right page"
+        reason = "no usable right page" if query_id not in relevant else ""
+        reason = "its id has occurred before" if query_id in asked else reason
+        reason = reason if (text or "").strip() else "empty query"
         if reason:
             skipped += 1
             broken.append(BrokenRow(row.name, index, f"query {query_id} skipped: {reason}"))
             continue
         whole = finished(row, row.query_text.format(query=text))
-        asked.append((query_id, Item("query", whole, instruction=start.strip(), body=finished(row, text))))
+        asked[query_id] = Item("query", whole, instruction=start.strip(), body=finished(row, text))
     for entry in broken:
         logger.warning("%s, row %d: %s", entry.dataset, entry.index, entry.reason)
     if not asked:
         raise ValueError(f"{row.name} has no usable query: {len(broken)} broken rows, {len(corpus)} pages")
     from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData  # when a task is built: it takes seconds
 
-    chosen = {query_id: relevant[query_id] for query_id, _ in asked}
+    chosen = {query_id: relevant[query_id] for query_id in asked}
     data = RetrievalSplitData(
         corpus=corpus,
-        queries=to_dataset([(query_id, shown(item, row.inputs)) for query_id, item in asked]),
+        queries=to_dataset([(query_id, shown(item, row.inputs)) for query_id, item in asked.items()]),
         relevant_docs=chosen,
         top_ranked=None,
     )
-    digest = data_digest({query_id: item.content() for query_id, item in asked}, contents, chosen, None)
+    digest = data_digest({query_id: item.content() for query_id, item in asked.items()}, contents, chosen, None)
     told = {"query": start.strip(), "document": row.candidate_text.strip()}
     return LoadedDataset(data, tuple(broken), skipped, digest, instructions=told)
 
 
-def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> tuple[Dataset, dict[str, bytes]]:
-    """The corpus with columns id, image, text, and each page's hash; pages that can't be decoded are left out."""
+def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> tuple[Dataset, dict[str, bytes], set[str]]:
+    """The corpus with columns id, image, text; each page's hash; and the pages left out, which can't be decoded."""
     table = read_table(row, root, "corpus")
     if not isinstance(table, Dataset):
         raise TypeError(f"{row.name}: the corpus must be a parquet table with an image column, got JSON")
+    if row.num_candidates and len(table) < row.num_candidates:
+        broken.append(BrokenRow(row.name, len(table), f"the corpus has {len(table)} of {row.num_candidates} pages"))
     raw = table.cast_column("image", Image(decode=False))
     contents: dict[str, bytes] = {}
+    left_out: set[str] = set()
     kept = []
     for index, record in enumerate(raw):
         page_id, image = f"p{record['corpus-id']}", record["image"] or {}
@@ -118,6 +123,7 @@ def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> tuple[D
             check_image(source)
         except BrokenMediaError as error:
             broken.append(BrokenRow(row.name, index, f"page {page_id} left out: {error}"))
+            left_out.add(page_id)
             continue
         contents[page_id] = content_key(source if isinstance(source, bytes) else Path(source).read_bytes())
         kept.append(index)
@@ -126,14 +132,19 @@ def _pages(row: MMEBDataset, root: DataRoot, broken: list[BrokenRow]) -> tuple[D
     pages = pages.add_column("id", list(contents)).add_column("text", [page.text] * len(contents))
     if page.instruction:
         pages = pages.add_column(PROMPT_COLUMN, [page.instruction] * len(contents))
-    return pages, contents
+    return pages, contents, left_out
 
 
-def _relevance(row: MMEBDataset, root: DataRoot, known: set[str]) -> dict[str, dict[str, int]]:
+def _relevance(
+    row: MMEBDataset, root: DataRoot, known: Collection[str], left_out: Collection[str], broken: list[BrokenRow]
+) -> dict[str, dict[str, int]]:
     """Query id -> page id -> grade; grades above 0 only, the larger of two judgements of the same pair."""
     relevant: dict[str, dict[str, int]] = defaultdict(dict)
-    for record in read_table(row, root, "qrels"):
+    for index, record in enumerate(read_table(row, root, "qrels")):
         query_id, page_id, grade = f"q{record['query-id']}", f"p{record['corpus-id']}", int(record["score"])
         if grade > 0 and page_id in known:
             relevant[query_id][page_id] = max(grade, relevant[query_id].get(page_id, 0))
+        elif grade > 0 and page_id not in left_out:
+            reason = f"page {page_id}, right for query {query_id}, is not in the corpus"
+            broken.append(BrokenRow(row.name, index, reason))
     return dict(relevant)

@@ -87,9 +87,9 @@ def _draw(axes: Axes, record: dict[str, Any], colour: str, title: str) -> None:
     text = textwrap.shorten(record.get("text") or "", 110)
     if pictures:
         axes.imshow(np.concatenate(pictures, axis=_direction(pictures[0])))
-        axes.set_xlabel("\n".join(textwrap.wrap(text, 30)), fontsize=7)
+        axes.set_xlabel("\n".join(textwrap.wrap(text, 30)), fontsize=7, parse_math=False)  # dollars are dollars
     else:
-        axes.text(0.5, 0.5, "\n".join(textwrap.wrap(text, 24)), ha="center", va="center", fontsize=8)
+        axes.text(0.5, 0.5, "\n".join(textwrap.wrap(text, 24)), ha="center", va="center", fontsize=8, parse_math=False)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
     axes.set_title(title, fontsize=8, color=colour)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,6 +68,12 @@ class Score:
     per_query: Mapping[str, float] = field(default_factory=dict, repr=False)
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
+    @property
+    def partial(self) -> bool:
+        """Whether queries, candidates or pages are missing, or there are more queries than the data set has."""
+        broken = self.details.get("broken_rows", 0)
+        return bool(broken) or self.num_queries != self.expected_queries or self.fraction < 1
+
 
 @dataclass(frozen=True)
 class ModelScores:
@@ -121,7 +127,7 @@ class Mean:
         standard_error: Of that mean, over queries.
         present: Number of data sets that are there.
         expected: Number of data sets there should be.
-        partial: A data set misses queries: left out as broken, or only a fraction was asked.
+        partial: A data set misses queries or candidates: left out as broken, or only a fraction was asked.
     """
 
     value: float
@@ -175,7 +181,7 @@ def _mean(scores: Mapping[str, Score], names: Sequence[str]) -> Mean:
     if not found:
         return Mean(math.nan, math.nan, 0, len(names), False)
     error = math.sqrt(sum(score.standard_error**2 for score in found)) / len(found)
-    partial = any(score.num_queries < score.expected_queries or score.fraction < 1 for score in found)
+    partial = any(score.partial for score in found)
     return Mean(fmean(score.value for score in found), error, len(found), len(names), partial)
 
 
@@ -231,48 +237,78 @@ def paired_bootstrap(
     return Difference(float(np.mean(means)), float(low), float(high), len(means))
 
 
-def read_results(folders: Iterable[str | Path]) -> list[ModelScores]:
+def read_results(
+    folders: Iterable[str | Path],
+    *,
+    used: Sequence[str] = (),
+    parts: Mapping[str, Set[tuple[str, str]]] | None = None,
+    wanted: Callable[[Score], bool] = lambda score: True,
+) -> list[ModelScores]:
     """All checkpoints found below mteb result folders.
 
     Args:
         folders: Folders of `mteb.ResultCache`, or deeper ones down to `<model>/<revision>`.
+        used: Hashes of the data that runs scored, in the order of the runs.
+        parts: Task of mteb -> the splits and subsets (languages) that count; a result that lacks one is left out.
+            Default: whatever a result holds.
+        wanted: Whether a score is one of those to report.
 
     Returns:
-        One entry per model, revision, protocol and way of showing inputs, sorted by name. Results of mteb's own tasks
-        count as well. Of results on several versions of a data set the newest counts.
+        One entry per model, revision, truncation, protocol and way of showing inputs, sorted by name, whatever folder
+        its results lie in. Results of mteb's own tasks count as well. Of results on several versions of a data set
+        that one counts which a run scored last, else the newest.
 
     Raises:
         FileNotFoundError: Nothing found.
-        ValueError: Two splits or fractions of the same data set in one checkpoint's folder, or a result in a form that
-            can't be read.
+        ValueError: Two splits or fractions of the same data set of one checkpoint, or a result in a form that can't be
+            read.
     """
     paths = sorted({path for folder in folders for path in Path(folder).rglob("*.json")})
     # predictions are large and no results; the other folders are those of a save that was cut short
     paths = [path for path in paths if not path.name.endswith("_predictions.json") and SAVING not in str(path)]
-    found: dict[tuple[Path, str, str], dict[str, Score]] = {}
-    older: dict[tuple[Path, str, str], list[str]] = {}
+    found: dict[tuple[str, ...], dict[str, Score]] = {}
+    older: dict[tuple[str, ...], list[str]] = {}
+    places: dict[tuple[str, ...], Path] = {}
+    order = {digest: number for number, digest in enumerate(used)}
     contents = [(path, read_json(path)) for path in paths]
-    dated = [(_date(path, content), path, content) for path, content in contents if _is_result(content)]
-    for date, path, content in sorted(dated, key=lambda result: result[:2]):  # the newest comes last
-        for score in _scores_of(path, content):
-            place = path.parent, score.protocol, score.inputs
-            known = found.setdefault(place, {}).get(score.dataset)
-            if known is not None and _sample(known) != _sample(score):
-                raise ValueError(
-                    f"{path.parent} holds {score.dataset} twice (splits or fractions): report one at a time"
-                )
-            if known is not None:
-                older.setdefault(place, []).append(score.dataset)
-                logger.warning("%s: %s of %s replaces an older score on other data", path.parent, score.dataset, date)
-            found[place][score.dataset] = score
+    scored = [
+        (order.get(score.data, -1), _date(path, content), path, score)
+        for path, content in contents
+        if _is_result(content)
+        for score in _scores_of(path, content, parts)
+        if wanted(score)
+    ]
+    for _, date, path, score in sorted(scored, key=lambda entry: entry[:3]):  # the one that counts comes last
+        checkpoint = (*_identity(path.parent), score.protocol, score.inputs)
+        known = found.setdefault(checkpoint, {}).get(score.dataset)
+        if known is not None and sample_of(known) != sample_of(score):
+            raise ValueError(f"{path.parent} holds {score.dataset} twice (splits or fractions): report one at a time")
+        if known is not None and known.data != score.data:
+            older.setdefault(checkpoint, []).append(score.dataset)
+            logger.warning("%s: %s of %s counts, not that on other data", path.parent, score.dataset, date)
+        found[checkpoint][score.dataset] = score
+        places[checkpoint] = path.parent
     if not found:
         raise FileNotFoundError(f"no result below {[str(folder) for folder in folders]}")
-    return [_model(place[0], scores, tuple(older.get(place, ()))) for place, scores in sorted(found.items())]
+    return [_model(places[key], scores, tuple(older.get(key, ()))) for key, scores in sorted(found.items())]
 
 
-def _sample(score: Score) -> tuple[Any, ...]:
-    """Which version and which part of a data set was asked."""
-    return score.split_label, score.fraction, score.details.get("sample_seed")
+def _identity(folder: Path) -> tuple[str, str, str]:
+    """Name, revision and variant of the checkpoint whose results lie in a folder."""
+    metadata = read_json(folder / "model_meta.json") or {}
+    name, revision = metadata.get("name") or folder.parent.name, metadata.get("revision") or folder.name
+    variant = metadata.get("experiment_kwargs")
+    return str(name), str(revision), json.dumps(variant, sort_keys=True) if variant else ""
+
+
+def sample(dataset: str, split_label: str, fraction: float, seed: int | None) -> tuple[str, float, int | None]:
+    """Which version and which part of a data set is asked; all of MMEB-V2's queries are the same for every seed."""
+    return split_label, fraction, None if dataset in expected_datasets() and fraction == 1 else seed
+
+
+def sample_of(score: Score) -> tuple[str, float, int | None]:
+    """The `sample` that a score is of."""
+    return sample(score.dataset, score.split_label, score.fraction, score.details.get("sample_seed"))
 
 
 def _is_result(content: Any) -> bool:
@@ -285,14 +321,24 @@ def _date(path: Path, content: Mapping[str, Any]) -> str:
     return str(content.get("date") or datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat())
 
 
-def _scores_of(path: Path, content: Mapping[str, Any]) -> list[Score]:
+def _scores_of(
+    path: Path, content: Mapping[str, Any], parts: Mapping[str, Set[tuple[str, str]]] | None
+) -> list[Score]:
     """The scores in a result; a `ValueError` names a file in another form, and what to do."""
     try:
-        entries = [entry for split in content["scores"].values() for entry in split]
-        ours = [_score(entry) for entry in entries if "mmeb_name" in entry]
+        entries = {
+            (split, entry.get("hf_subset", "default")): entry
+            for split, found in content["scores"].items()
+            for entry in found
+        }
+        ours = [_score(entry) for entry in entries.values() if "mmeb_name" in entry]
         if ours or not entries:
             return ours
-        return [stock_score(content["task_name"], entries, str(content.get("dataset_revision") or ""))]
+        asked = (parts or {}).get(content["task_name"], entries.keys())
+        if not asked <= entries.keys():
+            return []
+        chosen = [entry for part, entry in entries.items() if part in asked]
+        return [stock_score(content["task_name"], chosen, str(content.get("dataset_revision") or ""))]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is a result in another form ({type(error).__name__}: {error}): delete it and score the data set "

@@ -137,7 +137,7 @@ def write_clips(row: MMEBDataset, root: Path, layout: int) -> Written:
     (media / "v4/negative_9").mkdir()
     rows = [{"query": f"scene {i}", "video_path": f"x/v{i}.mp4", "clips_dir_path": "x"} for i in range(5)]
     put_rows(row, root, rows)
-    return Written(replace(row, num_queries=5), root, (2, 3), 3)
+    return Written(replace(row, num_queries=5, num_candidates=3), root, (2, 3), 3)
 
 
 def write_moments(row: MMEBDataset, root: Path, layout: int) -> Written:
@@ -184,7 +184,7 @@ def write_visdoc(row: MMEBDataset, root: Path, layout: int) -> Written:
             "score": [s for _, _, s in judged],
         },
     )
-    return Written(replace(row, num_queries=6), root, (3, 4, 5), 3)
+    return Written(replace(row, num_queries=6, num_candidates=7), root, (3, 4, 5), 3)
 
 
 WRITERS = {

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import mteb
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation.mini import MINI, mini_benchmark
 from evaluation.mmeb_v2 import MMEB_V2
 from evaluation.mmeb_v2.sources import DataRoot
 from evaluation.report import RUN_FILE, main, write_report
-from evaluation.reporting.retrieval_sheet import retrieval_sheet
+from evaluation.reporting.retrieval_sheet import _draw, retrieval_sheet
 from evaluation.reporting.scores import read_results
 from evaluation.task import mmeb_task
+from evaluation.wrapping import wrap
 
 
 @pytest.fixture
@@ -109,6 +112,16 @@ def test_retrieval_sheets_mark_right_and_wrong(group, run, tmp_path):
         retrieval_sheet(other, _renamed(predictions, tmp_path), tmp_path / "x.png")
 
 
+@pytest.mark.parametrize("picture", [None, Image.new("RGB", (8, 8))])
+def test_dollars_in_a_sheet_are_dollars(picture, tmp_path):
+    figure = Figure()
+    axes = figure.subplots()
+    _draw(axes, {"text": "$10% and $20", "image": picture}, "#000000", "query")
+    figure.savefig(tmp_path / "sheet.png")
+    shown = axes.xaxis.label if picture else axes.texts[0]
+    assert shown.get_text() == "$10% and $20" and not shown.get_parse_math()
+
+
 def _renamed(predictions, folder):
     content = json.loads(predictions.read_text())
     content["default"]["test"] = {f"other-{k}": v for k, v in content["default"]["test"].items()}
@@ -138,3 +151,28 @@ def test_two_protocols_are_not_compared_and_each_has_a_report(tmp_path, write, o
     assert entry["metadata"]["protocol"] == "btoks"
     with pytest.raises(ValueError, match="no result of protocol 'other'"):
         write_report([tmp_path / "results"], tmp_path / "report", protocol="other")
+
+
+def test_sizes_are_named_and_none_hides_another(run, tmp_path):
+    """Truncations beside a whole embedding are a curve; alone they are columns with the size in the name."""
+    folder = run("test/whole", "oracle")
+    place = next(folder.rglob("model_meta.json")).parent
+    meta = json.loads((place / "model_meta.json").read_text())
+    for size in (8, 24):
+        shutil.copytree(place, tmp_path / f"results/other/{size}")
+        changed = {**meta, "name": "test/cut", "experiment_kwargs": {"truncate_dim": size}, "embed_dim": size}
+        (tmp_path / f"results/other/{size}/model_meta.json").write_text(json.dumps(changed))
+    text = write_report([folder], tmp_path / "report").read_text()
+    assert "|  | test/cut, first 24 numbers | test/cut, first 8 numbers | test/whole |" in text
+
+
+def test_what_was_left_out_is_a_remark_and_a_part_is_no_submission(write, pixels, tmp_path):
+    written = write(next(row for row in MMEB_V2 if row.name == "MSVD"))
+    for fraction in (1.0, 0.5):
+        task = mmeb_task(written.row, DataRoot(written.root, offline=True), fraction=fraction)
+        out = tmp_path / f"out{fraction}"
+        options = {"cache": mteb.ResultCache(out), "co2_tracker": False, "show_progress_bar": False}
+        mteb.evaluate(wrap(pixels, "test/pixels"), task, **options)
+        text = write_report([out], tmp_path / f"report{fraction}").read_text()
+        assert "- MSVD: 3 rows, candidates or pages were left out or missing." in text or fraction < 1
+        assert (tmp_path / f"report{fraction}/test__pixels.json").exists() == (fraction == 1)

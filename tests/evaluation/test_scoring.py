@@ -241,3 +241,104 @@ def test_instructions_as_prompts_or_nowhere_and_on_candidates(write, score, pixe
     assert all(
         name.startswith(f"MMEB-V2.vlm2vec.MSVD.{start}") for name, start in zip(sorted(found), starts, strict=True)
     )
+
+
+def test_data_that_come_back_have_their_own_score_in_the_report(write, score, tmp_path):
+    written = write(row_of("ActivityNetQA"))
+    place = written.root / written.row.media_roots[0]
+
+    def reported():
+        score(written.root, "ActivityNetQA", more=["--report"])
+        text = (score.out / "report/report.md").read_text()
+        return next(line.split("|")[4].strip() for line in text.splitlines() if line.startswith("| ActivityNetQA"))
+
+    assert reported().startswith("4 of")
+    (place / "v_3").rename(tmp_path / "v_3")
+    assert reported().startswith("3 of")
+    (tmp_path / "v_3").rename(place / "v_3")
+    assert reported().startswith("4 of")
+    shutil.rmtree(place)
+    with pytest.raises(SystemExit, match="no score"):
+        score(written.root, "ActivityNetQA", more=["--report"])
+    write_report([score.out], tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "- ActivityNetQA: ValueError" in text and "Its score is of an earlier run." in text
+
+
+def test_a_sheet_that_cant_be_drawn_loses_no_score(write, score, monkeypatch, caplog):
+    root = write(row_of("MSVD")).root
+
+    def broken(*args):
+        raise ValueError("parse error in $10% and $20")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.scoring.retrieval_sheet", broken)
+        assert "MSVD" in score(root, "MSVD", more=["--sheets"])
+    assert "the sheet of MSVD can't be drawn" in caplog.text
+    score(root, "MSVD", more=["--sheets"])
+    assert len(list(score.out.rglob("*.png"))) == len(results(score.out)) == 1, "it is drawn from the stored rankings"
+    shutil.rmtree(score.out / "predictions")
+    score(root, "MSVD", more=["--sheets"])
+    assert "MSVD has no sheet: its stored score came without rankings" in caplog.text
+
+
+def test_scores_are_printed_before_a_report_that_fails(write, score, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("two of a kind")
+
+    monkeypatch.setattr("evaluation.scoring.write_report", broken)
+    with pytest.raises(SystemExit, match="no report: two of a kind"):
+        score(write(row_of("MSVD")).root, "MSVD", more=["--report"])
+    assert "MSVD" in score.shown and "plain mean" in score.shown
+
+
+def test_suites_in_one_folder_have_reports_of_their_own(write, score, pixels):
+    score(write(row_of("MSVD")).root, "MSVD")
+    words = ["--model", "test/pixels", "--subset", "V-CLS", "--device", "cpu", "--output_dir", str(score.out)]
+    for seed in ("0", "1"):
+        main([*words, "--seed", seed, "--report"])
+        text = (score.out / "report/report.md").read_text()
+        assert "| mini-V-CLS |" in text and "| MSVD |" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--suite", "mini", "--fraction", "0.1"], "--fraction are of --suite mmeb-v2"),
+        (["--suite", "mini", "--protocol", "btoks", "--page_split", "page"], "--protocol and --page_split are"),
+        (["--suite", "mmeb-v2", "--split", "validation"], "--split is of --suite mini"),
+        (["--suite", "mteb:MIEB(lite)", "--split", "train"], "--split is of --suite mini"),
+        (["--model", "open_clip:ViT-B-32/x", "--pooling", "lasttoken"], "open_clip's models have a pooling"),
+    ],
+)
+def test_settings_of_another_suite_are_refused(words, why):
+    with pytest.raises(SystemExit, match=why):
+        main(["--model", "a/b", *words])
+
+
+def test_what_mteb_passes_over_has_no_score(monkeypatch, tmp_path, pixels):
+    """mteb answers a private task with an error in its result, and raises none."""
+    monkeypatch.setattr("evaluation.scoring.load_model", lambda *words: pixels)
+    task = next(task for task in mteb.get_benchmark("ViDoRe(v3)").tasks if not task.metadata.is_public)
+    words = ["--model", "test/pixels", "--suite", "mteb:ViDoRe(v3)", "--subset", task.metadata.name, "--device", "cpu"]
+    with pytest.raises(SystemExit, match=f"1 data sets have no score: {task.metadata.name}"):
+        main([*words, "--output_dir", str(tmp_path)])
+
+
+def test_two_runs_in_one_folder_keep_their_own_records(write, score, monkeypatch):
+    """The second one ends first."""
+    root = write(row_of("MSVD")).root
+    other = {"command": "other", "started": "9999", "missing": {}}
+    evaluate = mteb.evaluate
+
+    def slow(*args, **kwargs):
+        runs = read_json(score.out / RUN_FILE)
+        (score.out / RUN_FILE).write_text(json.dumps([*runs, other]))
+        raise ValueError("too slow")
+
+    monkeypatch.setattr(mteb, "evaluate", slow)
+    with pytest.raises(SystemExit, match="no score: MSVD"):
+        score(root, "MSVD")
+    monkeypatch.setattr(mteb, "evaluate", evaluate)
+    first, second = read_json(score.out / RUN_FILE)
+    assert first["missing"] == {"MSVD": "ValueError: too slow"} and second == other

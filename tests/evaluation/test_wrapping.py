@@ -85,3 +85,18 @@ def test_importing_the_package_imports_nothing_heavy():
 def test_a_benchmark_of_ours_needs_no_name(qwen):
     assert wrap(qwen).mteb_model_meta.name == "local/model"
     assert len(mini_benchmark().tasks) == 9
+
+
+def test_a_wrapper_knows_that_its_model_has_changed(qwen):
+    """mteb looks for stored results by the revision before it runs a task."""
+    wrapper = wrap(qwen, "a/b")
+    before = wrapper.mteb_model_meta.revision
+    assert wrapper.mteb_model_meta.revision == before
+    parameter = next(qwen.parameters())
+    old = parameter.detach().clone()
+    with torch.no_grad():
+        parameter += 1
+    try:
+        assert wrapper.mteb_model_meta.revision == wrap(qwen, "a/b").mteb_model_meta.revision != before
+    finally:
+        parameter.data.copy_(old)

@@ -110,3 +110,23 @@ def test_a_saved_model_keeps_its_fingerprint_and_its_pictures_count(family, tmp_
     assert fingerprint(loaded) == fingerprint(model)
     loaded.processor.image_processor.image_std = [0.9, 0.9, 0.9]
     assert fingerprint(loaded) != fingerprint(model)
+
+
+def test_which_adapter_is_active_counts(saved):
+    model = SentenceTransformer(str(saved), device="cpu")
+    for number, name in enumerate(("default", "other")):
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="gaussian")
+        model.add_adapter(config, name)
+        for key, parameter in model.named_parameters():
+            if f"lora_B.{name}" in key:
+                parameter.data.fill_(0.1 + number)
+    found = []
+    for change in (
+        lambda: model.set_adapter("default"),
+        lambda: model.set_adapter("other"),
+        lambda: model.disable_adapters(),
+    ):
+        change()
+        found.append((fingerprint(model), model.encode(TEXTS)))
+    assert len({name for name, _ in found}) == 3
+    assert np.abs(found[0][1] - found[1][1]).max() > 1e-4 and np.abs(found[0][1] - found[2][1]).max() > 1e-4

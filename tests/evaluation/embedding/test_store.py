@@ -75,3 +75,16 @@ def test_memory_is_bounded_and_the_disk_has_the_rest(tmp_path):
 def test_keys_tell_every_list_of_parts_apart():
     keys = {content_key(*parts) for parts in (("ab",), ("a", "b"), ("", "ab"), ("ab", ""), (b"a", "b", ""))}
     assert len(keys) == 5 and content_key("a") == content_key(b"a")
+
+
+def test_a_fresh_store_leaves_no_old_vector_behind(tmp_path):
+    """Its shards hold other inputs than the old ones, so they would lie side by side."""
+    old = vectors("a", "b")
+    EmbeddingStore(tmp_path).put(b"space", old)
+    fresh = EmbeddingStore(tmp_path, fresh=True)
+    assert not fresh.get(b"space", list(old))
+    new = {key: value + 1 for key, value in old.items()}
+    for key in new:
+        fresh.put(b"space", {key: new[key]})
+    found = EmbeddingStore(tmp_path).get(b"space", list(old))
+    assert all((found[key] == new[key]).all() for key in new)

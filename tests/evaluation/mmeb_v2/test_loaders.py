@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
 from evaluation.dataset import InputSettings
@@ -368,3 +371,89 @@ def write_noise(path):
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(pixels).save(path)
     return path.read_bytes()
+
+
+def test_a_missing_shard_is_refused_whatever_names_the_files(write):
+    """Half a corpus would score higher than all of it."""
+    written = write(row_of("ViDoRe_docvqa"))
+    place = written.root / written.row.hub_id
+    corpus = place / "corpus"
+    whole = corpus / "test-00000-of-00001.parquet"
+    whole.rename(corpus / "test-00000-of-00002.parquet")
+    with pytest.raises(
+        ValueError, match="corpus must hold all 2 parts of a table, it has test-00000-of-00002.parquet"
+    ):
+        load(written)
+    files = "\n".join(
+        f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/*.parquet"
+        for name in ("corpus", "queries", "qrels")
+    )
+    (place / "README.md").write_text(f"---\nconfigs:\n{files}\n---\n")
+    with pytest.raises(ValueError, match="must hold all 2 parts"):
+        load(written)
+
+
+@pytest.mark.parametrize("name", ["ViDoRe_docvqa", "MSVD"])
+def test_another_splits_file_is_no_stand_in(name, write):
+    written = write(row_of(name))
+    assert written.row.split == "test"
+    for file in list(written.root.rglob("test-*.parquet")):
+        file.rename(file.with_name(file.name.replace("test-", "train-")))
+    with pytest.raises(FileNotFoundError, match="needs the table"):
+        load(written)
+
+
+def test_tables_of_two_copies_are_not_mixed(write):
+    first, second = write(row_of("ViDoRe_docvqa")), write(row_of("ViDoRe_docvqa"), 1)
+    shutil.copytree(second.root / second.row.annotation, first.root / first.row.annotation)
+    shutil.rmtree(first.root / first.row.hub_id / "corpus")
+    with pytest.raises(ValueError, match="all tables of vidore/docvqa_test_subsampled_beir from one copy"):
+        load(first)
+
+
+def test_clips_and_pages_that_are_not_there_are_reported(write):
+    clips = write(row_of("QVHighlight"))
+    folder = clips.root / clips.row.media_roots[0]
+    shutil.rmtree(folder / "v0/negative_1")
+    reasons = [entry.reason for entry in load(clips).broken]
+    assert "2 of 3 clips are there" in reasons
+    pages = write(row_of("ViDoRe_docvqa"))
+    assert not any("pages" in entry.reason for entry in load(pages).broken)
+    larger = replace(pages, row=replace(pages.row, num_candidates=9))
+    assert "the corpus has 7 of 9 pages" in [entry.reason for entry in load(larger).broken]
+    qrels = pages.root / pages.row.hub_id / "qrels/test-00000-of-00001.parquet"
+    table = Dataset.from_parquet(str(qrels))
+    concatenate_datasets(
+        [table, table.select([0]).map(lambda row: {"corpus-id": 77}, load_from_cache_file=False)]
+    ).to_parquet(str(qrels))
+    reasons = [entry.reason for entry in load(pages).broken]
+    assert "page p77, right for query q0, is not in the corpus" in reasons
+
+
+def test_a_query_id_counts_once(write):
+    written = write(row_of("ViDoRe_docvqa"))
+    file = written.root / written.row.hub_id / "queries/test-00000-of-00001.parquet"
+    table = Dataset.from_parquet(str(file))
+    concatenate_datasets([table, table.select([0])]).to_parquet(str(file))
+    loaded = load(written)
+    assert [entry.reason for entry in loaded.broken][-1] == "query q0 skipped: its id has occurred before"
+    assert len(loaded.data["queries"]) + loaded.skipped_queries == len(table) + 1
+
+
+def test_a_line_separator_in_a_text_is_no_end_of_a_row(tmp_path):
+    row = row_of("ActivityNetQA")
+    file = tmp_path / row.annotation
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"question": "a\u2028b"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_table(row, DataRoot(tmp_path, offline=True)) == [{"question": "a\u2028b"}]
+
+
+def test_a_copy_that_keeps_its_time_is_read_anew(write):
+    written = write(row_of("ViDoRe_docvqa"))
+    file = written.root / written.row.hub_id / "queries/test-00000-of-00001.parquet"
+    facts = file.stat()
+    assert load(written).data["queries"]["text"][0].endswith(": a")
+    table = Dataset.from_parquet(str(file))
+    table.map(lambda row: {"query": row["query"].upper()}, load_from_cache_file=False).to_parquet(str(file))
+    os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert load(written).data["queries"]["text"][0].endswith(": A")

@@ -166,3 +166,52 @@ def test_two_splits_in_one_model_are_refused(tmp_path):
         _ = ModelScores("a", "b", scores).split_label
     with pytest.raises(FileNotFoundError, match="no result"):
         read_results([tmp_path])
+
+
+def test_left_out_rows_and_surplus_queries_show_in_the_mean():
+    for change in ({"details": {"broken_rows": 3}}, {"num_queries": 1001}):
+        scores = published()
+        scores["K700"] = replace(scores["K700"], **change)
+        assert summarize(scores)["video"].text().startswith("~")
+
+
+def stored(folder, task, entry, meta=None, date="2026-01-01"):
+    """A result as mteb writes it, and the model's metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_meta.json").write_text(json.dumps({"name": "a/b", "revision": "1", **(meta or {})}))
+    scores = {"test": entry if isinstance(entry, list) else [entry]}
+    content = {"task_name": task, "dataset_revision": "x", "scores": scores, "date": date}
+    (folder / f"{task}.json").write_text(json.dumps(content))
+
+
+def ours(dataset, value, digest, **more):
+    fields = {"mmeb_name": dataset, "modality": "video", "group": "V-RET", "metric": "hit@1", "split_label": "x"}
+    return {**fields, "main_score": value, "data_digest": digest, "hf_subset": "default", **more}
+
+
+def test_the_score_that_a_run_used_last_counts(tmp_path):
+    stored(tmp_path / "a/b/1", "one", ours("MSVD", 0.75, "A"), date="2026-01-01")
+    stored(tmp_path / "a/b/1", "two", ours("MSVD", 1.0, "B"), date="2026-01-02")
+    [newest] = read_results([tmp_path])
+    assert newest.scores["MSVD"].value == 1.0 and newest.older == ("MSVD",)
+    [used] = read_results([tmp_path], used=["A", "B", "A"])
+    assert used.scores["MSVD"].value == 0.75
+
+
+def test_results_of_one_checkpoint_in_two_folders_are_one_model(tmp_path):
+    stored(tmp_path / "first/a__b/1", "one", ours("MSVD", 0.75, "A"))
+    stored(tmp_path / "second/a__b/1", "two", ours("VATEX", 0.5, "B"))
+    stored(tmp_path / "second/a__b/1/experiments/8", "two", ours("VATEX", 0.25, "B"), {"experiment_kwargs": {"d": 8}})
+    models = read_results([tmp_path / "first", tmp_path / "second"])
+    assert [sorted(model.scores) for model in models] == [["MSVD", "VATEX"], ["VATEX"]]
+
+
+def test_only_the_languages_that_were_asked_count(tmp_path):
+    entries = [{"hf_subset": name, "main_score": value} for name, value in (("en-en", 0.8), ("ko-ko", 0.2))]
+    stored(tmp_path / "a/b/1", "STS17", entries)
+    [every] = read_results([tmp_path])
+    assert every.scores["STS17"].value == pytest.approx(0.5)
+    [english] = read_results([tmp_path], parts={"STS17": {("test", "en-en")}})
+    assert english.scores["STS17"].value == 0.8
+    with pytest.raises(FileNotFoundError):  # one is missing
+        read_results([tmp_path], parts={"STS17": {("test", "en-en"), ("test", "fr-en")}})
