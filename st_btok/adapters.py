@@ -286,17 +286,11 @@ def save_trained(model: SentenceTransformer, path: str | Path) -> str:
 
 
 def base_gap(model: SentenceTransformer) -> str | None:
-    """Why an adapter checkpoint that refers to the backbone's origin would not load as the model in memory.
+    """Why an adapter checkpoint that refers to the backbone's origin would not load as the model; None if it would.
 
-    Checked are the place, the size of the embedding matrix, who holds the embeddings of the BToks, and every weight
-    that no adapter replaces: the origin is read once more, in parts. Quantised weights are taken for those of the
-    origin.
-
-    Args:
-        model: With or without adapters. Without, one that trains the BToks is assumed.
-
-    Returns:
-        The reason; None if there is none.
+    Checked are the place, the size of the embedding matrix, who holds the embeddings of the BToks (a model without
+    adapters is taken for one that will train them), and every weight that no adapter replaces: the origin is read once
+    more, in parts. Quantised weights are taken for those of the origin.
     """
     transformer, ids = find_btoks(model)
     backbone = transformer.model

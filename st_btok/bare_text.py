@@ -28,12 +28,8 @@ _PROBES = ("Which town lies by the sea?", "42 kites", "東京の夜", "- two\n  
 def frame_bare_text(transformer: Transformer) -> bool:
     """Let the tokenizer of a text-only model put the template's user turn and the BToks around every bare text.
 
-    Args:
-        transformer: First module of the model, with the template of `append_btoks`; its tokenizer is changed in place.
-
-    Returns:
-        False if nothing was changed: the model takes media, its tokenizer is not one of the `tokenizers` library, or
-        text does not keep its tokens between those of the template.
+    False if nothing was changed: the model takes media, its tokenizer is not one of the `tokenizers` library, or text
+    does not keep its tokens between those of the template.
     """
     tokenizer: Any = tokenizer_of(transformer)
     backend = getattr(tokenizer, "backend_tokenizer", None)

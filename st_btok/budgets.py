@@ -26,18 +26,7 @@ from st_btok.tokens import btok_tokens
 
 
 def check_budgets(model: SentenceTransformer, budgets: Sequence[int]) -> tuple[int, ...]:
-    """Budgets in descending order.
-
-    Args:
-        model: A BTok model with the mean over all K tokens as its readout.
-        budgets: Numbers of tokens, each from 1 to K; K itself must be among them.
-
-    Returns:
-        The budgets, largest first.
-
-    Raises:
-        ValueError: If a budget is out of range, K is missing, or the model does not pool all K tokens.
-    """
+    """Budgets, largest first; a `ValueError` if one is not in 1 to K, K is missing, or the model pools fewer."""
     _, ids = find_btoks(model)
     weights = next((module for module in model.modules() if isinstance(module, WordWeights)), None)
     pooled = [] if weights is None else weights.emb_layer.weight.flatten().nonzero().flatten().tolist()
@@ -67,16 +56,7 @@ def check_appends_all(model: SentenceTransformer) -> None:
 
 @contextmanager
 def budget_embeddings(model: SentenceTransformer, btoks: list[int], budgets: tuple[int, ...]) -> Iterator[None]:
-    """Inside this block, the model's `sentence_embedding` holds one embedding per budget, (B, len(budgets), D).
-
-    Args:
-        model: The unwrapped model.
-        btoks: The K token ids.
-        budgets: Numbers of tokens; each embedding is the normalised mean of that many first states.
-
-    Yields:
-        Nothing.
-    """
+    """Inside this block, the model's `sentence_embedding` is (B, len(budgets), D): means over the first states."""
 
     def pool(module: nn.Module, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any]:
         states = select_btoks(output["token_embeddings"], output["input_ids"], output["attention_mask"], btoks)

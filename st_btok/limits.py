@@ -84,13 +84,8 @@ def set_max_seq_length(transformer: Transformer, max_seq_length: int) -> None:
 def tokens_of_an_image(transformer: Transformer, max_seq_length: int) -> int:
     """Tokens that one image may have at most, so that text has room beside it in plain `encode` too.
 
-    Args:
-        transformer: The model's first module. Its template must already append the BToks.
-        max_seq_length: Tokens of a whole input.
-
-    Returns:
-        The area, in tokens. Three quarters of what the turns leave, or all but 256 tokens of it if that is more; and
-        little enough that the thinnest image, one row of patches, has no more tokens than that.
+    Three quarters of what the turns leave, or all but 256 tokens of it if that is more; and little enough that the
+    thinnest image, one row of patches, has no more tokens than that. The template must already append the BToks.
     """
     tokenizer = tokenizer_of(transformer)
     template = str(tokenizer.chat_template)
@@ -104,18 +99,9 @@ def tokens_of_an_image(transformer: Transformer, max_seq_length: int) -> int:
 
 
 def text_limits(transformer: Transformer, max_seq_length: int) -> dict[str, int]:
-    """The limits of a text.
+    """`max_tokens`, which `bound.jinja` keeps, and `max_chars`, the characters of text that are rendered at most.
 
-    Args:
-        transformer: The module whose processor and template are measured.
-        max_seq_length: Tokens of a whole input, template and BToks included.
-
-    Returns:
-        For `processing_kwargs["chat_template"]`: `max_tokens`, the limit that `bound.jinja` keeps, and `max_chars`,
-        the characters of text that are rendered at most.
-
-    Raises:
-        ValueError: If `max_seq_length` leaves no room for a single token of text.
+    A `ValueError` if `max_seq_length` leaves no room for a single token of text.
     """
     # Measured around a text of one token: some layouts add something, such as a newline, only where there is text.
     empty = _num_tokens(transformer, {"text": "a"}) - 1
@@ -189,17 +175,11 @@ def _large_media(kind: str, any_shape: bool) -> Iterator[Any]:
 
 
 def video_form(transformer: Transformer) -> Callable[[np.ndarray], Any] | None:
-    """The form in which a backbone's processor takes frames that were made here.
+    """The form in which a backbone's processor takes frames (F, H, W, 3) uint8 that were made here.
 
-    Some refuse bare frames, because they choose frames by time (GLM-4V, MiniCPM-V), or fewer frames than they choose
-    (Gemma 4).
-
-    Args:
-        transformer: The model's first module.
-
-    Returns:
-        A function of frames (F, H, W, 3) uint8: the frames, or with their times, or more of them. None, with a
-        warning, where the processor takes none of these.
+    The frames, or with their times, or more of them: some processors refuse bare frames, because they choose frames by
+    time (GLM-4V, MiniCPM-V), or fewer frames than they choose (Gemma 4). None, with a warning, where none of these is
+    taken.
     """
     wanted = getattr(getattr(transformer.processor, "video_processor", None), "num_frames", None) or 0
 
@@ -230,13 +210,9 @@ def video_form(transformer: Transformer) -> Callable[[np.ndarray], Any] | None:
 
 
 def growing_characters(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-    """Characters that a tokenizer's normalizer turns into more UTF-8 bytes: 85 under NFC, such as U+0958.
+    """Characters that a tokenizer's normalizer turns into more UTF-8 bytes, and by how many one grows at most.
 
-    Args:
-        tokenizer: Any transformers tokenizer.
-
-    Returns:
-        The characters, and by how many bytes one of them grows at most.
+    85 under NFC, such as U+0958.
     """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     if normalizer is None:

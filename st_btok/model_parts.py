@@ -43,17 +43,7 @@ CONTENT_KEYS = ("content_ids", "content_media")
 
 
 def find_btoks(model: SentenceTransformer) -> tuple[Transformer, list[int]]:
-    """The Transformer module of a BTok model and its K token ids.
-
-    Args:
-        model: A model from `build_model`, or a saved one loaded with `SentenceTransformer(path)`.
-
-    Returns:
-        The first module and the ids in order.
-
-    Raises:
-        ValueError: If the model's first module is not a `Transformer`, or its tokenizer has no BToks.
-    """
+    """The Transformer module of a BTok model and its K token ids; a `ValueError` if it is none."""
     transformer = model[0]
     if not isinstance(transformer, Transformer):
         raise ValueError(f"the first module must be a Transformer, got {type(transformer).__name__}.")
@@ -82,16 +72,10 @@ def tokenizer_of(transformer: Transformer) -> PreTrainedTokenizerBase:
 
 
 def embedding_matrix(model: PreTrainedModel) -> Tensor:
-    """The live (V, D) input embedding matrix, also under adapters and FSDP.
+    """The live (V, D) input embedding matrix, also under adapters; under FSDP it is whole while the model runs.
 
     Under `trainable_token_indices` this is the base matrix, with the untrained embeddings of the BToks. That is right
     for an LM head, as BToks are never generated.
-
-    Args:
-        model: The backbone.
-
-    Returns:
-        The weight; a parameter, or under FSDP the view that is whole while the model runs.
     """
     module: Any = bare_module(model.get_input_embeddings())
     return module.weight
@@ -100,22 +84,16 @@ def embedding_matrix(model: PreTrainedModel) -> Tensor:
 def graph_is_kept() -> bool:
     """Whether the backward pass that runs now keeps its graph (`retain_graph`), as torch's engine says.
 
-    Returns:
-        True where a release of torch does not say (its private name was read in 2.14): then nothing may be reused.
+    True where a release of torch does not say (its private name was read in 2.14): then nothing may be reused.
     """
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if asked is None else bool(asked())
 
 
 def generation_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that transformers builds from a config in order to generate, LM head included.
+    """The class that transformers builds from a backbone's config in order to generate, LM head included.
 
-    Args:
-        config: Of a backbone, with or without its LM head.
-
-    Returns:
-        The class that the config itself names if it has a head, else the one of transformers' mappings for
-        image-text-to-text, multimodal and causal language models; None where there is none.
+    The one that the config itself names if that has a head, else the one of `GENERATING`; None where there is none.
     """
     for name in config.architectures or ():
         named = getattr(transformers, name, None)
@@ -130,16 +108,8 @@ def logit_rule(config: PreTrainedConfig) -> LogitRule:
     """How the class that generates turns the product of states and head into logits: some scale it, some cap it.
 
     That class' own `forward` is run, in which nothing but the product is left: a stand-in for the decoder gives a
-    state of one number, and the head's matrix holds the products to ask for.
-
-    Args:
-        config: Of a backbone, with or without its LM head.
-
-    Returns:
-        The rule.
-
-    Raises:
-        ValueError: If the class can't be asked, or does neither.
+    state of one number, and the head's matrix holds the products to ask for. A `ValueError` if the class can't be
+    asked.
     """
     generating = generation_class(config)
     if generating is None:
@@ -171,25 +141,13 @@ def logit_rule(config: PreTrainedConfig) -> LogitRule:
 
 @dataclass(frozen=True)
 class LogitRule:
-    """From the products of states and LM head to logits.
-
-    Attributes:
-        scale: Factor.
-        cap: They are squeezed into -cap to cap by a tanh; None: they are not.
-    """
+    """From the products of states and LM head to logits: times `scale`, then squeezed into -cap to cap by a tanh."""
 
     scale: float = 1.0
     cap: float | None = None
 
     def __call__(self, products: Tensor) -> Tensor:
-        """The logits.
-
-        Args:
-            products: Of any shape.
-
-        Returns:
-            A new tensor, or the given one where there is nothing to do.
-        """
+        """The logits; the given tensor itself where there is nothing to do."""
         logits = products if self.scale == 1 else products * self.scale
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
@@ -228,24 +186,13 @@ class _OneState(nn.Module):
 
 
 def checkpoint_head(source: str, config: PreTrainedConfig, **hub: Any) -> tuple[Tensor | None, bool]:
-    """The LM head of a checkpoint, as transformers loads it for generation.
+    """The (V, D) LM head of a checkpoint, as transformers loads it, and whether it is the embedding matrix too.
 
     The generating class is loaded without any part but its two matrices, so that names of keys, their conversions and
     the question whether both are tied are answered by transformers itself: a head that the checkpoint holds wins over
-    a config that says tied, if it differs from the embeddings.
-
-    Args:
-        source: Name or path of the checkpoint.
-        config: Of the backbone, whose class says which class generates.
-        **hub: Arguments of `from_pretrained` that say where the checkpoint lies, such as `revision` or `token`.
-
-    Returns:
-        The matrix (V, D) on the CPU, in the checkpoint's own type, and whether it is the embedding matrix too. The
-        matrix is None where it is neither tied nor in the checkpoint.
-
-    Raises:
-        OSError: If the checkpoint, or its config, is not there.
-        ValueError: If no class generates from such a config.
+    a config that says tied, if it differs from the embeddings. On the CPU, in the checkpoint's own type; None where it
+    is neither tied nor in the checkpoint. `hub`: where the checkpoint lies, such as `revision`. Raises `OSError` if it
+    is not there, `ValueError` if no class generates from such a config.
     """
     generating = generation_class(config)
     if generating is None:
@@ -270,15 +217,9 @@ def checkpoint_head(source: str, config: PreTrainedConfig, **hub: Any) -> tuple[
 def checkpoint_tensors(
     own: type[PreTrainedModel], source: str, max_numbers: int = 2**29
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight and saved buffer of a checkpoint under the names of a class, as that class loads it, part by part.
+    """Every weight and saved buffer of a checkpoint, on the CPU, under the names of a class, as that class loads it.
 
-    Args:
-        own: The class.
-        source: Name or path of the checkpoint.
-        max_numbers: Numbers in memory at a time; a single module, which is never split, may have more.
-
-    Yields:
-        Name and tensor on the CPU, in the checkpoint's own type.
+    Part by part: `max_numbers` in memory at a time, but a single module is never split.
     """
     configured: Any = own.config_class
     config = configured.from_pretrained(source)
@@ -368,15 +309,7 @@ def hub_arguments(model_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit_of(source: str, **hub: Any) -> str | None:
-    """The commit that a name on the hub stands for, by the place of its config in the cache.
-
-    Args:
-        source: Name or path of a checkpoint.
-        **hub: Arguments of `from_pretrained` that say where it lies, such as `revision` or `token`.
-
-    Returns:
-        40 hexadecimal digits; None for a local folder, or where there is no config.
-    """
+    """The commit that a name on the hub stands for, by its config's place in the cache; None for a local folder."""
     try:
         file = None if Path(source).is_dir() else cached_file(source, "config.json", **hub)
     except OSError:  # a repository of GGUF files has none
@@ -409,12 +342,7 @@ def attention_of(config: PreTrainedConfig) -> str:
 def attention_set(name: str, *configs: PreTrainedConfig) -> Iterator[None]:
     """Have configs name an attention implementation for a while, without any check. Read in transformers 5.23.
 
-    Args:
-        name: Of transformers' attention interface.
-        *configs: Outer ones before those inside them: setting one sets those inside it.
-
-    Yields:
-        Nothing.
+    Outer configs come before those inside them: setting one sets those inside it.
     """
     previous = [config._attn_implementation for config in configs]
     try:
@@ -445,9 +373,6 @@ def ignore_in_forward(*keys: str) -> None:
     """Keep features from the forward of backbones that take any argument, as sentence-transformers does with its own.
 
     Private name: `_NON_MODEL_FEATURE_KEYS` of `base/modules/transformer.py` (read in 6.1 and 6.2).
-
-    Args:
-        *keys: Names of features.
     """
     module: Any = transformer_module
     module._NON_MODEL_FEATURE_KEYS = module._NON_MODEL_FEATURE_KEYS | {*keys}

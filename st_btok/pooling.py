@@ -175,19 +175,9 @@ class BTokPooling(Module):
 
 
 def check_btoks(input_ids: Tensor, attention_mask: Tensor, btok_ids: list[int], where: str) -> Tensor:
-    """Find the K bottleneck tokens of each row.
+    """(B, K) positions of each row's bottleneck tokens, in the order of `btok_ids`; `where` names the batch in errors.
 
-    Args:
-        input_ids: (B, T).
-        attention_mask: (B, T), 0 at padding.
-        btok_ids: The K ids, in order.
-        where: What the batch is, for the message.
-
-    Returns:
-        (B, K) positions, in the order of `btok_ids`.
-
-    Raises:
-        ValueError: If a row does not hold each of the K tokens exactly once; the first such row is named.
+    A `ValueError` if a row does not hold each of the K tokens exactly once; the first such row is named.
     """
     wanted = torch.tensor(btok_ids, device=input_ids.device)
     hits = (input_ids[:, None, :] == wanted[None, :, None]) & attention_mask[:, None, :].bool()  # (B, K, T)
@@ -204,19 +194,6 @@ def check_btoks(input_ids: Tensor, attention_mask: Tensor, btok_ids: list[int], 
 
 
 def select_btoks(states: Tensor, input_ids: Tensor, attention_mask: Tensor, btok_ids: list[int]) -> Tensor:
-    """Gather the states at the K bottleneck tokens of each row.
-
-    Args:
-        states: (B, T, D).
-        input_ids: (B, T).
-        attention_mask: (B, T), 0 at padding.
-        btok_ids: The K ids, in order.
-
-    Returns:
-        (B, K, D), in the order of `btok_ids`.
-
-    Raises:
-        ValueError: As `check_btoks`.
-    """
+    """(B, K, D): the (B, T, D) states at the bottleneck tokens of each row, in their order; see `check_btoks`."""
     positions = check_btoks(input_ids, attention_mask, btok_ids, "the batch")
     return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))

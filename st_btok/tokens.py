@@ -77,13 +77,8 @@ def btok_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> list[str]:
     """Names that must not become tokens when they stand in a user's text.
 
-    Args:
-        tokenizer: Any transformers tokenizer.
-        chat_template: The template that writes the backbone's turns.
-
-    Returns:
-        All special tokens, and the added tokens whose name the template holds (such as media placeholders that are
-        not marked special). Single characters and blanks are left out: Gemma's newline is an added token.
+    All special tokens, and the added tokens whose name the backbone's template holds (such as media placeholders that
+    are not marked special). Single characters and blanks are left out: Gemma's newline is an added token.
     """
     names = set(tokenizer.all_special_tokens)
     for token in tokenizer.added_tokens_decoder.values():

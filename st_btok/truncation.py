@@ -24,10 +24,10 @@ class TooLongError(ValueError):
 def truncate_to_limit(
     value: Any, preprocess: Callable[[Any], dict[str, Any]], limit: int, tokenizer: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Cut the text of an input with media so that the input keeps the limit, and no more than needed.
+    """Cut the text of an input with media so that it keeps the limit, and no more than needed.
 
-    The input is preprocessed whole first. Only if that is too long, its text is cut. So `model.max_seq_length` holds
-    for every input, whenever it was set.
+    The input is preprocessed whole first. Only if that is too long, its text is cut, to at most 4 tokens below the
+    limit. So `model.max_seq_length` holds for every input, whenever it was set.
 
     Args:
         value: A normalised input: dict, medium or conversation.
@@ -36,7 +36,7 @@ def truncate_to_limit(
         tokenizer: The model's tokenizer.
 
     Returns:
-        The input and its features, at most 4 tokens below the limit if text was cut.
+        The input and its features.
 
     Raises:
         TooLongError: If it is too long even without text.
@@ -94,15 +94,7 @@ def _first_characters(value: Any, count: int) -> Any:
 
 
 def shortened(value: Any, cut: Callable[[str], str]) -> Any:
-    """An input whose texts were cut; instructions (system turns) stay whole.
-
-    Args:
-        value: A normalised input: dict, medium or conversation.
-        cut: Called with every text, in order.
-
-    Returns:
-        A copy; media are the same objects.
-    """
+    """A copy of an input (dict, medium, conversation) with each text cut, in order; instructions stay whole."""
     if isinstance(value, list):
         return [
             turn if turn["role"] == "system" else {**turn, "content": _cut(turn["content"], cut)} for turn in value

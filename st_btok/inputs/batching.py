@@ -52,23 +52,14 @@ _FIXED = ("modality", "prompt_length")
 
 @dataclass
 class Row:
-    """An input on its way to a batch.
+    """An input on its way to a batch."""
 
-    Attributes:
-        numbers: Its row number, and those of equal inputs.
-        value: The input, decoded; dropped once the features hold all of it.
-        key: Its `content_hash`.
-        features: Features of the model; None before preprocessing, and where only the processor can make a batch.
-        length: Its number of tokens.
-        reason: Why it can't be embedded; empty for good rows.
-    """
-
-    numbers: list[int]
-    value: Any = None
-    key: Any = None
-    features: dict[str, Any] | None = None
-    length: int = 0
-    reason: str = ""
+    numbers: list[int]  # its row number, and those of equal inputs
+    value: Any = None  # the input, decoded; dropped once the features hold all of it
+    key: Any = None  # its `content_hash`
+    features: dict[str, Any] | None = None  # None before preprocessing, and where only the processor can make a batch
+    length: int = 0  # tokens
+    reason: str = ""  # why it can't be embedded; empty for good rows
 
     def refuse(self, reason: str) -> None:
         """Make it a bad row."""
@@ -85,27 +76,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batcher:
-    """Makes batches for a model.
-
-    Attributes:
-        model: The model that will embed them.
-        read: Checks and decodes one input; a ValueError says why it is bad.
-        options: Arguments of `model.preprocess`, such as the prompt.
-        last_token: Id of the last BTok, in which every input must end; None for models without BToks.
-        limit: Tokens that an input with media is cut to; None leaves it to the model, as for texts.
-        whole: `processing_kwargs` that lift every limit of an input's length.
-        batch_tokens: Padded tokens of a batch, at most; a longer row runs alone.
-        batch_rows: Rows of a batch, at most. Default: no limit.
-    """
+    """Makes batches for the model that will embed them."""
 
     model: SentenceTransformer
-    read: Callable[[Any], Any]
-    options: dict[str, Any] = field(default_factory=dict)
-    last_token: int | None = None
-    limit: int | None = None
-    whole: dict[str, Any] | None = None
-    batch_tokens: int = BATCH_TOKENS
-    batch_rows: int | None = None
+    read: Callable[[Any], Any]  # checks and decodes one input; a ValueError says why it is bad
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of `model.preprocess`, such as the prompt
+    last_token: int | None = None  # id of the last BTok, in which every input must end; None for models without BToks
+    limit: int | None = None  # tokens that an input with media is cut to; None leaves it to the model, as for texts
+    whole: dict[str, Any] | None = None  # `processing_kwargs` that lift every limit of an input's length
+    batch_tokens: int = BATCH_TOKENS  # padded tokens of a batch, at most; a longer row runs alone
+    batch_rows: int | None = None  # rows of a batch, at most
 
     # --- rows to windows ---------------------------------------------------------------------------------------------
 

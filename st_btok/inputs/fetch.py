@@ -63,17 +63,11 @@ class MediaOptions:
 
 @dataclass(frozen=True)
 class Opened:
-    """An open medium. A `with` block around it closes the file.
+    """An open medium. A `with` block around it closes the file."""
 
-    Attributes:
-        name: Its name in errors.
-        file: A binary stream at its start; None where the source was an object, such as an array.
-        value: That object; None where there is a file.
-    """
-
-    name: str
-    file: IO[bytes] | None = None
-    value: Any = None
+    name: str  # in errors
+    file: IO[bytes] | None = None  # a binary stream at its start; None where the source was an object
+    value: Any = None  # that object; None where there is a file
 
     def __enter__(self) -> Opened:
         return self
@@ -88,15 +82,8 @@ class Opened:
 def open_source(source: Any, allow_urls: bool = False) -> Opened:
     """Open a path, URL, data URI, base64 or bytes; anything else is taken for a decoded object.
 
-    Args:
-        source: Path, URL, data URI, base64, bytes or an object.
-        allow_urls: Fetch URLs (30 s in all, at most 256 MiB, public addresses only).
-
-    Returns:
-        The open stream, or the object.
-
-    Raises:
-        ValueError: If there is no such file, or a URL may not be fetched or can't be.
+    URLs are fetched in 30 s in all, at most 256 MiB, from public addresses only. A `ValueError` if there is no such
+    file, or a URL may not be fetched or can't be.
     """
     named = isinstance(source, str | Path)
     name = f"the file {str(source)[:200]!r}" if named else f"the {type(source).__name__}"

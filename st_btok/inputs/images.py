@@ -298,18 +298,11 @@ def _pad(image: Image.Image) -> Image.Image:
 
 
 def to_bytes(values: Any, what: str) -> np.ndarray:
-    """Brightness values as uint8.
+    """Brightness values (booleans, integers, floats) as uint8; the given memory itself if it is that already.
 
-    Args:
-        values: Array or tensor of booleans, integers or floats. Numbers within 0..255 are taken as they are, whatever
-            their type; 16-bit values beyond that lose their lower byte; floats within 0..1 are fractions.
-        what: How an error calls it.
-
-    Returns:
-        An array of the same shape, uint8; the given memory itself where it holds that already.
-
-    Raises:
-        ValueError: If a value is NaN, infinite or outside its range.
+    Numbers within 0..255 are taken as they are, whatever their type; 16-bit values beyond that lose their lower byte;
+    floats within 0..1 are fractions. A `ValueError`, which calls them `what`, if one is NaN, infinite or outside its
+    range.
     """
     values, high = check_brightness(values, what)
     if values.dtype == np.uint8:
@@ -355,19 +348,7 @@ def _array(values: Any, what: str) -> np.ndarray:
 
 
 def channels_last(values: np.ndarray, first_wins: bool, what: str) -> np.ndarray:
-    """Move the channels of (..., H, W, C) or (..., C, H, W) values to the end.
-
-    Args:
-        values: An array.
-        first_wins: Which reading holds where both fit.
-        what: How an error calls it.
-
-    Returns:
-        (..., H, W, C) with C of 1, 3 or 4.
-
-    Raises:
-        ValueError: If neither place holds 1, 3 or 4 channels.
-    """
+    """(..., H, W, C) of that or (..., C, H, W) with C of 1, 3 or 4; `first_wins` says which holds if both fit."""
     first, last = values.shape[-3] in (1, 3, 4), values.shape[-1] in (1, 3, 4)
     if not first and not last:
         raise ValueError(f"{what} must have 1, 3 or 4 channels, first or last. Drop the others")

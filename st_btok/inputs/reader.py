@@ -45,35 +45,16 @@ _KINDS = {f".{suffix}": kind for kind, suffixes in _SUFFIXES.items() for suffix 
 
 @dataclass(frozen=True)
 class InputReader:
-    """Reads one row for one model.
+    """Reads one row for one model."""
 
-    Attributes:
-        modalities: What the model takes, such as `("text", "image", "message")`.
-        flat: Whether its chat template wants a turn's content as one string.
-        placeholders: Names of media tokens that text must not turn into; empty where the chat template guards them.
-        media: How media are read.
-        decode: Whether media are decoded. If not, only headers of files are checked, URLs are not fetched, and the
-            returned row holds None for every medium.
-    """
-
-    modalities: tuple[Any, ...]
-    flat: bool = False
-    placeholders: tuple[str, ...] = ()
+    modalities: tuple[Any, ...]  # what the model takes, such as ("text", "image", "message")
+    flat: bool = False  # whether its chat template wants a turn's content as one string
+    placeholders: tuple[str, ...] = ()  # media tokens that text must not forge; none where the template guards
     media: MediaOptions = MediaOptions()
-    decode: bool = True
+    decode: bool = True  # else headers of files are checked, no URL is fetched, and media become None
 
     def read(self, value: Any) -> Any:
-        """Check and normalise one input.
-
-        Args:
-            value: Anything.
-
-        Returns:
-            An input that sentence-transformers takes: text, RGB image, array, dict or conversation.
-
-        Raises:
-            ValueError: If the value is no input of this model.
-        """
+        """One input, checked, as sentence-transformers takes it; a `ValueError` if it is no input of this model."""
         if isinstance(value, ValueError):  # found where the row was made, such as a page that can't be drawn
             raise value
         if isinstance(value, str):

@@ -65,13 +65,11 @@ _TURNS = {
 class Video:
     """Decoded frames.
 
-    Attributes:
-        frames: (F, H, W, 3) uint8, F at least 2: a single frame is doubled, because Qwen3-VL refuses one.
-        metadata: Frame rate and numbers of the frames, in sentence-transformers' form; number / rate is the time of a
-            frame in seconds. None where the source tells no frame rate.
+    `metadata` has frame rate and numbers of the frames, in sentence-transformers' form; number / rate is the time of a
+    frame in seconds. None where the source tells no frame rate.
     """
 
-    frames: np.ndarray
+    frames: np.ndarray  # (F, H, W, 3) uint8, F at least 2: a single frame is doubled, because Qwen3-VL refuses one
     metadata: dict[str, Any] | None = None
 
 
@@ -182,12 +180,7 @@ def _choose(frames: Any, num_frames: int | None, metadata: dict[str, Any] | None
 def evenly(total: int, num_frames: int) -> list[int]:
     """Numbers of evenly spaced frames, first and last included, rounded down, as MMEB-V2's own harness chooses them.
 
-    Args:
-        total: Frames there are.
-        num_frames: Frames to take, at least 1; of one frame it is the middle one.
-
-    Returns:
-        `min(total, num_frames)` ascending numbers.
+    `min(total, num_frames)` ascending numbers; of one frame it is the middle one.
     """
     if num_frames == 1:
         return [total // 2]
@@ -262,19 +255,12 @@ def _from_file(opened: Opened, file: IO[bytes], media: MediaOptions) -> tuple[np
 
 @dataclass(frozen=True)
 class _Timeline:
-    """When the frames of a file are shown.
+    """When the frames of a file are shown."""
 
-    Attributes:
-        times: Ascending times of all frames, in units of `base`.
-        keys: Times of those at which decoding can begin.
-        base: Seconds.
-        rate: Frames a second, as the file announces them.
-    """
-
-    times: list[int]
-    keys: list[int]
-    base: Fraction
-    rate: float | None
+    times: list[int]  # ascending times of all frames, in units of `base`
+    keys: list[int]  # times of those at which decoding can begin
+    base: Fraction  # seconds
+    rate: float | None  # frames a second, as the file announces them
 
     def gap(self) -> int:
         """The time from one frame to the next: the median."""

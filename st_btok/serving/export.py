@@ -35,15 +35,7 @@ class Pipeline(nn.Module):
         self.parts = nn.ModuleList(list(model))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Embed texts.
-
-        Args:
-            input_ids: (B, T), padded on either side.
-            attention_mask: (B, T), 0 at padding.
-
-        Returns:
-            (B, D).
-        """
+        """(B, D) embeddings of (B, T) token ids, padded on either side."""
         num_tokens = input_ids.shape[1]
         padding = attention_mask.argmax(1, keepdim=True)  # (B, 1): in front of the first token
         order = torch.arange(num_tokens, device=input_ids.device) + padding  # (B, T)
@@ -55,16 +47,9 @@ class Pipeline(nn.Module):
 
 
 def trace(model: SentenceTransformer) -> torch.export.ExportedProgram:
-    """The text pipeline as a graph with free batch size and length.
+    """The text pipeline as a graph of `input_ids` and `attention_mask`, with free batch size and length.
 
-    Args:
-        model: A BTok model in float32.
-
-    Returns:
-        What `torch.export` makes of it; its inputs are `input_ids` and `attention_mask`.
-
-    Raises:
-        ValueError: If the graph's embeddings are not those of `encode` within 1e-5.
+    A `ValueError` if its embeddings are not those of `encode` within 1e-5.
     """
     transformer, ids = find_btoks(model)
     # One more than the BToks is the shortest input; torch.export would fix a size of 1 for good.

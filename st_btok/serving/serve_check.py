@@ -37,17 +37,11 @@ LONG = "long text"
 
 @dataclass(frozen=True)
 class Row:
-    """One input in both languages.
+    """One input in both languages."""
 
-    Attributes:
-        name: What it tries.
-        sample: As `encode` takes it.
-        content: As the `content` of an OpenAI message.
-    """
-
-    name: str
-    sample: Any
-    content: list[dict[str, Any]]
+    name: str  # what it tries
+    sample: Any  # as `encode` takes it
+    content: list[dict[str, Any]]  # as the `content` of an OpenAI message
 
     @property
     def text(self) -> str | None:
@@ -57,40 +51,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one form of request gave for one row.
+    """What one form of request gave for one row."""
 
-    Attributes:
-        form: Name of the form, a key of `FORMS`.
-        row: Name of the row.
-        verdict: `"equal"`, `"refused"` or `"WRONG"`.
-        difference: Largest difference of an entry; None where there was no vector.
-        cosine: Cosine to the expected vector; None where there was no vector.
-        note: The server's message.
-    """
-
-    form: str
+    form: str  # a key of `FORMS`
     row: str
     verdict: Literal["equal", "refused", "WRONG"]
-    difference: float | None = None
-    cosine: float | None = None
-    note: str = ""
+    difference: float | None = None  # largest of an entry; None where there was no vector
+    cosine: float | None = None  # to the expected vector
+    note: str = ""  # the server's message
 
 
 @dataclass(frozen=True)
 class Served:
-    """The server and the model that it should compute.
+    """The server and the model that it should compute."""
 
-    Attributes:
-        url: Without a path, such as `http://localhost:8000`.
-        name: The served model's name.
-        template: The saved keyword arguments of the chat template, which bound an input's length.
-        num_btoks: K.
-    """
-
-    url: str
-    name: str
-    template: dict[str, Any]
-    num_btoks: int
+    url: str  # without a path, such as http://localhost:8000
+    name: str  # of the served model
+    template: dict[str, Any]  # the saved arguments of the chat template, which bound an input's length
+    num_btoks: int  # K
 
     def post(self, path: str, **body: Any) -> Any:
         """Send one request and return the first entry of its `data`."""
@@ -102,17 +80,11 @@ class Served:
 
 @dataclass(frozen=True)
 class Form:
-    """A form of request.
+    """A form of request."""
 
-    Attributes:
-        advice: What to do instead, where its answers are wrong.
-        limits: Whether the saved limits go along as `chat_template_kwargs`.
-        options: Further arguments of the request.
-    """
-
-    advice: str
-    limits: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    advice: str  # what to do instead, where its answers are wrong
+    limits: bool = False  # whether the saved limits go along as `chat_template_kwargs`
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the request
 
 
 RIGHT, TOKEN_STATES, BARE = "messages", "token states", "input"

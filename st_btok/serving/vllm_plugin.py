@@ -40,18 +40,7 @@ class BTokMeanPool(SequencePoolingMethod):
         self.num_btoks = num_btoks
 
     def forward(self, hidden_states: Tensor, pooling_metadata: Any) -> Tensor:
-        """Pool the prompts of one step.
-
-        Args:
-            hidden_states: (T, D), the states of all prompts behind each other.
-            pooling_metadata: vLLM's `PoolingMetadata`.
-
-        Returns:
-            (B, D) in float32.
-
-        Raises:
-            RuntimeError: If a prompt is computed in parts, which vLLM switches off for mean pooling.
-        """
+        """(B, D) in float32 of the states (T, D) of all prompts of one step, behind each other."""
         cursor = pooling_metadata.get_pooling_cursor()
         if cursor.is_partial_prefill():
             raise RuntimeError(
@@ -105,17 +94,9 @@ def register() -> None:
 
 
 def averaged_btoks(model: str, revision: str | None) -> int:
-    """Number of BToks that a saved model averages.
+    """K, the number of BToks that a saved model averages; 0 for a model that averages something else, or nothing.
 
-    Args:
-        model: Path or hub name.
-        revision: Revision on the hub.
-
-    Returns:
-        K; 0 for a model that averages something else, or nothing.
-
-    Raises:
-        ValueError: If the model has a `BTokPooling`, for which vLLM would take the state of the last token.
+    A `ValueError` if the model has a `BTokPooling`, for which vLLM would take the state of the last token.
     """
     modules = get_hf_file_to_dict("modules.json", model, revision) or []
     if any(module["type"].endswith(".BTokPooling") for module in modules):
@@ -141,13 +122,7 @@ def appended_btoks(chat_template: object) -> int | None:
 
 
 def check_prompt(token_ids: Sequence[int] | None, btoks: Sequence[int], appended: int | None = None) -> None:
-    """Refuse a prompt that does not end with its BToks, or has one elsewhere.
-
-    Args:
-        token_ids: The prompt.
-        btoks: Ids of all BToks of the tokenizer; without any, every prompt passes.
-        appended: How many of them, the first, end a prompt. Default: all.
-    """
+    """Refuse a prompt that does not end with its BToks, the first `appended` ones, or has one elsewhere."""
     if not btoks:
         return
     ids, own = list(token_ids or []), list(btoks[:appended])

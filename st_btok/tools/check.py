@@ -47,22 +47,13 @@ _SMALL = 300_000_000
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the result.
+    """One line of the result."""
 
-    Attributes:
-        name: What was measured.
-        status: `"ok"`, `"failed"` or `"not applicable"`.
-        value: The measured number; None where there is none.
-        bound: What the number is compared with: at most, or at least for `at_least`.
-        note: The reason where the status is not `"ok"`, else what the number is.
-        at_least: Whether the number must be at least the bound.
-    """
-
-    name: str
+    name: str  # what was measured
     status: Status
     value: float | None = None
-    bound: float | None = None
-    note: str = ""
+    bound: float | None = None  # at most, or at least for `at_least`
+    note: str = ""  # the reason where the status is not "ok", else what the number is
     at_least: bool = False
 
     def __str__(self) -> str:

@@ -60,21 +60,13 @@ _MEDIA_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a `config.json` of the release says.
-
-    Attributes:
-        folder: The directory.
-        names: Names of its modules in order: injector, backbone, pooling, normalize.
-        backbone: Settings of the backbone module.
-        pooling: Settings of the pooling module.
-        num_btoks: K.
-    """
+    """What the `config.json` of a folder of the release says."""
 
     folder: Path
-    names: tuple[str, ...]
-    backbone: dict[str, Any]
-    pooling: dict[str, Any]
-    num_btoks: int
+    names: tuple[str, ...]  # of its modules in order: injector, backbone, pooling, normalize
+    backbone: dict[str, Any]  # settings of the backbone module
+    pooling: dict[str, Any]  # settings of the pooling module
+    num_btoks: int  # K
 
 
 def convert(src: str | Path, dst: str | Path, base: str | Path | None = None) -> Path:

@@ -50,15 +50,12 @@ class Decoded:
 class Medium:
     """Where an image or a video stands in an input.
 
-    Attributes:
-        kind: `"image"` or `"video"`.
-        positions: (n,) its tokens.
-        grid: (frames, rows, columns) of these tokens, frames being what the backbone merges into one step in time.
-            None where the tokens form no grid that the processor tells (tiles of different sizes, separators).
+    `grid`: (frames, rows, columns) of its tokens, frames being what the backbone merges into one step in time. None
+    where the tokens form no grid that the processor tells (tiles of different sizes, separators).
     """
 
     kind: str
-    positions: Tensor
+    positions: Tensor  # (n,) its tokens
     grid: tuple[int, int, int] | None
 
 
@@ -281,18 +278,11 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
 
 
 def find_media(transformer: Transformer, features: dict[str, Any]) -> list[Medium]:
-    """The images and videos of one input and the grids of their tokens.
+    """The images and then the videos of one input, each kind in its order, and the grids of their tokens.
 
     Qwen-VL's `image_grid_thw` / `video_grid_thw` (divided by the merge size) tell the grid. Elsewhere each unbroken
     run of image tokens counts as one medium (a tiled image gives one per tile); it has a grid if the processor's
     number of tokens per tile, or its patch size (LLaVA, FastVLM), says so.
-
-    Args:
-        transformer: The model's first module.
-        features: Features of one input.
-
-    Returns:
-        Media, images before videos, each kind in the order of the input.
     """
     ids = features["input_ids"][0].cpu()
     media = []

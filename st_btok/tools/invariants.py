@@ -104,18 +104,10 @@ def samples_of(modalities: list[str], form: Callable[[np.ndarray], Any] | None =
 
 
 def encode_kind(subject: Subject, kind: str) -> Measured:
-    """Inputs of one kind, one by one; their embeddings are kept as what later measurements compare with.
+    """Inputs of one of the `KINDS`, one by one; their embeddings are kept as what later measurements compare with.
 
-    Args:
-        subject: The model under test.
-        kind: One of `KINDS`.
-
-    Returns:
-        The smallest distance between two different inputs, which must be at least `DISTINCT`.
-
-    Raises:
-        NotApplicable: If the backbone does not take this kind.
-        ValueError: If an embedding is not finite and of length 1.
+    The smallest distance between two different inputs must be at least `DISTINCT`. A `ValueError` if an embedding is
+    not finite and of length 1.
     """
     if kind not in subject.samples:
         raise NotApplicable(f"the backbone takes no {'images' if 'image' in kind else kind}")

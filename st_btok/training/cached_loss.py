@@ -180,19 +180,12 @@ class CachedBTokLoss(nn.Module):
 
 @dataclass(frozen=True)
 class _Column:
-    """One column of a batch, from which `embed_minibatch` takes rows.
+    """One column of a batch, from which `embed_minibatch` takes rows."""
 
-    Attributes:
-        number: Its number in the batch.
-        whole: All rows.
-        offsets: From `row_offsets`.
-        order: Row numbers in the order of the mini-batches.
-    """
-
-    number: int
-    whole: Part
-    offsets: dict[str, list[int]]
-    order: list[int]
+    number: int  # in the batch
+    whole: Part  # all rows
+    offsets: dict[str, list[int]]  # from `row_offsets`
+    order: list[int]  # row numbers in the order of the mini-batches
 
 
 class _GradCache(CachedLossMixin):

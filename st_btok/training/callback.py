@@ -53,9 +53,6 @@ class Schedule:
 
     Attributes:
         step: Updates taken so far. `BTokCallback` sets it from the Trainer; in a loop of your own set it yourself.
-
-    Raises:
-        ValueError: If the weight is negative, infinite or NaN, or `steps` is negative.
     """
 
     def __init__(self, weight: float | Callable[[int], float], steps: int | None = None) -> None:
@@ -67,14 +64,10 @@ class Schedule:
         self.step: int | None = None
 
     def __call__(self) -> float:
-        """The weight at the current step.
+        """The weight at the current step, at least 0.
 
-        Returns:
-            At least 0.
-
-        Raises:
-            ValueError: If the weight depends on the step and no step has arrived: going on with the first weight would
-                be another training than the one asked for.
+        A `ValueError` if it depends on the step and no step has arrived: going on with the first weight would be
+        another training than the one asked for.
         """
         if not callable(self.weight) and self.steps is None:
             return float(self.weight)
@@ -106,23 +99,14 @@ def check_weight(weight: float, place: str = "") -> float:
 
 @dataclass
 class Measured:
-    """What one call of a loss measured, besides its value.
+    """What one call of a loss measured, besides its value."""
 
-    Attributes:
-        ranking: The ranking part.
-        nll: The condensation loss without its weight: nats per target token.
-        tokens: The number of target tokens that it is the mean over.
-        weight: Its weight.
-        read: Tokens that the call read, inputs and targets, of this process.
-        leak: What the leak probe measured; None where no probe was needed.
-    """
-
-    ranking: Tensor
-    nll: Tensor
-    tokens: Tensor
-    weight: float
-    read: Tensor
-    leak: float | None
+    ranking: Tensor  # the ranking part
+    nll: Tensor  # the condensation loss without its weight: nats per target token
+    tokens: Tensor  # target tokens that it is the mean over
+    weight: float  # its weight
+    read: Tensor  # tokens that the call read, inputs and targets, of this process
+    leak: float | None  # what the leak probe measured; None where no probe was needed
 
 
 @dataclass
@@ -336,10 +320,7 @@ def sanitize_model_card(card: BaseModelCardData) -> None:
     sentence-transformers 6.2 shows columns of pictures as files beside the card. Columns of dicts, which hold a
     picture and its question, it takes for columns of text: their pictures end up as widget examples, which YAML writes
     and can't read back, so that the whole card is dropped with an error; and as `<PIL.Image ... at 0x...>` among the
-    examples.
-
-    Args:
-        card: The card data of a model whose Trainer is made: that is when the examples are taken.
+    examples. Those are taken when the Trainer is made.
     """
     card.widget = [example for example in card.widget if all(map(_is_text, example.values()))]
     for info in [*card.train_datasets, *card.eval_datasets]:

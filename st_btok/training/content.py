@@ -42,16 +42,10 @@ _SPARE_TOKENS = 16
 
 @dataclass(frozen=True)
 class Content:
-    """What one row of a column holds.
+    """What one row of a column holds."""
 
-    Attributes:
-        text: Ids of its own text, tokenised alone; without prompt, template, BToks and placeholders; empty
-            for a row without text.
-        media: The kinds of its media, the sum of their `MEDIA_BITS`.
-    """
-
-    text: Tensor
-    media: int = 0
+    text: Tensor  # ids of its own text, tokenised alone; without prompt, template, BToks and placeholders
+    media: int = 0  # the kinds of its media, the sum of their `MEDIA_BITS`
 
     @property
     def has_media(self) -> bool:
@@ -123,14 +117,7 @@ def read_content(features: dict[str, Any]) -> list[Content]:
 
 
 def carry_content(transformer: Transformer) -> ContentCarrier:
-    """Let a module's `preprocess` add the content of rows to their features, in place.
-
-    Args:
-        transformer: The model's first module.
-
-    Returns:
-        What does it now, the same one at every call.
-    """
+    """Let a module's `preprocess` add the content of rows to their features, in place; once only."""
     present = vars(transformer).get("preprocess")
     if isinstance(present, ContentCarrier):
         return present
@@ -164,19 +151,7 @@ class ContentCarrier:
         self.control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
     def __call__(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
-        """As `Transformer.preprocess`; the features also hold the content.
-
-        Args:
-            inputs: B rows.
-            prompt: Their instruction.
-            **options: Further arguments of `Transformer.preprocess`.
-
-        Returns:
-            Features.
-
-        Raises:
-            ValueError: If a row is None.
-        """
+        """As `Transformer.preprocess`; the features also hold the content. A `ValueError` if a row is None."""
         module = self.transformer
         for number, row in enumerate(inputs):
             if row is None:
@@ -219,14 +194,7 @@ class ContentCarrier:
         return dict(own(fitting, **{**options, "processing_kwargs": FITTING}))
 
     def ids_of(self, text: str) -> list[int]:
-        """The first ids of a row's text.
-
-        Args:
-            text: As the row has it.
-
-        Returns:
-            At most `max_tokens` ids, without blanks at the ends; control tokens' names are text, as in the input.
-        """
+        """The first `max_tokens` ids of a row's text, without blanks at its ends; control tokens' names are text."""
         text = self._without_instruction(text.strip())
         tokenizer, size = tokenizer_of(self.transformer), _CHARS_PER_TOKEN * self.max_tokens
         if not text:
@@ -246,14 +214,7 @@ class ContentCarrier:
 
 
 def without_missing(row: Any) -> Any:
-    """A row without its missing parts: Arrow fills a struct column with None where one row has no image.
-
-    Args:
-        row: As `preprocess` takes it.
-
-    Returns:
-        A dict without the keys whose value is None, if it has any other; every other row as it is.
-    """
+    """A row without its missing parts: Arrow fills a struct column with None where one row has no image."""
     if not isinstance(row, dict) or "role" in row:
         return row
     given = {key: value for key, value in row.items() if value is not None}
@@ -261,15 +222,7 @@ def without_missing(row: Any) -> Any:
 
 
 def contents_of(transformer: Transformer, inputs: Sequence[Any]) -> list[tuple[str, int]]:
-    """The own text of rows, and the kinds of their media.
-
-    Args:
-        transformer: The module that reads them.
-        inputs: Rows as `preprocess` takes them: texts, media, dicts, conversations.
-
-    Returns:
-        One text for each, turns but instructions one below the other; and the sum of the `MEDIA_BITS`.
-    """
+    """Each row's own text, turns but instructions one below the other, and the sum of its `MEDIA_BITS`."""
     formatter = transformer.input_formatter
     modality, values, _ = formatter.parse_inputs(inputs)
     if modality != "message":
@@ -299,17 +252,7 @@ def _content_of(messages: Sequence[Any]) -> tuple[str, int]:
 
 
 def closing_token(transformer: Transformer) -> int:
-    """The token that closes a reply: the first control token behind what the assistant says.
-
-    Args:
-        transformer: The model's first module.
-
-    Returns:
-        Its id; the tokenizer's `eos_token` where the template has none.
-
-    Raises:
-        ValueError: If the tokenizer has none either.
-    """
+    """Id of the token that closes a reply: the first control token behind the assistant's words, else EOS."""
     tokenizer = tokenizer_of(transformer)
     names: Any = control_tokens(tokenizer, str(tokenizer.chat_template))
     control = {tokenizer.convert_tokens_to_ids(name) for name in names} - {*btok_ids(tokenizer)}
@@ -341,15 +284,8 @@ def _common_end(first: list[int], second: list[int]) -> list[int]:
 def read_back(transformer: Transformer) -> dict[str, str]:
     """Send rows of every kind through `preprocess` and compare what comes back with what they are.
 
-    Args:
-        transformer: A module whose features carry content.
-
-    Returns:
-        For each kind, with and without a prompt, why it is wrong; empty for those that come back exactly. Kinds that
-        the model does not take, because its processor or template raises, are left out.
-
-    Raises:
-        Exception: What the processor or the template raises at a text.
+    For each kind, with and without a prompt, why it is wrong; empty for those that come back exactly. Kinds that the
+    model does not take, because its processor or template raises, are left out; what it raises at a text is raised.
     """
     found: dict[str, str] = {}
     for kind, rows, truths in _probes(transformer):

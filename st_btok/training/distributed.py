@@ -22,15 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks; the own rows keep their gradient.
+    """The rows (B, ...) of all processes, in the order of their ranks; the own rows keep their gradient.
 
-    A collective call: every process must make it. The numbers of rows may differ, also be 0.
-
-    Args:
-        rows: (B, ...) of any dtype; all further sizes equal on all processes.
-
-    Returns:
-        (sum of all B, ...), the dtype of `rows`.
+    A collective call: every process must make it. The numbers of rows may differ, also be 0; all further sizes are
+    equal.
     """
     if get_world_size() == 1:
         return rows
@@ -43,16 +38,9 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_columns(columns: list[Tensor]) -> list[Tensor]:
-    """`gather_rows` for the embeddings of every column at once.
+    """`gather_rows` for the (B, D) embeddings of every column at once.
 
-    Args:
-        columns: One (B, D) tensor per column, all of the same shape.
-
-    Returns:
-        As many tensors (sum of all B, D).
-
-    Raises:
-        ValueError: If another process has another number of columns, on every process.
+    A `ValueError` on every process if one of them has another number of columns.
     """
     if get_world_size() == 1:
         return columns
@@ -66,14 +54,7 @@ def gather_columns(columns: list[Tensor]) -> list[Tensor]:
 
 
 def sum_over_processes(*values: Tensor | float) -> list[Tensor]:
-    """Sums over all processes, without gradient. A collective call.
-
-    Args:
-        *values: Scalars; at least one of them a tensor, whose device is used.
-
-    Returns:
-        One float32 scalar for each.
-    """
+    """Float32 sums of scalars, one of them a tensor, over all processes, without gradient. A collective call."""
     device = next(value.device for value in values if isinstance(value, Tensor))
     sums = torch.stack([torch.as_tensor(value, device=device).detach().float() for value in values])
     if get_world_size() > 1:
@@ -82,14 +63,9 @@ def sum_over_processes(*values: Tensor | float) -> list[Tensor]:
 
 
 def token_mean(total: Tensor, count: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Mean over the tokens of all processes, with the gradient of the own tokens. A collective call.
+    """Sum of `total` / sum of `count` over all processes (0 without any token), and the latter. A collective call.
 
-    Args:
-        total: Sum over the own tokens; may carry a gradient, or be a constant 0 on a process without tokens.
-        count: The number of own tokens.
-
-    Returns:
-        sum over processes of `total` / sum over processes of `count` (0 without any token), and the latter sum.
+    The gradient is that of the own tokens; `total` may be a constant 0 on a process without any.
     """
     all_total, all_count = sum_over_processes(total, count)
     tokens = all_count.clamp(min=1)
@@ -100,11 +76,7 @@ def token_mean(total: Tensor, count: Tensor | float) -> tuple[Tensor, Tensor]:
 def across_processes(loss: Tensor) -> Tensor:
     """The same value with a gradient times the number of processes, which undoes the mean that DDP and FSDP take.
 
-    Args:
-        loss: A loss of the whole batch whose gradient comes from the own rows only.
-
-    Returns:
-        The loss to call `backward` on.
+    For a loss of the whole batch whose gradient comes from the own rows only.
     """
     world = get_world_size()
     # Value: (world - (world - 1)) · loss. Gradient: world times, because the second part is a constant.
@@ -119,14 +91,7 @@ def parameters_in_use(model: nn.Module, first: nn.Module) -> Iterator[None]:
     process whose rows are all text: with `find_unused_parameters=False` DDP then hangs or raises. With `True` (the
     Trainer's default) it looks at the last forward pass only, and raises if images came in an earlier column. Here the
     output of every pass hangs on every parameter, with no gradient and at no cost, so both settings are right. A
-    parameter that no process used gets the gradient 0.
-
-    Args:
-        model: What the loss calls; anything but DDP is left alone.
-        first: The module inside whose output is `token_embeddings`.
-
-    Yields:
-        Nothing.
+    parameter that no process used gets the gradient 0. Models that are not wrapped by DDP are left alone.
     """
 
     def attach(module: nn.Module, args: tuple[Any, ...], output: dict[str, Any]) -> dict[str, Any]:

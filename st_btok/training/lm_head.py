@@ -63,15 +63,7 @@ def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str 
 
 
 def own_head(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None) -> nn.Parameter | None:
-    """An untied LM head as a frozen parameter of the loss, which moves to the device along with it.
-
-    Args:
-        model: The backbone inside the `Transformer` module.
-        lm_head: As for `output_embeddings`.
-
-    Returns:
-        The head; None for a tied one, which is looked up whenever it is needed.
-    """
+    """An untied LM head as a frozen parameter of the loss, which moves along with it; None for a tied one."""
     head = output_embeddings(model, lm_head)
     if head is embedding_matrix(model):
         return None
@@ -79,14 +71,7 @@ def own_head(model: PreTrainedModel, lm_head: nn.Module | Tensor | str | None) -
 
 
 def own_logits(model: PreTrainedModel) -> LogitRule:
-    """How the backbone's generating class turns products of states and LM head into logits.
-
-    Args:
-        model: The backbone inside the `Transformer` module.
-
-    Returns:
-        The rule; where it can't be found out, which is logged as a warning, that of most: the products are the logits.
-    """
+    """The backbone's `logit_rule`; where it can't be found out, a warning, and the products are the logits."""
     try:
         return logit_rule(model.config)
     except ValueError as error:

@@ -22,16 +22,7 @@ _ORDER = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
 
 def content_fingerprints(features: dict[str, Any], media_tokens: dict[str, int]) -> Tensor:
-    """Numbers that tell rows of equal content from others.
-
-    Args:
-        features: Features of B rows.
-        media_tokens: Ids of the placeholder tokens by kind, as for `row_offsets`.
-
-    Returns:
-        (B,) int64 on the device of the features, equal for rows of equal text and media. Two different contents have
-        the same fingerprint with probability 2^-64.
-    """
+    """(B,) int64, equal for rows of equal text and media; for different ones with probability 2^-64."""
     ids, mask = features["input_ids"], features["attention_mask"].bool()
     # Positions count from the first real token, so that padding changes nothing.
     content = (_weights(ids.shape[1], ids.device)[(mask.cumsum(1) - 1).clamp(min=0)] * (ids + 1) * mask).sum(1)

@@ -50,17 +50,11 @@ _sum_of_tokens: Likelihood = partial(linear_cross_entropy, reduction="sum")
 
 @dataclass(frozen=True)
 class Embedded:
-    """What a route computes for a part of a column.
+    """What a route computes for a part of a column."""
 
-    Attributes:
-        embedding: (B, D); with budgets (B, budgets, D).
-        nll: Scalar, at least float32: negative log-likelihood summed over the target tokens, in nats.
-        tokens: The number of target tokens.
-    """
-
-    embedding: Tensor
-    nll: Tensor
-    tokens: int
+    embedding: Tensor  # (B, D); with budgets (B, budgets, D)
+    nll: Tensor  # scalar, at least float32: negative log-likelihood summed over the target tokens, in nats
+    tokens: int  # the number of target tokens
 
 
 @dataclass(frozen=True)
@@ -297,22 +291,11 @@ def _positions_of(positions: Tensor | None, rows: Tensor, places: Tensor, batch_
 
 
 def choose_route(call: Call, end: int, route: Route | Literal["auto"]) -> tuple[Route, float | None]:
-    """Choose the route of a loss, and log the choice.
+    """Choose the route of a loss, and log the choice; also the leak, None where nothing was measured.
 
     Whether a mask can cut a target off from its input depends on the backbone's code. So it is measured, on one row,
-    when the loss is made.
-
-    Args:
-        call: The call of the loss, whose model is not wrapped yet.
-        end: Id of the EOS token.
-        route: What the user asked for. `"auto"` takes the first that is right: `attention`, or `kv` under flash
-            attention, which takes no mask; else `prefix`.
-
-    Returns:
-        The route, and the leak; None where nothing was measured.
-
-    Raises:
-        ValueError: If the route that was asked for can't be had on this backbone.
+    when the loss is made. `"auto"` takes the first route that is right: `attention`, or `kv` under flash attention,
+    which takes no mask; else `prefix`. A `ValueError` if the route that was asked for can't be had on this backbone.
     """
     transformer = call.transformer
     features, target = probe_row(transformer, end)
@@ -344,15 +327,7 @@ def choose_route(call: Call, end: int, route: Route | Literal["auto"]) -> tuple[
 
 
 def probe_row(transformer: Transformer, end: int) -> tuple[dict[str, Any], Tensor]:
-    """One row to measure a backbone with.
-
-    Args:
-        transformer: The model's first module.
-        end: Id of the EOS token.
-
-    Returns:
-        Features of an image, where the backbone takes images, and text, on its device; and the ids of a short target.
-    """
+    """One row to measure a backbone with, an image in it where it takes images; and the ids of a short target."""
     sample: Any = {"text": "1 2 3 4"}
     if "image" in transformer.modality_config:
         sample["image"] = Image.new("RGB", (56, 56), "red")
@@ -367,15 +342,9 @@ def find_leak(transformer: Transformer, batch: JointBatch) -> float:
     """Largest influence of the input on the target's states once the BToks are cut off as well; must be exactly 0.
 
     The gradient of the target's last-layer states with respect to every input embedding and every pixel is taken with
-    the target barred from input and BToks alike. Softmax gives a masked position the weight 0 exactly, so anything
-    but 0 is a path that the mask does not cut: recurrent or convolutional layers, or an attention that ignores masks.
-
-    Args:
-        transformer: The model's first module, unwrapped.
-        batch: Joint rows with at least one target token.
-
-    Returns:
-        The largest absolute gradient.
+    the target barred from input and BToks alike. Softmax gives a masked position the weight 0 exactly, so anything but
+    0 is a path that the mask does not cut: recurrent or convolutional layers, or an attention that ignores masks. The
+    model's first module is given unwrapped, the joint rows with at least one target token.
     """
     segments = torch.where(batch.segments == BTOK, INPUT, batch.segments)
     features = {

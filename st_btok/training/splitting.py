@@ -43,17 +43,11 @@ _MEDIA_WORDS = (
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a column, as a column of their own.
+    """Some rows of a column, as a column of their own."""
 
-    Attributes:
-        features: Their features, as `model.preprocess` makes them.
-        targets: What each of them generates: id tensors, empty for nothing. None where no row generates anything.
-        rows: Their numbers in the column. None: all of them, in their order.
-    """
-
-    features: dict[str, Any]
-    targets: list[Tensor] | None = None
-    rows: list[int] | None = None
+    features: dict[str, Any]  # as `model.preprocess` makes them
+    targets: list[Tensor] | None = None  # what each row generates: ids, empty for nothing; None: no row does
+    rows: list[int] | None = None  # their numbers in the column; None: all of them, in their order
 
 
 # --- which rows run together ----------------------------------------------------------------------------------------
@@ -85,15 +79,10 @@ def sorted_by_length(lengths: list[int]) -> list[int]:
 
 
 def best_split(lengths: list[int], cost: int) -> list[list[int]]:
-    """Split rows into groups of similar length, so that the fewest positions are computed.
+    """Groups of rows of similar length, so that the fewest positions are computed; each group costs `cost` more.
 
-    Args:
-        lengths: Length of each row in tokens.
-        cost: Positions that each group costs besides its own; from `call_cost`.
-
-    Returns:
-        Row numbers by group, the group of the shortest rows first. Numbers ascend within a group, so a single group is
-        the batch as it was.
+    Row numbers by group, the group of the shortest rows first. Numbers ascend within a group, so a single group is the
+    batch as it was.
     """
     order = sorted_by_length(lengths)
     least = np.zeros(len(order) + 1)  # least[n]: positions and costs of the best split of the first n rows
@@ -111,16 +100,7 @@ def best_split(lengths: list[int], cost: int) -> list[list[int]]:
 
 
 def split_by_length(column: Part, media_tokens: dict[str, int], cost: int) -> list[Part]:
-    """A column in parts of similar length.
-
-    Args:
-        column: All rows of the column.
-        media_tokens: Ids of the placeholder tokens by kind: `image`, `video`, `audio`.
-        cost: From `call_cost`.
-
-    Returns:
-        Parts that together hold every row once; the column itself where splitting saves nothing.
-    """
+    """A column in parts of similar length, or whole where that saves nothing; `cost` is from `call_cost`."""
     lengths = row_lengths(column)
     groups = best_split(lengths, cost)
     while column.targets is not None and len(groups) > _MAX_PARTS_WITH_TARGETS:
@@ -136,15 +116,7 @@ def split_by_length(column: Part, media_tokens: dict[str, int], cost: int) -> li
 
 
 def unsort(parts: list[Part], values: list[Tensor]) -> Tensor:
-    """Join the results of all parts in the order of the column's rows.
-
-    Args:
-        parts: From `split_by_length`.
-        values: For each of them a tensor (b, ...).
-
-    Returns:
-        (B, ...).
-    """
+    """Join the results (b, ...) of all parts to (B, ...), in the order of the column's rows."""
     if len(parts) == 1:
         return values[0]
     rows = [row for part in parts for row in part.rows or []]
@@ -157,15 +129,8 @@ def unsort(parts: list[Part], values: list[Tensor]) -> Tensor:
 def row_offsets(features: dict[str, Any], media_tokens: dict[str, int]) -> dict[str, list[int]]:
     """For every tensor, the place where each row's entries begin: row i owns `value[offsets[i]:offsets[i + 1]]`.
 
-    Args:
-        features: Features of B rows.
-        media_tokens: Ids of the placeholder tokens by kind: `image`, `video`, `audio`.
-
-    Returns:
-        B + 1 offsets along the first axis, by key. Features that are no tensors, or another column's, have none.
-
-    Raises:
-        ValueError: If it can't be told which rows a media tensor belongs to.
+    Features that are no tensors, or another column's, have none. `media_tokens`: ids of the placeholder tokens by
+    kind. A `ValueError` if it can't be told which rows a media tensor belongs to.
     """
     batch_size = len(features["input_ids"])
     sample_first = _sample_first(features)
@@ -240,15 +205,9 @@ def _media_counts(key: str, value: Tensor, features: dict[str, Any], media_token
 
 
 def take_rows(column: Part, rows: list[int], offsets: dict[str, list[int]]) -> Part:
-    """Some rows of a column, without the positions that are padding in all of them.
+    """Some rows of a column, in this order, without the positions that are padding in all of them.
 
-    Args:
-        column: B rows.
-        rows: Which rows, in which order; at least one.
-        offsets: From `row_offsets`. A feature without offsets is handed on as it is.
-
-    Returns:
-        A part with new features; media tensors without an entry in these rows are left out.
+    A feature without offsets is handed on as it is; media tensors without an entry in these rows are left out.
     """
     features = column.features
     shape = features["input_ids"].shape

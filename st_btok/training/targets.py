@@ -18,20 +18,11 @@ TARGET_SIDES = ("auto", "query", "positive", "both", "none")
 def choose_targets(
     query: list[Content], positive: list[Content], target: TargetSide, end: int, max_target_tokens: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Decide for each row what its query and its positive have to generate.
+    """For each row, ids that its query has to generate, and ids that its positive has to; empty for nothing.
 
     `auto`: the side with text is generated from the side with media; with text on both sides, the positive from the
-    query; without any text, nothing.
-
-    Args:
-        query: Contents of the first column.
-        positive: Contents of the second column.
-        target: The side that is generated (the authors' `ntp_side`), or `auto`.
-        end: Id of the EOS token that closes every target.
-        max_target_tokens: Longest target, the closing token included (at least 1). A longer one is cut, not closed.
-
-    Returns:
-        Two lists of B id tensors: what is generated from the query, and what from the positive; empty for nothing.
+    query; without any text, nothing. `end` closes every target. A longer one than `max_target_tokens` is cut, not
+    closed.
     """
     from_query, from_positive = [], []
     empty = torch.zeros(0, dtype=torch.long)
@@ -56,36 +47,21 @@ def _close(text: Tensor, end: int, max_target_tokens: int) -> Tensor:
 
 @dataclass(frozen=True)
 class JointBatch:
-    """Rows `[input][BToks][target]`, padded on the right.
+    """Rows `[input][BToks][target]`, padded on the right."""
 
-    Attributes:
-        features: Model inputs; per-token tensors have shape (B, T + N).
-        segments: (B, T + N) `INPUT`, `BTOK` or `TARGET`.
-        positions: (B, T) where each original position stands in the joint rows.
-        predictors: (M, 2) row and position whose state predicts each target token.
-        labels: (M,) the target tokens.
-    """
-
-    features: dict[str, Any]
-    segments: Tensor
-    positions: Tensor
-    predictors: Tensor
-    labels: Tensor
+    features: dict[str, Any]  # model inputs; per-token tensors have shape (B, T + N)
+    segments: Tensor  # (B, T + N) `INPUT`, `BTOK` or `TARGET`
+    positions: Tensor  # (B, T) where each original position stands in the joint rows
+    predictors: Tensor  # (M, 2) row and position whose state predicts each target token
+    labels: Tensor  # (M,) the target tokens
 
 
 def join_targets(features: dict[str, Any], targets: list[Tensor], btoks: list[int]) -> JointBatch:
     """Put each row's target directly behind its bottleneck tokens.
 
     Positions then simply continue, and since every backbone here is causal, the states of input and BToks are what
-    they are without the target. The last BTok predicts the first target token.
-
-    Args:
-        features: One column's features; every 2-D tensor of the shape of `input_ids` counts as per-token.
-        targets: B id tensors, empty for rows without a target.
-        btoks: The token ids that the target reads: all K, or the first of them.
-
-    Returns:
-        The joint batch, on the device of `features`.
+    they are without the target. The last BTok predicts the first target token. Every 2-D feature of the shape of
+    `input_ids` counts as per-token; `btoks` are those that the target reads: all K, or the first of them.
     """
     ids, mask = features["input_ids"], features["attention_mask"].bool()
     device, (rows, width) = ids.device, ids.shape

@@ -67,17 +67,11 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True)
 class KnownNLL:
-    """The summed cross entropy of some tokens, and its gradients.
+    """The summed cross entropy of some tokens, and its gradients."""
 
-    Attributes:
-        value: Scalar.
-        input_grad: (M, D), or None.
-        weight_grad: (V, D), or None.
-    """
-
-    value: Tensor
-    input_grad: Tensor | None
-    weight_grad: Tensor | None
+    value: Tensor  # scalar
+    input_grad: Tensor | None  # (M, D)
+    weight_grad: Tensor | None  # (V, D)
 
     def with_graph(self, input: Tensor, linear_weight: Tensor) -> Tensor:
         """The value as a node of the graph, whose backward pass sends the known gradients on."""
@@ -158,20 +152,9 @@ def sum_with_gradients(
     max_logits: int = MAX_LOGITS,
     softcap: float | None = None,
 ) -> KnownNLL:
-    """Value and gradients of the summed cross entropy, chunk by chunk.
+    """Value and gradients of the summed cross entropy, chunk by chunk; see `linear_cross_entropy` for the arguments.
 
-    Args:
-        input: (M, D).
-        linear_weight: (V, D).
-        target: (M,).
-        input_needs_grad: Whether the gradient with respect to `input` is computed.
-        weight_needs_grad: Whether that with respect to `linear_weight` is.
-        weight_grad: (V, D) tensor that the latter is added to. Default: a new one.
-        max_logits: As for `linear_cross_entropy`.
-        softcap: As for `linear_cross_entropy`.
-
-    Returns:
-        Both.
+    `weight_grad` is a (V, D) tensor that the gradient of the matrix is added to. Default: a new one.
     """
     device = input.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
