@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from st_btok.model_parts import graph_is_kept
 from st_btok.training.loss import BTokLoss
 from st_btok.training.splitting import Part, row_lengths, row_offsets, sorted_by_length, take_rows
-from st_btok.training.vocabulary_loss import KnownNLL, sum_with_gradients
+from st_btok.training.vocabulary_loss import KnownNLL, SummedCrossEntropy
 
 _COLUMN = "btok_column"
 
@@ -254,39 +254,30 @@ class _GradCache(CachedLossMixin):
         return self.ranking + self.weight * self.nll
 
 
-@dataclass
 class _KeptNLL:
     """The NLL of every mini-batch, computed in the first pass and used again in the second.
 
     The first pass has no graph. But the gradients of the NLL, with respect to the states and to the LM head, are known
     as soon as its logits are; they still lack one factor, which the backward pass brings. The second pass puts the
     kept values and gradients into its graph, and does not multiply by the vocabulary.
-
-    Attributes:
-        found: What the first pass computed, by mini-batch, without the gradient of the head.
-        head_grad: (V, D): that gradient, summed over the batch. None for a frozen head.
     """
 
-    found: dict[tuple[int, int], KnownNLL] = field(default_factory=dict)
-    head_grad: Tensor | None = None
+    def __init__(self) -> None:
+        self.sum = SummedCrossEntropy()
+        self.found: dict[tuple[int, int], KnownNLL] = {}  # by mini-batch
 
     def first_pass(
         self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None
     ) -> Tensor:
         """Compute and keep a mini-batch's NLL and its gradients."""
-        known = sum_with_gradients(states, head, labels, True, head.requires_grad, self.head_grad, softcap=softcap)
-        self.head_grad = known.weight_grad
-        self.found[key] = KnownNLL(known.value, known.input_grad, None)
-        return known.value
+        self.found[key] = self.sum.known(states, head, labels, softcap, (True, head.requires_grad))
+        return self.found[key].value
 
     def second_pass(
         self, key: tuple[int, int], states: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None
     ) -> Tensor:
-        """The same value, now with a graph. The first mini-batch brings the gradient of the head, for all of them."""
+        """The same value, now with a graph."""
         known = self.found[key]
-        head_grad = self.head_grad if key == next(iter(self.found)) else None
-        if head_grad is not None and graph_is_kept():
-            head_grad = head_grad.clone()  # another backward pass may come
-        elif head_grad is not None:
-            self.head_grad = None  # handed on, so that it exists once
-        return KnownNLL(known.value, known.input_grad, head_grad).with_graph(states, head)
+        if known.weight_grad is not None and graph_is_kept():  # another backward pass may come, so it stays
+            known = replace(known, weight_grad=known.weight_grad.clone())
+        return known.with_graph(states, head)

@@ -352,7 +352,7 @@ class BTokLoss(nn.Module):
 
         Args:
             part: Rows of a column with their targets.
-            likelihood: What sums the NLL of the target tokens. Default: `linear_cross_entropy`.
+            likelihood: What sums the NLL of the target tokens. Default: `SummedCrossEntropy`.
 
         Returns:
             Embeddings, with budgets (B, budgets, D), the summed NLL and the number of target tokens.
@@ -363,8 +363,8 @@ class BTokLoss(nn.Module):
             return route(self._call(likelihood), part)
 
     def _call(self, likelihood: Likelihood | None = None) -> Call:
-        options = {} if likelihood is None else {"likelihood": likelihood}
-        return Call(self.model, self._transformer, self.read_btoks, self.join, self.lm_head, self.logits, **options)
+        likelihood = likelihood or SummedCrossEntropy()
+        return Call(self.model, self._transformer, self.read_btoks, self.join, self.lm_head, self.logits, likelihood)
 
     @property
     def _transformer(self) -> Transformer:

@@ -18,8 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -35,7 +34,7 @@ from st_btok.pooling import check_btoks
 from st_btok.training.mask import BTOK, INPUT, TARGET, condensation_attention
 from st_btok.training.splitting import Part
 from st_btok.training.targets import JointBatch, join_targets
-from st_btok.training.vocabulary_loss import linear_cross_entropy
+from st_btok.training.vocabulary_loss import SummedCrossEntropy
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,6 @@ _NLL = "condensation_nll"
 ALL_LAYERS = "all_layer_embeddings"
 # (M, D) states, the (V, D) head, (M,) labels and the logits' `softcap` -> their summed negative log-likelihood.
 Likelihood = Callable[..., Tensor]
-_sum_of_tokens: Likelihood = partial(linear_cross_entropy, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -61,25 +59,17 @@ class Embedded:
 class Call:
     """How to call the model: what every route needs, besides the part.
 
-    Attributes:
-        model: The model that is called; wrapped (DDP, FSDP, compile) or not.
-        transformer: Its first module, unwrapped.
-        btoks: Ids of the bottleneck tokens that targets read.
-        join: Builds the rows `[input][BToks][target]` of a part, for the attention route.
-        head: The (V, D) matrix of an untied LM head. None where the head is tied to the input embeddings. Their matrix
-            is then looked up inside the call of the model, because under FSDP it is whole only there.
-        logits: How the products of states and head become logits.
-        likelihood: The function that turns states, head and labels into a summed NLL. Default:
-            `linear_cross_entropy`.
+    `head` is the (V, D) matrix of an untied LM head. None where the head is tied to the input embeddings: their matrix
+    is looked up inside the call of the model, because under FSDP it is whole only there.
     """
 
-    model: nn.Module
-    transformer: Transformer
-    btoks: list[int]
-    join: Callable[[Part], JointBatch]
+    model: nn.Module  # wrapped (DDP, FSDP, compile) or not
+    transformer: Transformer  # its first module, unwrapped
+    btoks: list[int]  # ids of the bottleneck tokens that targets read
+    join: Callable[[Part], JointBatch]  # builds the rows `[input][BToks][target]` of the attention route
     head: Tensor | None = None
     logits: LogitRule = LogitRule()
-    likelihood: Likelihood = _sum_of_tokens
+    likelihood: Likelihood = field(default_factory=SummedCrossEntropy)
 
     def nll(self, states: Tensor, labels: Tensor) -> Tensor:
         """Summed NLL of (M,) labels, predicted by (M, D) states."""

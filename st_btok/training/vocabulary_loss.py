@@ -1,7 +1,7 @@
 """Cross entropy over a large vocabulary whose logits never exist for more than a chunk of tokens.
 
-`linear_cross_entropy` follows `torch.nn.functional.linear_cross_entropy`, which releases of torch that users still run
-do not have, and which rounds its value under bfloat16; once neither holds, it can take this file's place.
+`torch.nn.functional.linear_cross_entropy` is the same sum, which releases of torch that users still run do not have,
+and which rounds its value under bfloat16; once neither holds, it can take this file's place.
 
 The gradients are computed together with the value, while a chunk's logits exist. Recomputing the logits in the
 backward pass would multiply by the vocabulary once more. Products of half-precision operands give float32, and sums
@@ -11,7 +11,7 @@ are float32: a sum over thousands of tokens neither overflows float16 nor loses 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,119 +26,81 @@ MAX_LOGITS = 2**25
 _FLOAT16_FACTOR = 2.0**10
 
 
-@torch.compiler.disable
-def linear_cross_entropy(
-    input: Tensor,  # torch's own name
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    reduction: Literal["mean", "sum"] = "mean",
-    softcap: float | None = None,
-    max_logits: int = MAX_LOGITS,
-) -> Tensor:
-    """Cross entropy of `input @ linear_weight.T` with `target`, without the whole matrix of logits.
-
-    sum_i -log softmax(linear_weight @ input_i)[target_i], divided by M for `"mean"`. Operands of products have the
-    type of `input`, or of autocast. Their results, the softmax and all sums are at least float32.
-
-    Args:
-        input: (M, D) states that predict the tokens.
-        linear_weight: (V, D) output embedding matrix.
-        target: (M,) token ids.
-        reduction: `"mean"` (default) or `"sum"`.
-        softcap: Logits are squeezed into -softcap to softcap by a tanh. Default: they are not.
-        max_logits: Logits that exist at a time, at least V of them. Default 2**25, 128 MiB.
-
-    Returns:
-        A scalar, float32, in nats; float64 for float64 inputs.
-    """
-    found = sum_with_gradients(
-        input,
-        linear_weight,
-        target,
-        torch.is_grad_enabled() and input.requires_grad,
-        torch.is_grad_enabled() and linear_weight.requires_grad,
-        max_logits=max_logits,
-        softcap=softcap,
-    )
-    total = found.with_graph(input, linear_weight)
-    return total / len(target) if reduction == "mean" else total
-
-
-@dataclass(frozen=True)
+@dataclass
 class KnownNLL:
     """The summed cross entropy of some tokens, and its gradients."""
 
     value: Tensor  # scalar
     input_grad: Tensor | None  # (M, D)
-    weight_grad: Tensor | None  # (V, D)
+    weight_grad: Tensor | None  # (V, D); waits for the backward pass, and later parts may still be added to it
 
     def with_graph(self, input: Tensor, linear_weight: Tensor) -> Tensor:
         """The value as a node of the graph, whose backward pass sends the known gradients on."""
-        return _Known.apply(input, linear_weight, self.value, self.input_grad, _WeightGrad(self.weight_grad))  # type: ignore[no-any-return, no-untyped-call]
+        return _Known.apply(input, linear_weight, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class SummedCrossEntropy:
-    """The summed cross entropy of several parts of a batch, whose gradients of the matrix share one tensor.
+    """-sum_i log softmax(linear_weight @ input_i)[target_i] in nats, without the whole matrix of logits.
 
-    Called like `linear_cross_entropy`. The parts' values must be summed: then the backward pass brings one factor for
-    all of them, and the node of the first part sends the whole gradient of the matrix on.
+    A scalar, float32, or float64 for float64 inputs. Operands of products have the type of `input`, or of autocast.
+    Their results, the softmax and all sums are at least float32. `softcap` squeezes logits into -softcap to softcap.
+
+    Called for several parts of a batch, whose values must be summed: then the backward pass brings one factor for all
+    of them, their gradients of the matrix share one tensor, and the node of the first part sends the whole of it on.
     """
 
-    def __init__(self) -> None:
-        self._weight_grad: _WeightGrad | None = None
+    def __init__(self, max_logits: int = MAX_LOGITS) -> None:
+        self.max_logits = max_logits
+        self._first: KnownNLL | None = None
+
+    def known(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        softcap: float | None,
+        needs_grad: tuple[bool, bool],
+    ) -> KnownNLL:
+        """Value and gradients of one more part; the first part has the gradient of the matrix for all of them."""
+        so_far = None if self._first is None else self._first.weight_grad
+        found = sum_with_gradients(input, linear_weight, target, *needs_grad, so_far, self.max_logits, softcap)
+        if self._first is None:
+            self._first = found
+        else:
+            found.weight_grad = None
+        return found
 
     @torch.compiler.disable
     def __call__(self, input: Tensor, linear_weight: Tensor, target: Tensor, softcap: float | None = None) -> Tensor:
-        """A scalar, as `linear_cross_entropy(..., reduction="sum")`."""
+        """Of (M, D) states that predict (M,) token ids, through a (V, D) output embedding matrix."""
         graph = torch.is_grad_enabled()
-        so_far = self._weight_grad.total if self._weight_grad else None
         needs_grad = graph and input.requires_grad, graph and linear_weight.requires_grad
-        found = sum_with_gradients(input, linear_weight, target, *needs_grad, so_far, softcap=softcap)
-        mine = None
-        if self._weight_grad is None:
-            mine = self._weight_grad = _WeightGrad(found.weight_grad)
-        return _Known.apply(input, linear_weight, found.value, found.input_grad, mine)  # type: ignore[no-any-return, no-untyped-call]
-
-
-@dataclass
-class _WeightGrad:
-    """A (V, D) gradient that waits for the backward pass; later parts may still be added to it."""
-
-    total: Tensor | None
+        return self.known(input, linear_weight, target, softcap, needs_grad).with_graph(input, linear_weight)
 
 
 class _Known(torch.autograd.Function):
     """A known value with known gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        value: Tensor,
-        input_grad: Tensor | None,
-        weight_grad: _WeightGrad | None,
-    ) -> Tensor:
-        ctx.save_for_backward(value, input_grad)
-        ctx.weight_grad = weight_grad
+    def forward(ctx: Any, input: Tensor, weight: Tensor, known: KnownNLL) -> Tensor:
+        ctx.save_for_backward(known.value, known.input_grad)
+        ctx.known = known
         ctx.dtypes = input.dtype, weight.dtype
-        return value.clone()
+        return known.value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, input_grad = ctx.saved_tensors
-        waiting = ctx.weight_grad or _WeightGrad(None)
-        weight_grad = waiting.total
+        weight_grad = ctx.known.weight_grad
         if input_grad is not None:
             input_grad = (input_grad * grad.to(input_grad)).to(ctx.dtypes[0])
         if weight_grad is not None and graph_is_kept():
             weight_grad = weight_grad * grad.to(weight_grad)
         elif weight_grad is not None:  # nobody asks again: in place and handed on, so that (V, D) exists once
             weight_grad.mul_(grad.to(weight_grad))
-            waiting.total = None
-        return input_grad, None if weight_grad is None else weight_grad.to(ctx.dtypes[1]), None, None, None
+            ctx.known.weight_grad = None
+        return input_grad, None if weight_grad is None else weight_grad.to(ctx.dtypes[1]), None
 
 
 @torch.no_grad()
@@ -152,7 +114,7 @@ def sum_with_gradients(
     max_logits: int = MAX_LOGITS,
     softcap: float | None = None,
 ) -> KnownNLL:
-    """Value and gradients of the summed cross entropy, chunk by chunk; see `linear_cross_entropy` for the arguments.
+    """Value and gradients of the summed cross entropy, chunk by chunk; see `SummedCrossEntropy`.
 
     `weight_grad` is a (V, D) tensor that the gradient of the matrix is added to. Default: a new one.
     """

@@ -184,7 +184,7 @@ def test_only_one_mini_batch_is_alive(qwen, monkeypatch):
         logits.append(len(states))
         return sum_with_gradients(states, *rest, **options)
 
-    monkeypatch.setattr("st_btok.training.cached_loss.sum_with_gradients", watched)
+    monkeypatch.setattr("st_btok.training.vocabulary_loss.sum_with_gradients", watched)
     largest = []
     for size in (4, 16):
         rows.clear()

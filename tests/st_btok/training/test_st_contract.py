@@ -124,8 +124,7 @@ def test_the_vocabulary_is_read_once_under_gradcache(qwen, monkeypatch, train_he
         read.append(len(states))
         return sum_with_gradients(states, *rest, **options)
 
-    for place in ("cached_loss", "vocabulary_loss"):
-        monkeypatch.setattr(f"st_btok.training.{place}.sum_with_gradients", watched)
+    monkeypatch.setattr("st_btok.training.vocabulary_loss.sum_with_gradients", watched)
     qwen[0].model.get_input_embeddings().requires_grad_(train_head)
     features = batch(qwen)
     expected, plain = run(BTokLoss(qwen), features), sum(read)

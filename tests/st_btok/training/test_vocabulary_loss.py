@@ -1,4 +1,4 @@
-"""`linear_cross_entropy` against torch's own cross entropy over whole logits."""
+"""The vocabulary's loss against torch's own cross entropy over whole logits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from st_btok.training.vocabulary_loss import SummedCrossEntropy, linear_cross_entropy
+from st_btok.training.vocabulary_loss import MAX_LOGITS, SummedCrossEntropy
 
 
 def sample(dtype=torch.float64, tokens=7, vocabulary=50):
     states = torch.randn(tokens, 8, dtype=dtype, requires_grad=True)
     head = torch.randn(vocabulary, 8, dtype=dtype, requires_grad=True)
     return states, head, torch.randint(0, vocabulary, (tokens,))
+
+
+def linear_cross_entropy(states, head, labels, reduction="mean", softcap=None, max_logits=MAX_LOGITS):
+    """In the form of torch's own."""
+    total = SummedCrossEntropy(max_logits)(states, head, labels, softcap)
+    return total / len(labels) if reduction == "mean" else total
 
 
 def reference(states, head, labels, reduction="mean"):
