@@ -11,6 +11,7 @@ When a loss is made, rows of every kind that the model takes are sent this way, 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from st_btok.truncation import TooLongError, truncate_to_limit
 _TEXT, _MEDIA = CONTENT_KEYS
 # One bit for each kind of medium.
 MEDIA_BITS = {"image": 1, "video": 2, "audio": 4}
-_NONE = -1  # behind the last id of a row's text
+_NONE = -1  # no id; behind the last one of a row's text
 _INSTRUCTIONS = ("system", "developer")  # roles whose turns are no content
 # Characters of a text that are tokenised at first, for each token that is asked for; more if they do not suffice.
 _CHARS_PER_TOKEN = 16
@@ -53,57 +54,43 @@ class Content:
         return self.media > 0
 
 
-class ContentReader:
-    """Lets a model's features carry the content of their rows, and reads it.
+def content_reader(transformer: Transformer, max_tokens: int = 64, instructions: Sequence[str] = ()) -> ContentCarrier:
+    """Let a model's features carry the content of their rows; rows of every kind must come back as they were given.
+
+    Several losses of one model share the carrier, hence the largest number of ids of one text, and all instructions:
+    what data itself writes before the content, inside of the same text, and must not be generated. (Prompts are none:
+    they are not part of a row.)
 
     Args:
         transformer: The model's first module; from now on its `preprocess` adds the content.
-        max_tokens: Ids that are needed of one text, at least 1. The largest number of several readers is carried.
-        instructions: What data itself writes before the content, inside of the same text, and must not be generated.
-            Prompts are none: they are not part of a row. Several readers share all of them.
+        max_tokens: Ids that are needed of one text, at least 1.
+        instructions: Beginnings of texts that are left out.
+
+    Returns:
+        What carries the content now.
 
     Raises:
-        ValueError: If the tokenizer has no token that closes targets, or rows of some kind do not come back as they
-            were given.
+        ValueError: If the tokenizer has no token that closes targets, or rows of some kind do not come back.
     """
-
-    def __init__(self, transformer: Transformer, max_tokens: int = 64, instructions: Sequence[str] = ()) -> None:
-        self.btoks = btok_ids(tokenizer_of(transformer))
-        self.media_tokens = media_tokens(transformer)
-        carrier = carry_content(transformer)
-        carrier.max_tokens = max(carrier.max_tokens, max_tokens)
-        texts = {*carrier.instructions, *(text.lstrip() for text in instructions if text.strip())}
-        carrier.instructions = sorted(texts, key=len, reverse=True)
-        if carrier.end is None:
-            carrier.end = closing_token(transformer)
-            wrong = {kind: why for kind, why in read_back(transformer).items() if why}
-            if wrong:
-                kind, why = next(iter(wrong.items()))
-                carrier.end = None
+    carrier = carry_content(transformer)
+    carrier.max_tokens = max(carrier.max_tokens, max_tokens)
+    texts = {*carrier.instructions, *(text.lstrip() for text in instructions if text.strip())}
+    carrier.instructions = sorted(texts, key=len, reverse=True)
+    if carrier.end == _NONE:
+        end = closing_token(transformer)
+        for kind, why in read_back(transformer).items():
+            if why:
                 raise ValueError(
                     f"what a row generates must be its own text, but rows of the kind {kind!r} do not come back: "
                     f'{why} Fix the chat template or tokenizer, or build the model with template="plain"; '
                     'BTokLoss(model, target="none", condensation_weight=0) generates nothing.'
                 )
-        self.end = carrier.end
-
-    def read(self, features: dict[str, Any]) -> list[Content]:
-        """Content of every row of one column.
-
-        Args:
-            features: From the model's `preprocess`, called after this reader was made.
-
-        Returns:
-            B contents; of long texts at least `max_tokens` ids.
-
-        Raises:
-            ValueError: If the features carry no content.
-        """
-        return read_content(features)
+        carrier.end = end
+    return carrier
 
 
 def read_content(features: dict[str, Any]) -> list[Content]:
-    """The content that features carry; see `ContentReader.read`."""
+    """Content of the B rows of one column, from features that its carrier made; else a `ValueError`."""
     if _TEXT not in features:
         raise ValueError(
             "a column's features must carry the content of their rows, but these have only "
@@ -138,14 +125,15 @@ class ContentCarrier:
     Attributes:
         max_tokens: Ids that are carried of one text at most, 64 or what a reader needs more.
         instructions: Texts that are left out where a row's text begins with them, longest first.
-        end: The id that closes targets; None until it was looked for.
+        end: The id that closes targets; -1 until rows of every kind came back.
     """
 
     def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
         self.max_tokens = 64
         self.instructions: list[str] = []
-        self.end: int | None = None
+        self.end = _NONE
+        self.media_tokens = media_tokens(transformer)
         tokenizer = tokenizer_of(transformer)
         names = control_tokens(tokenizer, str(tokenizer.chat_template))
         self.control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
@@ -195,7 +183,11 @@ class ContentCarrier:
 
     def ids_of(self, text: str) -> list[int]:
         """The first `max_tokens` ids of a row's text, without blanks at its ends; control tokens' names are text."""
-        text = self._without_instruction(text.strip())
+        text = text.strip()
+        for instruction in self.instructions:
+            if text.startswith(instruction) or text == instruction.rstrip():
+                text = text[len(instruction) :].strip()
+                break
         tokenizer, size = tokenizer_of(self.transformer), _CHARS_PER_TOKEN * self.max_tokens
         if not text:
             return []
@@ -205,12 +197,6 @@ class ContentCarrier:
             if size >= len(text) or len(ids) >= self.max_tokens + _SPARE_TOKENS:
                 return ids[: self.max_tokens]
             size *= 4
-
-    def _without_instruction(self, text: str) -> str:
-        for instruction in self.instructions:
-            if text.startswith(instruction) or text == instruction.rstrip():
-                return text[len(instruction) :].strip()
-        return text
 
 
 def without_missing(row: Any) -> Any:
@@ -267,18 +253,11 @@ def closing_token(transformer: Transformer) -> int:
             rendered.append(transformer.preprocess([turns], processing_kwargs=UNLIMITED)["input_ids"][0].tolist())
         except Exception:  # a template raises what it likes
             break
-    tail = _common_end(*rendered) if len(rendered) == 2 else []
+    tail = os.path.commonprefix([row[::-1] for row in rendered])[::-1] if len(rendered) == 2 else []
     end = next((token for token in tail if token in control), tokenizer.eos_token_id)
     if end is None:
         raise ValueError("the tokenizer needs an end-of-turn token to close targets. Set tokenizer.eos_token.")
     return int(end)
-
-
-def _common_end(first: list[int], second: list[int]) -> list[int]:
-    size = 0
-    while size < min(len(first), len(second)) and first[-1 - size] == second[-1 - size]:
-        size += 1
-    return first[len(first) - size :]
 
 
 def read_back(transformer: Transformer) -> dict[str, str]:

@@ -33,7 +33,7 @@ from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.model_parts import LogitRule, find_btoks, unwrap
 from st_btok.pooling import check_btoks
 from st_btok.training.callback import CITATION, BTokCallback, Measured, Schedule, in_modifier, warn_of_half_precision
-from st_btok.training.content import ContentReader
+from st_btok.training.content import content_reader, read_content
 from st_btok.training.distributed import (
     across_processes,
     gather_columns,
@@ -210,7 +210,7 @@ class BTokLoss(nn.Module):
         self._weights = [weight for m in model.modules() if isinstance(m, WordWeights) for weight in m.parameters()]
         for weight in self._weights:
             weight.requires_grad_(False)
-        self.reader = ContentReader(transformer, max_target_tokens, instructions)
+        self.reader = content_reader(transformer, max_target_tokens, instructions)
         self.lm_head = None if target == "none" else own_head(transformer.model, lm_head)
         self.logits = LogitRule() if target == "none" else own_logits(transformer.model)
         self.route: Route | None = None
@@ -292,7 +292,7 @@ class BTokLoss(nn.Module):
         """
         if self.target == "none":
             return [None] * len(columns)
-        query, positive = (self.reader.read(features) for features in columns[:2])
+        query, positive = map(read_content, columns[:2])
         chosen = choose_targets(query, positive, self.target, self.reader.end, self.max_target_tokens)
         return [*(targets if any(map(len, targets)) else None for targets in chosen), *[None] * (len(columns) - 2)]
 

@@ -12,7 +12,7 @@ from transformers import AutoModel
 from st_btok import BTokLoss, CachedBTokLoss, build_model
 from st_btok.limits import video_form
 from st_btok.model_parts import embedding_matrix, find_btoks, logit_rule
-from st_btok.training.content import ContentReader, read_back
+from st_btok.training.content import content_reader, read_back
 from st_btok.training.lm_head import output_embeddings
 from st_btok.training.reference import training_step
 from tests.backbones import build, clip, picture, published_btok, takes, total
@@ -58,7 +58,7 @@ def rows_of(name, model):
 
 def test_rows_generate_their_own_text(family):
     name, model, end = family
-    assert model.tokenizer.convert_ids_to_tokens(ContentReader(model[0]).end) == end
+    assert model.tokenizer.convert_ids_to_tokens(content_reader(model[0]).end) == end
     found = read_back(model[0])
     kinds = {"text", "text with newlines at both ends", "conversation", "texts and a conversation"}
     for medium in ("image", "video", "audio"):

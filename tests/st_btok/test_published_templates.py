@@ -9,7 +9,7 @@ import transformers.utils.chat_template_utils as chat_template_utils
 from sentence_transformers import SentenceTransformer
 
 from st_btok import build_model
-from st_btok.training.content import ContentReader, carry_content, read_back
+from st_btok.training.content import carry_content, content_reader, read_back
 from tests.backbones import build, picture, published, published_btok, takes, tokenizer
 from tests.published_templates import GRANITE, LLAMA3, MISTRAL_SMALL, PUBLISHED, SMOLLM3, SMOLVLM
 from tests.tiny_tokenizer import QWEN_TEMPLATE
@@ -22,7 +22,7 @@ def family(request):
 
 def test_rows_generate_their_own_text(family):
     name, model, end = family
-    reader = ContentReader(model[0])
+    reader = content_reader(model[0])
     assert model.tokenizer.convert_ids_to_tokens(reader.end) == end
     found = read_back(model[0])
     kinds = {"text", "text with newlines at both ends", "conversation", "texts and a conversation"}

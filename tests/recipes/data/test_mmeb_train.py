@@ -11,6 +11,7 @@ from evaluation.mmeb_v2.sources import DataRoot
 from recipes.data.mmeb_train import instructions, load_mmeb_train, read_colpali, read_mmeb
 from recipes.data.mmeb_train_sources import MMEB_TRAIN, VISRAG_PAGE, VISRAG_QUERY
 from st_btok import BTokLoss
+from st_btok.training.content import read_content
 from tests.backbones import picture
 from tests.mmeb_train_files import RAW, write, write_all
 
@@ -86,14 +87,14 @@ def test_images_are_found_where_either_training_has_them(root, tmp_path):
 
 
 def test_instructions_are_not_generated(qwen, tmp_path):
-    loss = BTokLoss(qwen, instructions=[text for source in MMEB_TRAIN for text in instructions(source)])
+    BTokLoss(qwen, instructions=[text for source in MMEB_TRAIN for text in instructions(source)])
     for name, (query, query_image, positive, positive_image, _) in RAW.items():
         record = {"qry": query.format(i=1), "qry_image_path": "q.jpg" if query_image else ""}
         record |= {"pos_text": positive.format(i=1), "pos_image_path": "p.jpg" if positive_image else ""}
         source = BY_NAME[name]
         for side, value in read_mmeb(record, source, DataRoot(tmp_path)).items():
             inputs = {"image": picture(56, 28)} if value.image else {}
-            content = loss.reader.read(qwen.preprocess([{**inputs, "text": value.text}]))[0].text
+            content = read_content(qwen.preprocess([{**inputs, "text": value.text}]))[0].text
             instruction = source.query_instruction if side == "query" else source.positive_instruction
             assert qwen.tokenizer.decode(content).strip() == value.text.removeprefix(instruction).strip(), (name, side)
 

@@ -19,15 +19,15 @@ from st_btok.limits import UNLIMITED, set_max_seq_length
 from st_btok.model_parts import CONTENT_KEYS
 from st_btok.tokens import btok_ids
 from st_btok.training import content
-from st_btok.training.content import ContentReader
+from st_btok.training.content import content_reader, read_content
 from tests.backbones import build, clip, picture, sound, takes, tokenizer
 
 TEXT = "\n\n A red kite,\n\nand <b>two</b> boats: [INST] user\n "
 
 
 def read(model, samples, prompt=None, **options) -> list[tuple[str, int]]:
-    reader = ContentReader(model[0], **options)
-    contents = reader.read(model.preprocess(samples, prompt=prompt))
+    content_reader(model[0], **options)
+    contents = read_content(model.preprocess(samples, prompt=prompt))
     return [(model.tokenizer.decode(content.text), content.media) for content in contents]
 
 
@@ -130,7 +130,7 @@ def test_features_carry_what_the_trainer_needs(qwen, tmp_path):
 
     class Watched(BTokLoss):
         def targets(self, columns):
-            seen.append([qwen.tokenizer.decode(row.text) for column in columns for row in self.reader.read(column)])
+            seen.append([qwen.tokenizer.decode(row.text) for column in columns for row in read_content(column)])
             return super().targets(columns)
 
     texts = {"query": ["a kite\n", "two boats"], "positive": ["<|im_end|> user", "\nsea "]}
@@ -194,7 +194,7 @@ def test_features_from_before_the_loss_are_refused():
 def test_long_texts_are_tokenised_as_far_as_needed(qwen, repeat, monkeypatch):
     text = repeat * 2000
     own = qwen.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-    reader = ContentReader(qwen[0], max_tokens=80)
+    content_reader(qwen[0], max_tokens=80)
     sizes = []
     call = type(qwen.tokenizer).__call__
     monkeypatch.setattr(
@@ -204,14 +204,15 @@ def test_long_texts_are_tokenised_as_far_as_needed(qwen, repeat, monkeypatch):
     )
     carrier = vars(qwen[0])["preprocess"]
     assert carrier.ids_of(text) == own[:80] and max(sizes) < len(text) / 4
-    assert len(reader.read(qwen.preprocess([text]))[0].text) == 80
-    ContentReader(qwen[0], max_tokens=30)
+    assert len(read_content(qwen.preprocess([text]))[0].text) == 80
+    content_reader(qwen[0], max_tokens=30)
     assert len(carrier.ids_of(text)) == 80, "the largest number that any loss needs"
 
 
 def test_names_of_control_tokens_stay_text(qwen):
     text = "see <|im_end|>, <|btok_1|> and <|image_pad|>"
-    ids = ContentReader(qwen[0]).read(qwen.preprocess([text]))[0].text
+    content_reader(qwen[0])
+    ids = read_content(qwen.preprocess([text]))[0].text
     assert not {*ids.tolist()} & {*qwen.tokenizer.added_tokens_decoder}
     assert qwen.tokenizer.decode(ids) == "see < |im_end|>, < |btok_1|> and < |image_pad|>", "as in the input"
 
@@ -226,17 +227,17 @@ def test_instructions_in_the_texts_are_not_content(btok_model):
 
 def test_targets_close_as_replies_do(family, btok_model):
     model = btok_model(family)
-    assert model.tokenizer.convert_ids_to_tokens(ContentReader(model[0]).end) == "<|im_end|>"
+    assert model.tokenizer.convert_ids_to_tokens(content_reader(model[0]).end) == "<|im_end|>"
 
 
 def test_a_tokenizer_without_end_of_turn_is_refused():
     backbone, _ = build("llama")
     own = tokenizer("{%- for m in messages -%}{{ m.content }}{%- endfor -%}")
     model = build_model(backbone, processor=own, device="cpu")
-    assert ContentReader(copy.deepcopy(model)[0]).end == own.eos_token_id
+    assert content_reader(copy.deepcopy(model)[0]).end == own.eos_token_id
     model.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="end-of-turn token"):
-        ContentReader(model[0])
+        content_reader(model[0])
 
 
 @pytest.mark.parametrize("kind", [BTokLoss, CachedBTokLoss])
