@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from st_btok.model_parts import (
     LogitRule,
@@ -48,8 +48,10 @@ def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str 
     if tied and (generating is None or generating.__name__ not in (config.architectures or ())):
         return embeddings  # saved without a head, as `build_model` found it: nothing to ask there
     head, reason = None, f"{source!r} holds none"
+    commit = remembered_commit(config) if source == config.name_or_path else None
     try:
-        head, tied = _read_head(str(source), config) if source else (None, tied)
+        if source:
+            head, tied = checkpoint_head(str(source), config, **({"revision": commit} if commit else {}))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
     if tied and lm_head is None:
@@ -77,9 +79,3 @@ def own_logits(model: PreTrainedModel) -> LogitRule:
     except ValueError as error:
         logger.warning("The condensation loss takes the products of states and LM head for logits: %s", error)
         return LogitRule()
-
-
-def _read_head(source: str, config: PreTrainedConfig) -> tuple[Tensor | None, bool]:
-    """The head of a checkpoint, and whether it is tied."""
-    commit = remembered_commit(config) if source == config.name_or_path else None
-    return checkpoint_head(source, config, **({"revision": commit} if commit else {}))
