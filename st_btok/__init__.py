@@ -47,75 +47,40 @@ if TYPE_CHECKING:  # what type checkers, editors and the documentation read
     from st_btok.training.mask import condensation_attention, condensation_mask, register_condensation_attention
 
 __all__ = [
-    "__version__",
-    "BTokAttention",
-    "BTokCallback",
-    "BTokLoss",
-    "BTokPooling",
-    "CachedBTokLoss",
-    "CheckedEmbeddings",
-    "CheckedInputs",
-    "Decoded",
-    "EncodedRow",
-    "MediaOptions",
-    "SkippedInput",
-    "add_btoks",
-    "append_btoks",
-    "btok_attention",
-    "btok_ids",
-    "btok_lora_config",
-    "btok_tokens",
-    "build_model",
-    "checked_inputs",
-    "condensation_attention",
-    "condensation_mask",
-    "decode_btoks",
-    "draw_attention",
-    "encode_checked",
-    "encode_rows",
-    "freeze_batch_norm",
-    "language_model_linears",
-    "merge_adapters",
-    "open_image",
-    "pdf_pages",
-    "plain_template",
-    "read_budget",
-    "read_video",
-    "register_condensation_attention",
-    "rgb_image",
-    "save_trained",
-]
+    "__version__", "BTokAttention", "BTokCallback", "BTokLoss", "BTokPooling", "CachedBTokLoss", "CheckedEmbeddings",
+    "CheckedInputs", "Decoded", "EncodedRow", "MediaOptions", "SkippedInput", "add_btoks", "append_btoks",
+    "btok_attention", "btok_ids", "btok_lora_config", "btok_tokens", "build_model", "checked_inputs",
+    "condensation_attention", "condensation_mask", "decode_btoks", "draw_attention", "encode_checked", "encode_rows",
+    "freeze_batch_norm", "language_model_linears", "merge_adapters", "open_image", "pdf_pages", "plain_template",
+    "read_budget", "read_video", "register_condensation_attention", "rgb_image", "save_trained",
+]  # fmt: skip
 
 # Where each public name lives: what `__getattr__` reads, and the same as above (tested).
-_MODULES = {
-    "st_btok.adapters": ("btok_lora_config", "language_model_linears", "merge_adapters", "save_trained"),
-    "st_btok.batch_norm": ("freeze_batch_norm",),
-    "st_btok.budgets": ("read_budget",),
-    "st_btok.chat_template": ("append_btoks", "plain_template"),
-    "st_btok.inputs.encode": (
-        "CheckedEmbeddings",
-        "CheckedInputs",
-        "EncodedRow",
-        "SkippedInput",
-        "checked_inputs",
-        "encode_checked",
-        "encode_rows",
-    ),
-    "st_btok.inputs.fetch": ("MediaOptions",),
-    "st_btok.inputs.images": ("open_image", "rgb_image"),
-    "st_btok.inputs.pdf": ("pdf_pages",),
-    "st_btok.inputs.videos": ("read_video",),
-    "st_btok.model": ("build_model",),
-    "st_btok.pooling": ("BTokPooling",),
-    "st_btok.tokens": ("add_btoks", "btok_ids", "btok_tokens"),
-    "st_btok.tools.explain": ("BTokAttention", "Decoded", "btok_attention", "decode_btoks"),
-    "st_btok.tools.explain_figure": ("draw_attention",),
-    "st_btok.training.mask": ("condensation_attention", "condensation_mask", "register_condensation_attention"),
-    "st_btok.training.cached_loss": ("CachedBTokLoss",),
-    "st_btok.training.callback": ("BTokCallback",),
-    "st_btok.training.loss": ("BTokLoss",),
+_PLACES = {
+    name: f"st_btok.{module}"
+    for module, names in {
+        "adapters": "btok_lora_config language_model_linears merge_adapters save_trained",
+        "batch_norm": "freeze_batch_norm",
+        "budgets": "read_budget",
+        "chat_template": "append_btoks plain_template",
+        "inputs.encode": "CheckedEmbeddings CheckedInputs EncodedRow SkippedInput "
+        "checked_inputs encode_checked encode_rows",
+        "inputs.fetch": "MediaOptions",
+        "inputs.images": "open_image rgb_image",
+        "inputs.pdf": "pdf_pages",
+        "inputs.videos": "read_video",
+        "model": "build_model",
+        "pooling": "BTokPooling",
+        "tokens": "add_btoks btok_ids btok_tokens",
+        "tools.explain": "BTokAttention Decoded btok_attention decode_btoks",
+        "tools.explain_figure": "draw_attention",
+        "training.mask": "condensation_attention condensation_mask register_condensation_attention",
+        "training.cached_loss": "CachedBTokLoss",
+        "training.callback": "BTokCallback",
+        "training.loss": "BTokLoss",
+    }.items()
+    for name in names.split()
 }
-_PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 if not TYPE_CHECKING:  # a module `__getattr__` that type checkers see would let every misspelt name pass
 
