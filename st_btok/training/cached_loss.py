@@ -43,22 +43,8 @@ class CachedBTokLoss(nn.Module):
         show_progress_bar: Whether to show progress over the mini-batches. Default False.
         **options: All arguments of :class:`BTokLoss`.
 
-    Requirements:
-        1. As :class:`BTokLoss`. Best with a large `per_device_train_batch_size` and a small `mini_batch_size`.
-
-    Inputs:
-        +-------------------------------------------------+--------+
-        | Inputs                                          | Labels |
-        +=================================================+========+
-        | (query, positive) pairs                         | none   |
-        +-------------------------------------------------+--------+
-        | (query, positive, negative) triplets            | none   |
-        +-------------------------------------------------+--------+
-        | (query, positive, negative_1, ..., negative_n)  | none   |
-        +-------------------------------------------------+--------+
-
-    Recommendations:
-        - Use ``BatchSamplers.NO_DUPLICATES``, so that no in-batch negative equals the positive.
+    Requirements, inputs and recommendations are those of :class:`BTokLoss`. Best with a large
+    `per_device_train_batch_size` and a small `mini_batch_size`.
 
     Relations:
         - Equal to :class:`BTokLoss` up to rounding; every row is embedded twice, once without gradients.
