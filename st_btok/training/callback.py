@@ -8,11 +8,11 @@ It finds the losses through the model that both sides hold. So it does not matte
 
 from __future__ import annotations
 
-import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from st_btok.model_parts import unwrap
-
-logger = logging.getLogger(__name__)
 
 # BibTeX of the method.
 CITATION = """
@@ -109,44 +107,6 @@ class Measured:
     leak: float | None  # what the leak probe measured; None where no probe was needed
 
 
-@dataclass
-class _Sums:
-    """Sums over the calls since the last log; tensors, so that nothing waits for a GPU before it is logged."""
-
-    calls: int = 0
-    ranking: Any = 0.0
-    condensation: Any = 0.0
-    nll: Any = 0.0
-    tokens: Any = 0.0
-    weight: float = 0.0
-    read: Any = 0
-    leak: float | None = None
-    since: float = field(default_factory=time.perf_counter)
-
-    def add(self, measured: Measured) -> None:
-        """One more call."""
-        self.calls += 1
-        self.ranking = self.ranking + measured.ranking
-        self.condensation = self.condensation + measured.weight * measured.nll
-        self.nll = self.nll + measured.nll * measured.tokens
-        self.tokens = self.tokens + measured.tokens
-        self.weight += measured.weight
-        self.read = self.read + measured.read
-        self.leak = measured.leak if self.leak is None else self.leak
-
-    def means(self) -> dict[str, float]:
-        """What is logged in training and evaluation alike."""
-        found = {
-            "condensation_weight": self.weight / self.calls,
-            "condensation_tokens": float(self.tokens) / self.calls,
-        }
-        if self.tokens:
-            found["condensation_nll"] = float(self.nll) / float(self.tokens)
-        if self.leak is not None:
-            found["condensation_leak"] = self.leak
-        return found
-
-
 # The callback that follows each model's training now; read by the losses of that model.
 _FOLLOWING: WeakKeyDictionary[nn.Module, BTokCallback] = WeakKeyDictionary()
 
@@ -175,7 +135,10 @@ class BTokCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.step: int | None = None
-        self._sums = {"train": _Sums(), "eval": _Sums()}
+        # Sums over the calls since the last log; of tensors, so that nothing waits for a GPU before it is logged.
+        self._sums: dict[str, Any] = {"train": Counter(), "eval": Counter()}
+        self._since = time.perf_counter()
+        self._leak: float | None = None
         self._last: Measured | None = None  # of the last call in evaluation mode
         self._finished = False
 
@@ -193,9 +156,14 @@ class BTokCallback(TrainerCallback):
     def record(self, measured: Measured, training: bool) -> None:
         """Take one call of a loss, in training mode or not, into the next log entry."""
         if training:
-            self._sums["train"].add(measured)
+            self._add("train", measured)
         else:
             self._last = measured
+
+    def _add(self, kind: str, one: Measured) -> None:
+        own = {"calls": 1, "ranking": one.ranking, "condensation": one.weight * one.nll, "weight": one.weight}
+        self._sums[kind].update({**own, "nll": one.nll * one.tokens, "tokens": one.tokens, "read": one.read})
+        self._leak = one.leak if one.leak is not None else self._leak
 
     def _follow(self, state: TrainerState, model: nn.Module | None, finished: bool = False) -> None:
         self.step, self._finished = state.global_step, finished
@@ -206,22 +174,20 @@ class BTokCallback(TrainerCallback):
         """Evaluation may come before training."""
         self._follow(state, kwargs.get("model"))
 
+    on_step_begin = on_init_end  # before the first batch of an update
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """The first step: 0, or that of the checkpoint that training goes on from."""
         model = kwargs.get("model")
         self._follow(state, model)
-        self._sums["train"] = _Sums()
+        self._sums["train"], self._since = Counter(), time.perf_counter()
         if model is not None:
             sanitize_model_card(unwrap(model).model_card_data)
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Before the first batch of an update."""
-        self._follow(state, kwargs.get("model"))
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """After each batch of an evaluation: other calls in evaluation mode are not the Trainer's."""
         if self._last is not None:
-            self._sums["eval"].add(self._last)
+            self._add("eval", self._last)
         self._last = None
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -243,16 +209,23 @@ class BTokCallback(TrainerCallback):
         if logs is None or not losses:
             return
         kind, prefix = ("train", "") if "loss" in losses else ("eval", losses[0].removesuffix("loss"))
-        sums, self._sums[kind] = self._sums[kind], _Sums()
-        if not sums.calls:
-            return
-        found = sums.means()
+        sums, self._sums[kind] = self._sums[kind], Counter()
+        now, since = time.perf_counter(), self._since
         if kind == "train":
-            found["tokens_per_second"] = float(sums.read) / (time.perf_counter() - sums.since)
+            self._since = now
+        if not sums:
+            return
+        means = {name: float(value) / sums["calls"] for name, value in sums.items()}
+        found = {"condensation_weight": means["weight"], "condensation_tokens": means["tokens"]}
+        if means["tokens"]:
+            found["condensation_nll"] = means["nll"] / means["tokens"]
+        if self._leak is not None:
+            found["condensation_leak"] = self._leak
+        if kind == "train":
+            found["tokens_per_second"] = float(sums["read"]) / (now - since)
         else:
             # sentence-transformers logs them under `eval_loss` only, as means that hold other sets' batches as well.
-            found["ranking"] = float(sums.ranking) / sums.calls
-            found["condensation"] = float(sums.condensation) / sums.calls
+            found |= {"ranking": means["ranking"], "condensation": means["condensation"]}
         rounded = {prefix + name: round(value, 4) for name, value in found.items()}
         logs.update(rounded)
         state.log_history[-1].update(rounded)  # the Trainer has put a copy there already
@@ -303,12 +276,6 @@ def half_precision_warning(model: nn.Module) -> str | None:
         "training arguments). To keep a frozen base in half precision, make only what trains float32: "
         "for p in model.parameters(): p.data = p.data.float() if p.requires_grad else p.data"
     )
-
-
-def warn_of_half_precision(model: nn.Module) -> None:
-    """Log `half_precision_warning`, if there is one."""
-    if message := half_precision_warning(model):
-        logger.warning("%s", message)
 
 
 # --- the model card -----------------------------------------

@@ -32,7 +32,7 @@ from st_btok.batch_norm import freeze_batch_norm
 from st_btok.budgets import budget_embeddings, check_appends_all, check_budgets
 from st_btok.model_parts import LogitRule, find_btoks, unwrap
 from st_btok.pooling import check_btoks
-from st_btok.training.callback import CITATION, BTokCallback, Measured, Schedule, in_modifier, warn_of_half_precision
+from st_btok.training.callback import CITATION, BTokCallback, Measured, Schedule, half_precision_warning, in_modifier
 from st_btok.training.content import content_reader, read_content
 from st_btok.training.distributed import (
     across_processes,
@@ -263,7 +263,8 @@ class BTokLoss(nn.Module):
                     "frozen: call requires_grad_() on what is to train, such as every parameter whose name holds "
                     '"lora_" or "trainable_tokens", or merge the adapter and add a new one.'
                 )
-            warn_of_half_precision(self.model)
+            if message := half_precision_warning(self.model):
+                logger.warning("%s", message)
             self._checked_training = True
         if any(weight.requires_grad for weight in self._weights):
             raise ValueError(
