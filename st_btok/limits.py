@@ -68,7 +68,16 @@ def set_max_seq_length(transformer: Transformer, max_seq_length: int) -> None:
     kept: Any = dict(transformer.processing_kwargs)
     own: Any = kept.get("chat_template", {})
     measured: Any = {} if "frame_tokens" in own else _media_limits(transformer)
-    limits = {**own, **measured, **text_limits(transformer, max_seq_length)}
+    # Measured around a text of one token: some layouts add something, such as a newline, only where there is text.
+    empty = _num_tokens(transformer, {"text": "a"}) - 1
+    if max_seq_length <= empty:
+        raise ValueError(
+            f"max_seq_length must leave room for text: the template and the bottleneck tokens alone take {empty} "
+            f"tokens, max_seq_length is {max_seq_length}. Raise it above {empty}."
+        )
+    chars_per_token = len(_PROSE) / (_num_tokens(transformer, {"text": _PROSE}) - empty)
+    max_chars = math.ceil(_SPARE * chars_per_token * max_seq_length)
+    limits = {**own, **measured, "max_tokens": max_seq_length, "max_chars": max_chars}
     transformer.processing_kwargs = {**kept, "chat_template": limits}
     transformer.max_seq_length = max_seq_length
     for kind in ("image", "video", "audio"):
@@ -96,22 +105,6 @@ def tokens_of_an_image(transformer: Transformer, max_seq_length: int) -> int:
     room = max_seq_length - len(turns.encode()) - _frame_tokens(tokenizer)
     tokens = max(3 * room // 4, room - _BESIDE_AN_IMAGE)
     return min(tokens, tokens * tokens * _THIN[0] // _THIN[1])
-
-
-def text_limits(transformer: Transformer, max_seq_length: int) -> dict[str, int]:
-    """`max_tokens`, which `bound.jinja` keeps, and `max_chars`, the characters of text that are rendered at most.
-
-    A `ValueError` if `max_seq_length` leaves no room for a single token of text.
-    """
-    # Measured around a text of one token: some layouts add something, such as a newline, only where there is text.
-    empty = _num_tokens(transformer, {"text": "a"}) - 1
-    if max_seq_length <= empty:
-        raise ValueError(
-            f"max_seq_length must leave room for text: the template and the bottleneck tokens alone take {empty} "
-            f"tokens, max_seq_length is {max_seq_length}. Raise it above {empty}."
-        )
-    chars_per_token = len(_PROSE) / (_num_tokens(transformer, {"text": _PROSE}) - empty)
-    return {"max_tokens": max_seq_length, "max_chars": math.ceil(_SPARE * chars_per_token * max_seq_length)}
 
 
 def _media_limits(transformer: Transformer) -> dict[str, Any]:
@@ -218,15 +211,12 @@ def growing_characters(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     if normalizer is None:
         return "", 0
     # What decomposes (Hangul syllables do by rule) or changes its case is all that Unicode's forms and casing touch.
-    growing, growth = [], 0
-    for code in [*range(0x80, 0xD800), *range(0xE000, 0x30000)]:
-        character = chr(code)
-        if unicodedata.decomposition(character) or 0xAC00 <= code < 0xD7A4 or character.lower() != character:
-            grown = len(normalizer.normalize_str(f"a{character}").encode()) - len(f"a{character}".encode())
-            if grown > 0:
-                growing.append(character)
-                growth = max(growth, grown)
-    return "".join(growing), growth
+    growth: dict[str, int] = {}
+    for character in map(chr, [*range(0x80, 0xD800), *range(0xE000, 0x30000)]):
+        if unicodedata.decomposition(character) or "가" <= character <= "힣" or character.lower() != character:
+            growth[character] = len(normalizer.normalize_str(f"a{character}").encode()) - len(f"a{character}".encode())
+    growing = [character for character, grown in growth.items() if grown > 0]
+    return "".join(growing), max([0, *growth.values()])
 
 
 def _num_tokens(transformer: Transformer, sample: Any) -> int:
