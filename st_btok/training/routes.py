@@ -162,7 +162,9 @@ def kv(call: Call, part: Part) -> Embedded:
         if ids.shape[1] > 1:
             own = part.features["attention_mask"][rows]
             last = own.shape[1] - 1 - own.flip(1).argmax(1)  # (R,): index of each row's last token
-            last = _positions_of(first_position_ids[0] if first_position_ids else None, rows, last, len(states))
+            positions = first_position_ids[0] if first_position_ids else None
+            if positions is not None:  # (B, T), (1, T), or (A, B, T) for mRoPE with A axes; else they count from 0
+                last = positions.expand(*positions.shape[:-2], len(states), -1)[..., rows, last]
             read = decoder(
                 inputs_embeds=model.get_input_embeddings()(ids[:, :-1]),
                 attention_mask=_behind_btoks(mask, len(call.btoks)),
@@ -258,23 +260,6 @@ def _btok_cache(filled: DynamicCache, rows: Tensor, places: Tensor, width: int) 
             'such layers, or gradient checkpointing switches the cache off. Use route="attention" or "prefix".'
         )
     return cache
-
-
-def _positions_of(positions: Tensor | None, rows: Tensor, places: Tensor, batch_size: int) -> Tensor:
-    """The position id that the backbone gives to one token of each row.
-
-    Args:
-        positions: (B, T), (1, T), or (A, B, T) for mRoPE with A axes; None where the backbone counts from 0.
-        rows: (R,) rows with a target.
-        places: (R,) index of the token in each of them.
-        batch_size: B.
-
-    Returns:
-        (R,), or (A, R).
-    """
-    if positions is None:
-        return places
-    return positions.expand(*positions.shape[:-2], batch_size, -1)[..., rows, places]
 
 
 # --- which route a backbone can take ----------------------------------------------------------------
