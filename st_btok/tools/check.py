@@ -11,7 +11,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
@@ -77,7 +77,8 @@ def check(
     Returns:
         The verdicts, in the order of measurement. If the model can't be built there is one, which says why.
     """
-    with _quiet(), _threads_restored():
+    with _quiet(), ExitStack() as after:
+        after.callback(torch.set_num_threads, torch.get_num_threads())
         return _check(backbone, progress, **options)
 
 
@@ -127,17 +128,15 @@ def _check(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No bars for weights that are loaded and written again on purpose; those of a download stay."""
-    before, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # which takes those of downloads with it
-    if downloads:
-        enable_progress_bars()
-    try:
+    with ExitStack() as after:
+        after.callback(disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars)
+        if transformers_logging.is_progress_bar_enabled():
+            after.callback(transformers_logging.enable_progress_bar)
+        downloads = not are_progress_bars_disabled()
+        transformers_logging.disable_progress_bar()  # which takes those of downloads with it
+        if downloads:
+            enable_progress_bars()
         yield
-    finally:
-        if before:
-            transformers_logging.enable_progress_bar()
-        if not downloads:
-            disable_progress_bars()
 
 
 @contextmanager
@@ -146,26 +145,13 @@ def _expected_unsaid() -> Iterator[None]:
 
     They come back for what the caller does next. Those of building the model are not touched: they are about it.
     """
-    loggers = [logging.getLogger(name) for name in ("transformers", "sentence_transformers", "st_btok")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextmanager
-def _threads_restored() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    try:
+    with warnings.catch_warnings(), ExitStack() as after:
+        for name in ("transformers", "sentence_transformers", "st_btok"):
+            logger = logging.getLogger(name)
+            after.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _measure(name: str, measure: Callable[[], Measured]) -> Verdict:
