@@ -30,7 +30,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from st_btok.inputs.fetch import MediaOptions, Opened, open_source
 
@@ -50,16 +50,6 @@ _STRIP = 256  # rows that are laid over a background, or shrunk, at a time
 _ONE_LARGE_IMAGE = threading.Lock()  # else the threads that read ahead would hold several
 # Loading changes an image object, and the caller may have put one object into many rows, which several threads read.
 _ONE_READER_EACH = [threading.Lock() for _ in range(64)]
-# How each value of EXIF's orientation is turned upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -237,7 +227,7 @@ def normalise(image: Image.Image, background: str | None = None) -> Image.Image:
 
     The given image is left as it is. `background` as for `rgb_image`.
     """
-    turn, lies_over = _turn(image), background if image.has_transparency_data else None
+    orientation, lies_over = _orientation(image), background if image.has_transparency_data else None
     factor = _factor(image)
     image = _eight_bits(image)
     if factor == 1 and lies_over is None:
@@ -249,15 +239,18 @@ def normalise(image: Image.Image, background: str | None = None) -> Image.Image:
             strip = image.crop((0, top, image.width, min(top + _STRIP * factor, image.height)))
             strip = strip.convert("RGB") if lies_over is None else _without_transparency(strip, lies_over)
             pixels.paste(strip.reduce(factor), (0, top // factor))
-    return pixels if turn is None else pixels.transpose(turn)
+    if orientation != 1:
+        pixels.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(pixels, in_place=True)
+    return pixels
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns an image upright."""
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says of it; 1 is upright."""
     try:
-        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken metadata, which differ in what they raise
-        return None
+        return 1
 
 
 def _without_transparency(strip: Image.Image, background: str) -> Image.Image:
