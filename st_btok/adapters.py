@@ -22,6 +22,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -321,7 +322,8 @@ def _origin_config(backbone: PreTrainedModel) -> PreTrainedConfig | None:
 
 def _held_rows(backbone: PreTrainedModel) -> list[set[int]]:
     """The tokens whose rows each adapter of the model holds."""
-    return [_token_rows(adapter.trainable_token_indices) for adapter in getattr(backbone, "peft_config", {}).values()]
+    given = [adapter.trainable_token_indices or [] for adapter in getattr(backbone, "peft_config", {}).values()]
+    return [set(chain.from_iterable(one.values())) if isinstance(one, dict) else set(one) for one in given]
 
 
 def warn_of_lost_btoks(model: SentenceTransformer) -> None:
@@ -336,11 +338,6 @@ def warn_of_lost_btoks(model: SentenceTransformer) -> None:
         "merge_adapters(model).",
         origin,
     )
-
-
-def _token_rows(given: list[int] | dict[str, list[int]] | None) -> set[int]:
-    """The tokens of `trainable_token_indices`, whatever its form."""
-    return {token for tokens in given.values() for token in tokens} if isinstance(given, dict) else set(given or ())
 
 
 def _changed_weight(backbone: PreTrainedModel, origin: str, held: set[int]) -> str | None:
