@@ -116,8 +116,7 @@ def build_model(
         raise ValueError(f'readout must be "mean", "last" or "attention", got {readout!r}. BTokPooling has one more.')
     if template not in ("chat", "plain"):
         raise ValueError(f'template must be "chat" or "plain", got {template!r}.')
-    if not isinstance(num_btoks, int) or num_btoks < 1:
-        raise ValueError(f"num_btoks must be a whole number, at least 1, got {num_btoks!r}. The paper uses 4.")
+    btok_tokens(num_btoks)  # refuses what is no number of tokens
     if prompts is not None and not isinstance(prompts, dict):
         raise ValueError(f'prompts must be instructions by name, such as {{"query": "Find: "}}, got {prompts!r}.')
     if not isinstance(backbone, str | Path | PreTrainedModel):
@@ -138,17 +137,17 @@ def build_model(
             config_kwargs=config_kwargs,
             unpad_inputs=False,  # WordWeights reads the attention mask, which flattened batches lack
         )
-        check_weights(transformer.model, path, model_kwargs or {})
-        _settle_tying(transformer.model.config, path, model_kwargs or {})
+        check_weights(transformer.model, path, model_kwargs)
+        _settle_tying(transformer.model.config, path, model_kwargs)
         # So that an untied LM head is read from the same commit later, whatever the name stands for by then.
-        remember_commit(transformer.model.config, commit_of(path, **hub_arguments(model_kwargs or {})))
+        remember_commit(transformer.model.config, commit_of(path, **hub_arguments(model_kwargs)))
     if named and isinstance(backbone, PreTrainedModel):  # a part: where the whole lies, its LM head is found again
         transformer.model.name_or_path = transformer.model.config.name_or_path = named
     warn_of_neighbours(transformer.model.config, max_seq_length)
     tokenizer = tokenizer_of(transformer)
     check_pad_token(tokenizer)
     ids = add_btoks(transformer.model, tokenizer, num_btoks, init, seed)
-    _set_template(transformer, template, num_btoks, (processor_kwargs or {}).get("chat_template"))
+    _set_template(transformer, template, num_btoks, processor_kwargs.get("chat_template"))
     _set_processing(transformer, max_seq_length, min_pixels, max_pixels)
     _check_rows(transformer, ids)
     frame_bare_text(transformer)
@@ -157,7 +156,7 @@ def build_model(
         pooling = BTokPooling(transformer.get_embedding_dimension(), ids, readout).to(transformer.model.dtype)
     own = readout == "attention"
     matrix_rows = len(transformer.model.get_input_embeddings().get_parameter("weight"))
-    if (model_kwargs or {}).get("device_map") is not None:
+    if model_kwargs.get("device_map") is not None:
         device = str(transformer.model.device)  # else a model that was sent to cuda:1 would be moved to cuda:0
     modules = [transformer, *([pooling] if own else pooling.stock_modules(tokenizer, matrix_rows)), Normalize()]
     if readout != "last":
@@ -394,7 +393,12 @@ def _set_processing(
             "size through processor_kwargs."
         )
     transformer.processing_kwargs = kwargs
-    _fix_video_cap(transformer)
+    # Whether a video's frames share one budget of pixels: transformers 5.22 warns that the default will change. True
+    # is what later versions do whatever is asked, and what the backbones' authors do (qwen-vl-utils). It makes no
+    # difference up to about 300 frames of Qwen2-VL's largest size.
+    video_processor: Any = getattr(transformer.processor, "video_processor", None)
+    if getattr(video_processor, "cap_pixels_per_frame", False) is None:
+        video_processor.cap_pixels_per_frame = True
     set_max_seq_length(transformer, limit)
 
 
@@ -411,17 +415,6 @@ def _pixels_that_fit(transformer: Transformer, pixels: int, lower: int, limit: i
         limit, pixels // pixels_per_token, pixels, fitting, fitting // pixels_per_token,
     )  # fmt: skip
     return fitting
-
-
-def _fix_video_cap(transformer: Transformer) -> None:
-    """Save whether a video's frames share one budget of pixels: transformers 5.22 warns that the default will change.
-
-    True is what later versions will do whatever is asked, and what the backbones' authors do (qwen-vl-utils). It makes
-    no difference up to about 300 frames of Qwen2-VL's largest size.
-    """
-    processor: Any = getattr(transformer.processor, "video_processor", None)
-    if getattr(processor, "cap_pixels_per_frame", False) is None:
-        processor.cap_pixels_per_frame = True
 
 
 def _check_rows(transformer: Transformer, ids: list[int]) -> None:

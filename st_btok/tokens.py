@@ -40,8 +40,8 @@ def btok_tokens(num_btoks: int) -> list[str]:
     Raises:
         ValueError: If `num_btoks` is smaller than 1.
     """
-    if num_btoks < 1:
-        raise ValueError(f"num_btoks must be at least 1, got {num_btoks}. The paper uses 4.")
+    if not isinstance(num_btoks, int) or num_btoks < 1:
+        raise ValueError(f"num_btoks must be a whole number, at least 1, got {num_btoks!r}. The paper uses 4.")
     return [f"<|btok_{index}|>" for index in range(num_btoks)]
 
 
