@@ -38,7 +38,8 @@ def frame_bare_text(transformer: Transformer) -> bool:
     frame = _frame(tokenizer, structured=transformer.modality_config["message"]["format"] == "structured")
     if frame is None:
         return False
-    parts = [_part(tokenizer, name, ids) for name, ids in zip(("<head>", "<tail>"), frame, strict=True) if ids]
+    named = [(name, ids) for name, ids in zip(("<head>", "<tail>"), frame, strict=True) if ids]
+    parts = [{"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)} for name, ids in named]
     single = ["<head>:0", "$A:0", "<tail>:0"] if frame[0] else ["$A:0", "<tail>:0"]
     pair = [*single[:-1], "$B:0", "<tail>:0"]
     framing = processors.TemplateProcessing(single=single, pair=pair, special_tokens=parts)
@@ -61,11 +62,6 @@ def _frame(tokenizer: PreTrainedTokenizerBase, structured: bool) -> tuple[list[i
             return None
         found.add((tuple(before), tuple(after)))
     return None if len(found) != 1 else (list(before), list(after))
-
-
-def _part(tokenizer: PreTrainedTokenizerBase, name: str, ids: list[int]) -> dict[str, Any]:
-    """Tokens as one special token of a `TemplateProcessing`."""
-    return {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
 
 
 def _byte_level(backend: Tokenizer) -> list[Any]:

@@ -78,13 +78,14 @@ def append_btoks(
     # opened, it stands between the input and the BToks and changes the embedding (cosine 0.94), without an error.
     chat_template = f"{{%- set add_generation_prompt = false -%}}{chat_template}"
     control = [*names, *control_tokens]
+    adapt = f"{{%- set lacks = {sorted(lacks)} -%}}{template_part('adapt')}" if lacks else ""
     return "".join(
         [
             pin_date(chat_template),
             _quick(control, lacks),
             # A macro, because `bound` renders an input that is too long a second time.
             f"{{%- macro own(messages) -%}}{chat_template}{{%- endmacro -%}}\n",
-            f"{{%- macro turns(messages) -%}}{_adapt(lacks)}{{{{- own(messages) -}}}}{{%- endmacro -%}}\n",
+            f"{{%- macro turns(messages) -%}}{adapt}{{{{- own(messages) -}}}}{{%- endmacro -%}}\n",
             "{%- if quick -%}{{- own(messages) -}}{%- else -%}\n",
             _control(control),
             *map(template_part, ("look", "unwrap", "guard", "shorten")),
@@ -117,13 +118,6 @@ def pin_date(chat_template: str) -> str:
     directives = [f"%{flag}{letter}" for letter in "aAbBdmyYHIMSfpjUWwuGV" for flag in ("", "-")]
     replaced = "".join(f".replace('{name}', '{DATE.strftime(name)}')" for name in directives)
     return f"{{%- macro strftime_now(format) -%}}{{{{- format{replaced} -}}}}{{%- endmacro -%}}\n"
-
-
-def _adapt(lacks: Collection[Lack]) -> str:
-    """What rewrites `messages` for a template that lacks something."""
-    if not lacks:
-        return ""
-    return f"{{%- set lacks = {sorted(lacks)} -%}}{template_part('adapt')}"
 
 
 def _quick(names: Sequence[str], lacks: Collection[Lack]) -> str:

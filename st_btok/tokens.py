@@ -145,19 +145,13 @@ def add_btoks(
     head = model.get_output_embeddings()
     if head is not None and head.weight is not matrices[0]:
         matrices.append(head.get_parameter("weight"))
-    matrices += _further_matrices(model, matrices[0])
+    # What a decoder looks up by token beside its embedding matrix: one for its layers (Gemma 3n, Gemma 4).
+    tables = [part.get_parameter("weight") for part in model.get_decoder().modules() if isinstance(part, nn.Embedding)]
+    matrices += [table for table in tables if table is not matrices[0] and len(table) == len(matrices[0])]
     # Always written: many matrices have spare rows, so that a resize does nothing and the rows would stay untrained.
     for matrix in matrices:
         _write_rows(matrix, ids, source_ids, num_tokens, seed)
     return ids
-
-
-def _further_matrices(model: PreTrainedModel, matrix: Tensor) -> list[nn.Parameter]:
-    """What a decoder looks up by token beside its embedding matrix: one for its layers (Gemma 3n, Gemma 4)."""
-    own = (
-        module.get_parameter("weight") for module in model.get_decoder().modules() if isinstance(module, nn.Embedding)
-    )
-    return [weight for weight in own if weight is not matrix and len(weight) == len(matrix)]
 
 
 def _source_ids(tokenizer: PreTrainedTokenizerBase, init: str, num_btoks: int) -> list[int] | None:

@@ -283,20 +283,16 @@ class _Timeline:
     def metadata(self, picks: Sequence[int]) -> dict[str, Any] | None:
         """Rate and numbers, of which number / rate is the time."""
         total, seconds = len(self.times), float((self.times[-1] - self.times[0] + self.gap()) * self.base)
-        if self.is_constant():
-            rate = self.rate
-            if total > 1 and seconds and not (rate and abs(rate * seconds / total - 1) < 0.01):
-                rate = total / seconds
-            if not rate:
-                return None
-            return {"fps": rate, "total_num_frames": total, "duration": total / rate, "frames_indices": list(picks)}
-        numbers = [round(1000 * (self.times[pick] - self.times[0]) * self.base) for pick in picks]
-        return {
-            "fps": 1000.0,
-            "total_num_frames": round(1000 * seconds),
-            "duration": seconds,
-            "frames_indices": numbers,
-        }
+        if not self.is_constant():
+            numbers = [round(1000 * (self.times[pick] - self.times[0]) * self.base) for pick in picks]
+            total, rate = round(1000 * seconds), 1000.0
+            return {"fps": rate, "total_num_frames": total, "duration": seconds, "frames_indices": numbers}
+        rate = self.rate or 0.0
+        if total > 1 and seconds and not (rate and abs(rate * seconds / total - 1) < 0.01):
+            rate = total / seconds
+        if not rate:
+            return None
+        return {"fps": rate, "total_num_frames": total, "duration": total / rate, "frames_indices": list(picks)}
 
 
 def _decode(

@@ -105,7 +105,9 @@ def convert(src: str | Path, dst: str | Path, base: str | Path | None = None) ->
     target.parent.mkdir(parents=True, exist_ok=True)
     # Before the work, which takes minutes for a large model: a place that can't be written to is found now.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        backbone, pooling, pipeline = _read_adapter(source, base) if _is_adapter(source) else _read_full(source)
+        backbone, pooling, pipeline = (
+            _read_adapter(source, base) if (source / "adapter_config.json").exists() else _read_full(source)
+        )
         processor = _read_processor([source, pipeline.folder], pipeline.num_btoks)
         model = _assemble(backbone, processor, pooling, pipeline)
         written = Path(folder) / "checkpoint"
@@ -114,10 +116,6 @@ def convert(src: str | Path, dst: str | Path, base: str | Path | None = None) ->
             target.rmdir()
         written.rename(target)
     return target
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").exists()
 
 
 def _read_full(folder: Path) -> tuple[PreTrainedModel, dict[str, Tensor], Pipeline]:

@@ -109,12 +109,14 @@ class CachedBTokLoss(nn.Module):
         weight = self.loss.weight()
         targets: list[list[Tensor] | None] = self.loss.targets(columns) if weight else [None] * len(columns)
         cache = _GradCache(self, weight, sum(len(target) for column in targets if column for target in column))
-        wholes = [Part(features, target) for features, target in zip(columns, targets, strict=True)]
-        self._orders = [self._order(whole) for whole in wholes]
-        prepared = [
-            self._prepared(number, whole, order)
-            for number, (whole, order) in enumerate(zip(wholes, self._orders, strict=True))
-        ]
+        self._orders, prepared = [], []
+        for number, (features, target) in enumerate(zip(columns, targets, strict=True)):
+            whole = Part(features, target)
+            offsets = row_offsets(features, self.loss.reader.media_tokens)
+            self._orders.append(self._order(whole))
+            column = _Column(number, whole, offsets, self._orders[-1])
+            # The mixin counts the rows of `input_ids`, and asks for mini-batches by begin and end.
+            prepared.append({"input_ids": features["input_ids"], _COLUMN: column})
         cached = cache.forward_cached(prepared)
         self.loss.report(columns, targets, cache.ranking, cache.nll, cache.tokens, weight)
         # The mixin's second pass starts from the gradient of one tensor, `cached`. Both parts have their values, so
@@ -126,11 +128,6 @@ class CachedBTokLoss(nn.Module):
         """Row numbers in the order in which mini-batches take them: by length, if there are several mini-batches."""
         rows = len(column.features["input_ids"])
         return list(range(rows)) if rows <= self.mini_batch_size else sorted_by_length(row_lengths(column))
-
-    def _prepared(self, number: int, column: Part, order: list[int]) -> dict[str, Any]:
-        """A column for the mixin, which counts the rows of `input_ids` and asks for mini-batches by begin and end."""
-        offsets = row_offsets(column.features, self.loss.reader.media_tokens)
-        return {"input_ids": column.features["input_ids"], _COLUMN: _Column(number, column, offsets, order)}
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
