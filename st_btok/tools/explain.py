@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -242,7 +241,9 @@ def btok_attention(
     training = model.training
     model.eval()
     try:
-        with _eager(transformer.model):
+        # Eager attention in every part of the model: the only kind that returns its weights.
+        parts = [part for part in transformer.model.modules() if isinstance(part, PreTrainedModel)]
+        with attention_set("eager", *{id(part.config): part.config for part in parts}.values()):
             inputs = {}
             for key, value in features.items():
                 # sentence-transformers adds counts of its own (`..._per_sample`), which no backbone takes.
@@ -267,14 +268,6 @@ def btok_attention(
         for position in medium.positions.tolist():
             texts[position] = ""  # a placeholder says nothing: its picture is drawn instead
     return BTokAttention(weights.cpu(), texts, media)
-
-
-@contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    """Eager attention in every part of the model: the only kind that returns its weights."""
-    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    with attention_set("eager", *configs.values()):
-        yield
 
 
 def find_media(transformer: Transformer, features: dict[str, Any]) -> list[Medium]:

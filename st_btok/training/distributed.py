@@ -53,21 +53,15 @@ def gather_columns(columns: list[Tensor]) -> list[Tensor]:
     return list(gather_rows(torch.stack(columns, 1)).unbind(1))
 
 
-def sum_over_processes(*values: Tensor | float) -> list[Tensor]:
-    """Float32 sums of scalars, one of them a tensor, over all processes, without gradient. A collective call."""
-    device = next(value.device for value in values if isinstance(value, Tensor))
-    sums = torch.stack([torch.as_tensor(value, device=device).detach().float() for value in values])
-    if get_world_size() > 1:
-        dist.all_reduce(sums)
-    return list(sums.unbind())
-
-
 def token_mean(total: Tensor, count: Tensor | float) -> tuple[Tensor, Tensor]:
     """Sum of `total` / sum of `count` over all processes (0 without any token), and the latter. A collective call.
 
     The gradient is that of the own tokens; `total` may be a constant 0 on a process without any.
     """
-    all_total, all_count = sum_over_processes(total, count)
+    sums = torch.stack([total.detach().float(), torch.as_tensor(count, device=total.device).float()])
+    if get_world_size() > 1:
+        dist.all_reduce(sums)
+    all_total, all_count = sums.unbind()
     tokens = all_count.clamp(min=1)
     own = total.float() / tokens
     return all_total / tokens + (own - own.detach()), all_count
