@@ -5,10 +5,6 @@ tokens of a row, M target tokens of a batch.
 
 Importing this package loads nothing heavy: a public name brings its module along when it is first asked for (PEP 562),
 so that `st-btok --help` answers at once and reading a PDF needs no LoRA.
-
-Size: 10,840 lines (`find st_btok -name '*.py' | xargs cat | wc -l`, 30 November 2026), where 7,300 were
-planned; 6,300 of them are code. `training` and `inputs` say where theirs come from. The top grew by what
-families of backbones differ in: templates, limits and heads that would be wrong in silence.
 """
 
 from __future__ import annotations
