@@ -88,11 +88,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> li
 
 
 def add_btoks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    num_btoks: int = 4,
-    init: str = "prompt",
-    seed: int = 0,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_btoks: int = 4, init: str = "prompt", seed: int = 0
 ) -> list[int]:
     """Add K bottleneck tokens to a tokenizer and write their token embeddings into the model, in place.
 

@@ -83,7 +83,7 @@ def register() -> None:
     def render(self: PoolingIOProcessor, render_params: Any) -> Any:
         rendered = stock_render(self, render_params)
         ids, tokenizer = rendered["prompts"].get("prompt_token_ids"), self.renderer.tokenizer
-        check_prompt(ids, btok_ids(tokenizer), appended_btoks(tokenizer.chat_template))
+        check_prompt(ids, tokenizer)
         if "prompts" in render_params:  # bare text; in messages the template guards it
             check_bare(ids, tokenizer.encode(""), tokenizer.all_special_ids)
         return rendered
@@ -113,19 +113,14 @@ def averaged_btoks(model: str, revision: str | None) -> int:
     return len(weights) if only_btoks and config["unknown_word_weight"] == 0 else 0
 
 
-def appended_btoks(chat_template: object) -> int | None:
-    """How many BToks a saved template appends, which is the only place where it names them; None without a template.
-
-    After `read_budget` they are fewer than the tokenizer has.
-    """
-    return len(BTOK_PATTERN.findall(chat_template)) if isinstance(chat_template, str) else None
-
-
-def check_prompt(token_ids: Sequence[int] | None, btoks: Sequence[int], appended: int | None = None) -> None:
-    """Refuse a prompt that does not end with its BToks, the first `appended` ones, or has one elsewhere."""
+def check_prompt(token_ids: Sequence[int] | None, tokenizer: Any) -> None:
+    """Refuse a prompt that does not end with its BToks, or has one elsewhere."""
+    btoks, template = btok_ids(tokenizer), tokenizer.chat_template
     if not btoks:
         return
-    ids, own = list(token_ids or []), list(btoks[:appended])
+    # A saved template names just the BToks that it appends: after `read_budget` they are fewer than the tokenizer's.
+    own = btoks[: len(BTOK_PATTERN.findall(template))] if isinstance(template, str) else btoks
+    ids = list(token_ids or [])
     if ids[-len(own) :] != own or len([token for token in ids if token in set(btoks)]) != len(own):
         raise ValueError(
             f"a prompt must end with its {len(own)} bottleneck tokens {own}, this one ends with "

@@ -15,7 +15,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn
 
 from st_btok.tools import given
@@ -43,10 +42,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"st_btok: {message} `{self.prog} --help` lists what can be given.\n")
 
 
-def _new_path(word: str) -> Path:
-    return Path(given.new_file(word))
-
-
 def check(parser: argparse.ArgumentParser) -> None:
     """Measure what holds for a backbone: one verdict a line, exit status 1 if one fails."""
     parser.add_argument(
@@ -56,7 +51,7 @@ def check(parser: argparse.ArgumentParser) -> None:
     pixels = "largest image area in pixels; fewer are faster"
     parser.add_argument("--max_pixels", "--max-pixels", type=int, help=pixels)
     parser.add_argument("--gguf_file", "--gguf-file", help="name of the .gguf file inside the path")
-    parser.add_argument("--json", type=_new_path, help="also write the verdicts to this file")
+    parser.add_argument("--json", type=given.new_file, help="also write the verdicts to this file")
     parser.set_defaults(opening=lambda options: given.duration(options["backbone"]))
 
 
@@ -90,7 +85,7 @@ def serve_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bound", type=float, default=1e-4, help="largest difference that counts as equal (default: 1e-4, float32)"
     )
-    parser.add_argument("--json", type=_new_path, help="also write the answers to this file")
+    parser.add_argument("--json", type=given.new_file, help="also write the answers to this file")
 
 
 def export(parser: argparse.ArgumentParser) -> None:

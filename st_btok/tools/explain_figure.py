@@ -31,10 +31,7 @@ _WIDTH = 2.4  # inches of a panel
 
 
 def draw_attention(
-    attention: BTokAttention,
-    path: str | Path,
-    pictures: Sequence[Image.Image | np.ndarray] = (),
-    title: str = "",
+    attention: BTokAttention, path: str | Path, pictures: Sequence[Image.Image | np.ndarray] = (), title: str = ""
 ) -> None:
     """Write the heat maps of one input to a PNG.
 
@@ -121,7 +118,7 @@ def main(
     image: str | None,
     text: str | None,
     prompt: str | None,
-    out: str,
+    out: Path,
     layers: list[int] | None,
     beams: int,
 ) -> int:

@@ -53,14 +53,14 @@ def folder(word: str) -> str:
     return word
 
 
-def new_file(word: str) -> str:
+def new_file(word: str) -> Path:
     """A file that can be written: known before a minute of work is lost for want of its folder."""
     path = Path(word)
     if path.is_dir():
         raise ArgumentTypeError(f"must be a file to write, {word} is a folder: add a file name.")
     if not path.parent.is_dir():
         raise ArgumentTypeError(f"the folder of a file to write must exist, there is no {path.parent}: make it first.")
-    return word
+    return path
 
 
 def duration(backbone: str) -> str:

@@ -136,10 +136,7 @@ def _unequal_videos(subject: Subject) -> Measured:
     if "video" not in subject.single:
         raise NotApplicable("the backbone takes no video")
     first = subject.samples["video"][0]["video"]
-    samples: list[Any] = [
-        {"video": first, "text": "what?"},
-        {"video": _longer(first), "text": "what?"},
-    ]
+    samples: list[Any] = [{"video": first, "text": "what?"}, {"video": _longer(first), "text": "what?"}]
     expected = np.concatenate([subject.model.encode([sample]) for sample in samples])
     return _difference(subject.model.encode(samples), expected), 1e-5, "4 and 6 frames in one batch and one by one"
 

@@ -72,12 +72,7 @@ class CachedBTokLoss(nn.Module):
     loss_class = BTokLoss
 
     def __init__(
-        self,
-        model: SentenceTransformer,
-        *,
-        mini_batch_size: int = 32,
-        show_progress_bar: bool = False,
-        **options: Any,
+        self, model: SentenceTransformer, *, mini_batch_size: int = 32, show_progress_bar: bool = False, **options: Any
     ) -> None:
         super().__init__()
         if mini_batch_size < 1:

@@ -195,12 +195,7 @@ class BTokCallback(TrainerCallback):
         self._follow(state, kwargs.get("model"), finished=True)
 
     def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: Any,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Add the means to the entry that is being logged."""
         # The Trainer logs `loss` in training, and `eval_loss`, `eval_NAME_loss` or the like at the end of each

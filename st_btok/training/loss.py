@@ -34,24 +34,12 @@ from st_btok.model_parts import LogitRule, find_btoks, unwrap
 from st_btok.pooling import check_btoks
 from st_btok.training.callback import CITATION, BTokCallback, Measured, Schedule, half_precision_warning, in_modifier
 from st_btok.training.content import content_reader, read_content
-from st_btok.training.distributed import (
-    across_processes,
-    gather_columns,
-    gather_rows,
-    parameters_in_use,
-    token_mean,
-)
+from st_btok.training.distributed import across_processes, gather_columns, gather_rows, parameters_in_use, token_mean
 from st_btok.training.lm_head import own_head, own_logits
 from st_btok.training.negatives import FilteredSimilarity, content_fingerprints
 from st_btok.training.routes import ALL_LAYERS, ROUTES, Call, Embedded, Likelihood, Route, choose_route, plain
 from st_btok.training.splitting import Part, call_cost, split_by_length, unsort
-from st_btok.training.targets import (
-    TARGET_SIDES,
-    JointBatch,
-    TargetSide,
-    choose_targets,
-    join_targets,
-)
+from st_btok.training.targets import TARGET_SIDES, JointBatch, TargetSide, choose_targets, join_targets
 from st_btok.training.vocabulary_loss import SummedCrossEntropy
 
 logger = logging.getLogger(__name__)

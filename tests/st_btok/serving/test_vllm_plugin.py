@@ -58,9 +58,8 @@ def test_what_is_let_in_is_pooled_as_encode_does(plugin, budget, tmp_path):
     tokenizer, served = AutoTokenizer.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path).eval()
     pooling = plugin.BTokMeanPool(plugin.averaged_btoks(str(tmp_path), None))
     chat = [{"role": "user", "content": QUESTION}]
-    appended = plugin.appended_btoks(tokenizer.chat_template)
     for ids in (tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"], tokenizer.encode(QUESTION)):
-        plugin.check_prompt(ids, btok_ids(tokenizer), appended)
+        plugin.check_prompt(ids, tokenizer)
         plugin.check_bare(ids, tokenizer.encode(""), tokenizer.all_special_ids)
         with torch.no_grad():
             states = served(torch.tensor([ids])).last_hidden_state[0]
@@ -69,4 +68,4 @@ def test_what_is_let_in_is_pooled_as_encode_does(plugin, budget, tmp_path):
         np.testing.assert_allclose(torch.nn.functional.normalize(pooled, dim=0), expected, atol=1e-5)
         for wrong in (ids[:-1], [*ids[:-budget], *btok_ids(tokenizer)[::-1]], [btok_ids(tokenizer)[0], *ids]):
             with pytest.raises(ValueError, match="must end with its"):
-                plugin.check_prompt(wrong, btok_ids(tokenizer), appended)
+                plugin.check_prompt(wrong, tokenizer)
