@@ -24,22 +24,12 @@ class TooLongError(ValueError):
 def truncate_to_limit(
     value: Any, preprocess: Callable[[Any], dict[str, Any]], limit: int, tokenizer: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Cut the text of an input with media so that it keeps the limit, and no more than needed.
+    """An input with media and its features, its text cut so that it keeps the limit, and no more than needed.
 
     The input is preprocessed whole first. Only if that is too long, its text is cut, to at most 4 tokens below the
-    limit. So `model.max_seq_length` holds for every input, whenever it was set.
-
-    Args:
-        value: A normalised input: dict, medium or conversation.
-        preprocess: Gives the features of one input, without any limit.
-        limit: Tokens of a whole input.
-        tokenizer: The model's tokenizer.
-
-    Returns:
-        The input and its features.
-
-    Raises:
-        TooLongError: If it is too long even without text.
+    limit. So `model.max_seq_length` holds for every input, whenever it was set. `preprocess` gives the features of one
+    normalised input (dict, medium or conversation) without any limit. A `TooLongError` if it is too long even without
+    text.
     """
     texts: list[str] = []
     shortened(value, lambda text: texts.append(text) or text)  # type: ignore[func-returns-value]

@@ -128,22 +128,13 @@ def serve_check(
     bound: float = BOUND,
     progress: Callable[[Answer], None] | None = None,
 ) -> list[Answer]:
-    """Compare a server with sentence-transformers in every form of request.
+    """Compare a server with sentence-transformers: one answer for each form of request and row.
 
-    Args:
-        url: Root of an OpenAI-compatible server, such as `http://localhost:8000`.
-        model: The saved model that it serves, or the model itself.
-        name: The served model's name. Default: the first one that `/v1/models` lists.
-        bound: Largest difference of an entry that counts as equal. Default 1e-4, for float32 on both sides.
-        progress: Called with each answer.
-
-    Returns:
-        One answer for each form and row; rows with media have no answer for `"input"`, and models with
-        `readout="last"` none for the token states.
-
-    Raises:
-        ConnectionError: If nothing answers at `url`.
-        ValueError: If the model is not a BTok model, or the server lists no model.
+    `url` is the root of an OpenAI-compatible server, such as `http://localhost:8000`; `name` the served model's, by
+    default the first one that `/v1/models` lists; `bound` the largest difference of an entry that counts as equal.
+    `progress` is called with each answer. Rows with media have no answer for `"input"`, and models with
+    `readout="last"` none for the token states. A `ConnectionError` if nothing answers, a `ValueError` if the model is
+    no BTok model, or none is listed.
     """
     encoder = model if isinstance(model, SentenceTransformer) else SentenceTransformer(str(model))
     transformer, ids = find_btoks(encoder)

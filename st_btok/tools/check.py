@@ -66,16 +66,10 @@ def check(
     progress: Callable[[Verdict], None] | None = None,
     **options: Any,
 ) -> list[Verdict]:
-    """Measure every invariant on one model.
+    """Measure every invariant on one model; `progress` is called with each verdict as soon as it is there.
 
-    Args:
-        backbone: Anything that `build_model` takes, the checkpoint of an adapter, or a finished BTok model, of which a
-            copy is measured.
-        progress: Called with each verdict as soon as it is there.
-        **options: For `build_model`, such as `processor`, `template` or `max_pixels`.
-
-    Returns:
-        The verdicts, in the order of measurement. If the model can't be built there is one, which says why.
+    `backbone` is anything that `build_model` takes, with its `options`, the checkpoint of an adapter, or a finished
+    BTok model, of which a copy is measured. If the model can't be built there is one verdict, which says why.
     """
     with _quiet(), ExitStack() as after:
         after.callback(torch.set_num_threads, torch.get_num_threads())

@@ -125,16 +125,11 @@ def parser_of_all() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command.
+    """Run one command with the process' own arguments, or these; returns the exit status.
 
-    An error that this package raises on purpose, and any of the file system or the hub, becomes one line, unless
-    `--traceback` is given; any other keeps its traceback, which a report of a bug needs.
-
-    Args:
-        arguments: Default: those of the process.
-
-    Returns:
-        The exit status: what the command returns (0: fine), 2 for an error in what it was given, 130 for Ctrl-C.
+    An error that this package raises on purpose, and any of the file system or the hub, becomes one line and the
+    status 2, unless `--traceback` is given; any other keeps its traceback, which a report of a bug needs. Ctrl-C is
+    130.
     """
     options = vars(parser_of_all().parse_args(arguments))
     name, traced = options.pop("command"), options.pop("traceback")

@@ -70,27 +70,18 @@ class Pipeline:
 
 
 def convert(src: str | Path, dst: str | Path, base: str | Path | None = None) -> Path:
-    """Read a checkpoint of the authors' release and write a plain sentence-transformers checkpoint.
+    """Read a checkpoint of the authors' release and write a plain sentence-transformers checkpoint to `dst`.
 
-    Everything is checked and written beside `dst` first, so `dst` is complete or absent. An adapter is merged in
-    float32 and stored in the dtype of its base model. An untied LM head (7B) is no part of an embedder; for further
-    training with condensation name it: `BTokLoss(model, lm_head="Qwen/Qwen2-VL-7B-Instruct")`. The learned pooling
-    of their v2 preset becomes `BTokPooling("attention")`, which loads with `trust_remote_code=True` and this package.
+    Everything is checked and written beside `dst` first, so `dst` is complete or absent; it must not exist, or be
+    empty. An adapter is merged in float32 and stored in the dtype of its base model. An untied LM head (7B) is no part
+    of an embedder; for further training with condensation name it: `BTokLoss(model,
+    lm_head="Qwen/Qwen2-VL-7B-Instruct")`. The learned pooling of their v2 preset becomes `BTokPooling("attention")`,
+    which loads with `trust_remote_code=True` and this package.
 
-    Args:
-        src: Directory of a full checkpoint or of an adapter.
-        dst: Directory to write; must not exist, or be empty.
-        base: For adapters: the base model directory, or the backbone (path or hub name), where the paths that SRC
-            names are no longer valid. Default: those paths, as written and relative to the directory that names them.
-
-    Returns:
-        `dst`.
-
-    Raises:
-        FileNotFoundError: If a file or the base model is missing.
-        ValueError: If SRC is not such a checkpoint, names a module, adapter or pipeline this converter does not know,
-            or its tensors are not those of its backbone.
-        FileExistsError: If `dst` exists and is not empty.
+    `base`, for adapters: the base model directory, or the backbone (path or hub name), where the paths that SRC names
+    are no longer valid. Default: those paths, as written and relative to the directory that names them. Raises
+    `FileNotFoundError` if a file or the base model is missing, `FileExistsError` if `dst` is not empty, and
+    `ValueError` if SRC is not such a checkpoint, or holds something this converter does not know.
     """
     source, target = Path(src), Path(dst)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

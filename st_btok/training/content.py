@@ -118,21 +118,13 @@ class ContentCarrier:
     """A `preprocess` whose features carry the content of their rows.
 
     An object and not a closure: it is copied with its module, and sent to the workers of a data loader.
-
-    Args:
-        transformer: The module.
-
-    Attributes:
-        max_tokens: Ids that are carried of one text at most, 64 or what a reader needs more.
-        instructions: Texts that are left out where a row's text begins with them, longest first.
-        end: The id that closes targets; -1 until rows of every kind came back.
     """
 
     def __init__(self, transformer: Transformer) -> None:
         self.transformer = transformer
-        self.max_tokens = 64
-        self.instructions: list[str] = []
-        self.end = _NONE
+        self.max_tokens = 64  # ids that are carried of one text at most
+        self.instructions: list[str] = []  # beginnings of texts that are left out, longest first
+        self.end = _NONE  # the id that closes targets, once rows of every kind came back
         self.media_tokens = media_tokens(transformer)
         tokenizer = tokenizer_of(transformer)
         names = control_tokens(tokenizer, str(tokenizer.chat_template))

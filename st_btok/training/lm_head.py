@@ -23,19 +23,10 @@ def output_embeddings(model: PreTrainedModel, lm_head: nn.Module | Tensor | str 
     """The (V, D) matrix that turns last-layer states into logits.
 
     A BTok model holds the backbone without its LM head. Where the head is tied to the input embeddings, their matrix
-    is the head. Else (most 7B models) it is read from the checkpoint that the backbone came from, by the class that
-    transformers builds for generation, and stays out of the saved embedder.
-
-    Args:
-        model: The backbone inside the `Transformer` module.
-        lm_head: An LM head (module or matrix) to use, or the name or path of a checkpoint to read it from. Default:
-            the head of the checkpoint in `model.config.name_or_path`, or the tied matrix.
-
-    Returns:
-        The matrix; a tied one is the live parameter, unless `lm_head` names a checkpoint.
-
-    Raises:
-        ValueError: If the head is not tied and can't be found.
+    is the head: the live parameter. Else (most 7B models) it is read from the checkpoint that the backbone came from,
+    by the class that transformers builds for generation, and stays out of the saved embedder. `lm_head` is an LM head
+    (module or matrix) to use, or the name or path of a checkpoint to read it from. A `ValueError` if it is not tied
+    and can't be found.
     """
     if isinstance(lm_head, nn.Module):
         lm_head = lm_head.get_parameter("weight")

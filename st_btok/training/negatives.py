@@ -53,14 +53,7 @@ class FilteredSimilarity:
     For anchor i, a candidate other than its own is dropped if the batch itself says that it is no negative: a document
     that is the positive of a query with the content of q_i (a duplicate of d_i, or the second answer of a query that
     stands in the batch twice), or a query whose positive has the content of d_i. It is also dropped if it scores above
-    sim(q_i, d_i) + `margin`.
-
-    Args:
-        similarity_fct: The similarity it wraps.
-        margin: At least 0, in units of the similarity.
-
-    Raises:
-        ValueError: If the margin is negative: the positive itself would count as false.
+    sim(q_i, d_i) + `margin`, at least 0, in units of the similarity.
     """
 
     def __init__(self, similarity_fct: Callable[[Tensor, Tensor], Tensor], margin: float) -> None:
