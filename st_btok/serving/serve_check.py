@@ -176,21 +176,13 @@ def rows_of(transformer: Transformer, btok_ids: list[int]) -> list[Row]:
     rows = [Row(name, text, [{"type": "text", "text": text}]) for name, text in texts.items()]
     if "image" in transformer.modality_config:
         blocks = np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8).repeat(14, 0).repeat(14, 1)
-        image = Image.fromarray(blocks)
-        part, text = _image_part(image), {"type": "text", "text": "What is it?"}
+        image, file = Image.fromarray(blocks), io.BytesIO()
+        image.save(file, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        part, text = {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}
         rows.append(Row("image", {"image": image}, [part]))
         rows.append(Row("image and text", {"image": image, "text": "What is it?"}, [part, text]))
     return rows
-
-
-def _image_part(image: Image.Image) -> dict[str, Any]:
-    """An image as part of a message, lossless."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"},
-    }
 
 
 def _template_arguments(transformer: Transformer) -> dict[str, Any]:

@@ -71,16 +71,6 @@ def check(
     `backbone` is anything that `build_model` takes, with its `options`, the checkpoint of an adapter, or a finished
     BTok model, of which a copy is measured. If the model can't be built there is one verdict, which says why.
     """
-    with _quiet(), ExitStack() as after:
-        after.callback(torch.set_num_threads, torch.get_num_threads())
-        return _check(backbone, progress, **options)
-
-
-def _check(
-    backbone: str | Path | PreTrainedModel | SentenceTransformer,
-    progress: Callable[[Verdict], None] | None,
-    **options: Any,
-) -> list[Verdict]:
     verdicts: list[Verdict] = []
 
     def add(verdict: Verdict) -> None:
@@ -88,35 +78,37 @@ def _check(
         if progress is not None:
             progress(verdict)
 
-    owned = not isinstance(backbone, SentenceTransformer)
-    try:
-        # A copy, because everything is measured in float32 and in evaluation mode.
-        if isinstance(backbone, SentenceTransformer):
-            model = copy.deepcopy(backbone)
-        elif isinstance(backbone, str | Path) and Path(backbone, "adapter_config.json").exists():
-            model = SentenceTransformer(str(backbone), device=options.get("device"))
-            change = base_change(model)
-            add(Verdict("base of the adapter", "failed" if change else "ok", note=change or ""))
-        else:
-            model = build_model(backbone, **options)
-        transformer, _ = find_btoks(model)
-    except Exception as error:
-        hint = near_path(backbone) if isinstance(error, OSError) and isinstance(backbone, str) else ""
-        add(Verdict("build", "failed", note=first_line(error) + hint))
+    with _quiet(), ExitStack() as after:
+        after.callback(torch.set_num_threads, torch.get_num_threads())
+        owned = not isinstance(backbone, SentenceTransformer)
+        try:
+            # A copy, because everything is measured in float32 and in evaluation mode.
+            if isinstance(backbone, SentenceTransformer):
+                model = copy.deepcopy(backbone)
+            elif isinstance(backbone, str | Path) and Path(backbone, "adapter_config.json").exists():
+                model = SentenceTransformer(str(backbone), device=options.get("device"))
+                change = base_change(model)
+                add(Verdict("base of the adapter", "failed" if change else "ok", note=change or ""))
+            else:
+                model = build_model(backbone, **options)
+            transformer, _ = find_btoks(model)
+        except Exception as error:
+            hint = near_path(backbone) if isinstance(error, OSError) and isinstance(backbone, str) else ""
+            add(Verdict("build", "failed", note=first_line(error) + hint))
+            return verdicts
+        model.float().eval()
+        if sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
+            torch.set_num_threads(1)
+        found = [str(kind) for kind in ("text", "image", "video", "audio") if kind in transformer.modality_config]
+        add(Verdict("build", "ok", note=f"{type(transformer.model).__name__}: {', '.join(found)}"))
+        subject = Subject(model, owned, samples_of(found, video_form(transformer) if "video" in found else None))
+        del model, transformer  # a reloaded model takes their place, and two of them need not fit into memory
+        with _expected_unsaid():
+            for kind in KINDS:
+                add(_measure(kind, lambda kind=kind: encode_kind(subject, kind)))  # type: ignore[misc]
+            for name, measure in MEASUREMENTS.items():
+                add(_measure(name, lambda measure=measure: measure(subject)))  # type: ignore[misc]
         return verdicts
-    model.float().eval()
-    if sum(parameter.numel() for parameter in model.parameters()) < _SMALL:
-        torch.set_num_threads(1)
-    found = [str(kind) for kind in ("text", "image", "video", "audio") if kind in transformer.modality_config]
-    add(Verdict("build", "ok", note=f"{type(transformer.model).__name__}: {', '.join(found)}"))
-    subject = Subject(model, owned, samples_of(found, video_form(transformer) if "video" in found else None))
-    del model, transformer  # a reloaded model takes their place, and two of them need not fit into memory
-    with _expected_unsaid():
-        for kind in KINDS:
-            add(_measure(kind, lambda kind=kind: encode_kind(subject, kind)))  # type: ignore[misc]
-        for name, measure in MEASUREMENTS.items():
-            add(_measure(name, lambda measure=measure: measure(subject)))  # type: ignore[misc]
-    return verdicts
 
 
 @contextmanager

@@ -222,11 +222,8 @@ def _reload(subject: Subject) -> Measured:
         if subject.owned:
             subject.model = loaded
         found = [loaded.encode([sample]) for kind in subject.single for sample in subject.samples[kind]]
-    return (
-        _difference(np.concatenate(found), subject.all()[1]),
-        1e-6,
-        "saved and loaded by sentence-transformers alone",
-    )
+    difference = _difference(np.concatenate(found), subject.all()[1])
+    return difference, 1e-6, "saved and loaded by sentence-transformers alone"
 
 
 def _implementations(subject: Subject) -> Measured:
@@ -327,12 +324,8 @@ def _lora(subject: Subject) -> Measured:
     adapted = model.encode(subject.samples["text"])
     if not moved or np.abs(adapted - before).max() < DISTINCT:
         raise ValueError(f"{moved} adapter weights got a gradient, and a step along it did not move the embeddings")
-    merge_adapters(model)
-    return (
-        _difference(model.encode(subject.samples["text"]), adapted),
-        1e-5,
-        "embeddings after one step, merged and not",
-    )
+    merged = merge_adapters(model).encode(subject.samples["text"])
+    return _difference(merged, adapted), 1e-5, "embeddings after one step, merged and not"
 
 
 def first_line(error: Exception) -> str:
