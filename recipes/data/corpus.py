@@ -107,7 +107,7 @@ def open_corpus(names: Sequence[str]) -> Corpus:
             names_of_columns, rows = parquet_facts(path)
             _need_content(names_of_columns, path)
             num_rows += rows
-            digest.add_media_of_parquet(path)
+            digest.add_media_of_parquet(path, corpus_records.beside(path, paths[0]))
         return Corpus(start, paths[0].parent, num_rows, digest)
     num_rows = 0
     columns: set[str] = set()
@@ -134,9 +134,14 @@ def _need_content(columns: Sequence[str], where: Path | str) -> None:
         )
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved the folder; else its files are the corpus."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
 def _open_folder(folder: Path) -> Corpus:
     digest = CorpusDigest(folder)
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+    if is_saved(folder):
         saved = load_from_disk(str(folder))
         table = _undecoded(saved["train"] if isinstance(saved, DatasetDict) else saved, folder)
         digest.add(table._fingerprint)
@@ -186,18 +191,7 @@ def as_input(record: Any, folder: Path) -> dict[str, Any]:
         value = as_text(record[kind]) if kind == "text" else record[kind]
         if value is None or value in ("", []):
             continue
-        inputs[kind] = value if kind == "text" else _placed(value, folder)
+        inputs[kind] = value if kind == "text" else corpus_records.placed(value, folder)
     if not inputs or (inputs.keys() == {"text"} and isinstance(inputs["text"], str) and not inputs["text"].strip()):
         raise BrokenRecordError("the row is empty: neither text nor media")
     return inputs
-
-
-def _placed(value: Any, folder: Path) -> Any:
-    """Media of a record: paths start from the folder; what `datasets` stores is its bytes or its path."""
-    if isinstance(value, list):
-        return [_placed(item, folder) for item in value]
-    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
-        return value["bytes"] if value.get("bytes") else _placed(value.get("path"), folder)
-    if isinstance(value, str) and not value.startswith(("data:", "http://", "https://")) and len(value) < 4096:
-        return str(folder / value)
-    return value

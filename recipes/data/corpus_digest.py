@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from recipes.data.corpus_records import ADDRESSES
+
 _MEDIA = ("image", "video")
 _PIECE = 2**20
 _ROWS = 1024
@@ -58,8 +60,11 @@ class CorpusDigest:
             for name in _names(record.get(kind)):
                 self._add_named(name)
 
-    def add_media_of_parquet(self, path: Path) -> None:
-        """Count the media files that a Parquet file names; bytes in the table are not read again."""
+    def add_media_of_parquet(self, path: Path, beside: Path = Path()) -> None:
+        """Count the media files that a Parquet file names; bytes in the table are not read again.
+
+        `beside` leads from the folder where paths start to that of the file.
+        """
         with pq.ParquetFile(path) as file:
             # The leaves of a column of paths, of structs (`bytes`, `path`), of lists of either; without stored bytes.
             leaves = [file.schema.column(number) for number in range(len(file.schema.names))]
@@ -67,7 +72,7 @@ class CorpusDigest:
             named = [leaf for leaf in texts if leaf.split(".")[0] in _MEDIA]
             for column in named:
                 for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
-                    self._add_column(batch.column(0))
+                    self._add_column(batch.column(0), beside)
 
     def add_media_of_table(self, table: Dataset) -> None:
         """Count the media files that a data set on this machine names."""
@@ -76,16 +81,17 @@ class CorpusDigest:
                 for part in table.select_columns([kind]).with_format("arrow").iter(_ROWS):
                     self._add_column(part.column(0).combine_chunks())
 
-    def _add_column(self, column: pa.Array) -> None:
+    def _add_column(self, column: pa.Array, beside: Path = Path()) -> None:
         if pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
             column = pc.struct_field(column, "path")  # the stored bytes are not taken out
         for value in column.to_pylist():
             for name in _names(value):
-                self._add_named(name)
+                self._add_named(name, beside)
 
-    def _add_named(self, name: Any) -> None:
-        if isinstance(name, str) and len(name) < 4096 and not name.startswith(("data:", "http://", "https://")):
-            self.add_facts(self._folder / name)
+    def _add_named(self, name: Any, beside: Path = Path()) -> None:
+        # An empty cell of a CSV file names nothing; as a path it would be the folder, which changes with every file.
+        if isinstance(name, str) and 0 < len(name) < 4096 and not name.startswith(ADDRESSES):
+            self.add_facts(self._folder / beside / name)
 
 
 def _names(value: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from datasets import Dataset, Image, IterableDataset, Video
 from recipes.data.tables import parquet_facts, read_table
 
 CONTENT = ("text", "image", "video")
+ADDRESSES = ("data:", "http://", "https://")
 
 
 def undecoded(table: Any) -> Any:
@@ -25,21 +26,48 @@ def undecoded(table: Any) -> Any:
 
 
 def of_tables(paths: Sequence[Path], first: int) -> Iterator[Any]:
-    """Rows of files; whole Parquet files and row groups before the first row are passed over unread."""
+    """Rows of files, with their paths from the first file's folder on.
+
+    Whole Parquet files and row groups before the first row are passed over unread.
+    """
     for path in paths:
+        place = beside(path, paths[0])
         if path.suffix.lower() == ".parquet":
             _, num_rows = parquet_facts(path)
             if first >= num_rows:
                 first -= num_rows
                 continue
-            yield from (record for _, record in read_table(path, first))
+            yield from (_from_folder(place, record) for _, record in read_table(path, first))
             first = 0
             continue
         for _, record in read_table(path):
             if first:
                 first -= 1
             else:
-                yield record
+                yield _from_folder(place, record)
+
+
+def beside(path: Path, first: Path) -> Path:
+    """The way from the folder of a corpus's first file to that of another one, where the other's media start."""
+    # Without links: behind one, `..` leads elsewhere.
+    return Path(os.path.relpath(path.parent.resolve(), first.parent.resolve()))
+
+
+def _from_folder(place: Path, record: Any) -> Any:
+    if place == Path() or not isinstance(record, dict):
+        return record
+    return {key: placed(value, place) if key in ("image", "video") else value for key, value in record.items()}
+
+
+def placed(value: Any, folder: Path) -> Any:
+    """Media of a record: paths start from the folder; what `datasets` stores is its bytes or its path."""
+    if isinstance(value, list):
+        return [placed(item, folder) for item in value]
+    if isinstance(value, dict) and value.keys() <= {"bytes", "path"}:
+        return value["bytes"] if value.get("bytes") else placed(value.get("path"), folder)
+    if isinstance(value, str) and value and not value.startswith(ADDRESSES) and len(value) < 4096:
+        return str(folder / value)
+    return value
 
 
 def of_table(table: Dataset, first: int) -> Iterator[Any]:
@@ -77,6 +105,16 @@ def files_in(folder: Path, unreadable: Callable[[OSError], object] | None = None
             yield from files_in(path, unreadable)
         elif not is_folder and path.is_file():
             yield path
+
+
+def would_list(folder: Path, path: Path) -> bool:
+    """Whether `files_in` comes upon a path, there already or not: it is the folder, or in it and not hidden."""
+    root, place = folder.resolve(), path.resolve()
+    return (
+        folder.is_dir()
+        and place.is_relative_to(root)
+        and not any(name.startswith(".") for name in place.relative_to(root).parts)
+    )
 
 
 def _file_record(path: Path, folder: Path) -> Any:

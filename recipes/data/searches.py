@@ -11,6 +11,9 @@ from sentence_transformers import SentenceTransformer
 
 from recipes.data.training_pairs import Source, content_key
 
+# Every comparison with NaN is false, so it would stand before, or behind, all others and tell nobody.
+NOT_FINITE = "the model gives it a vector with NaN or infinity: it is broken, or its type (--dtype) too small"
+
 
 @dataclass(frozen=True)
 class Search:
@@ -33,9 +36,13 @@ class Search:
     batch_size: int = 32
 
     def ranks(self, model: SentenceTransformer) -> np.ndarray:
-        """(Q,) rank of the best right document of every query, from 1; equal scores count against it."""
-        queries = self._embed(model.encode_query, self.queries)
-        documents = self._embed(model.encode_document, self.documents)
+        """(Q,) rank of the best right document of every query, from 1; equal scores count against it.
+
+        Raises:
+            ValueError: If a vector is not finite.
+        """
+        queries = self._embed(model.encode_query, self.queries, "query")
+        documents = self._embed(model.encode_document, self.documents, "document")
         ranks = []
         for query, right in zip(queries, self.relevant, strict=True):
             scores = documents @ query
@@ -44,12 +51,20 @@ class Search:
             ranks.append(1 + int((scores[wrong] >= scores[~wrong].max()).sum()))
         return np.array(ranks)
 
-    def _embed(self, encode: Callable[..., np.ndarray], inputs: Sequence[Any]) -> np.ndarray:
+    def _embed(self, encode: Callable[..., np.ndarray], inputs: Sequence[Any], side: str) -> np.ndarray:
         parts = []
         for start in range(0, len(inputs), 8 * self.batch_size):
             batch = self.load(inputs[start : start + 8 * self.batch_size])
             parts.append(encode(batch, batch_size=self.batch_size, show_progress_bar=False))
-        return np.concatenate(parts).astype(np.float64)
+        vectors = np.concatenate(parts).astype(np.float64)
+        broken = np.flatnonzero(~np.isfinite(vectors).all(1))
+        if len(broken):
+            raise ValueError(
+                f"vectors must be finite to be ranked, but {side} {broken[0]} of {self.name!r} has NaN or infinity "
+                f"({len(broken)} of {len(vectors)} have). The model is broken or its training diverged: lower the "
+                "learning rate, or take --dtype float32."
+            )
+        return vectors
 
 
 def retrieval_of(

@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 
 from evaluation.atomic_write import atomic_write
 from evaluation.embedding.fingerprint import fingerprint
-from recipes.data.corpus import Corpus, as_input, open_corpus
+from recipes.data.corpus import Corpus, as_input, is_saved, open_corpus
+from recipes.data.corpus_records import would_list
+from recipes.data.searches import NOT_FINITE
 from recipes.data.tables import BrokenRecordError, as_id
 from recipes.encode_corpus import EncodeConfig
 from st_btok import encode_rows
@@ -41,9 +43,15 @@ def plan(config: EncodeConfig, corpus: Corpus, model: SentenceTransformer) -> It
     """The shards that are still missing, in order; of a stream they show one by one, as it is read.
 
     Raises:
-        ValueError: If the folder holds shards of another model, corpus or setting.
+        ValueError: If the folder holds shards of another model, corpus or setting, or lies among the files of the
+            corpus, which would grow by the shards.
     """
-    folder = Path(config.output_dir)
+    folder, data = Path(config.output_dir), Path(config.data[0])
+    if would_list(data, folder) and not is_saved(data):
+        raise ValueError(
+            f"the shards must not lie in the folder whose files are the corpus, or they would count as files of it; "
+            f"{folder} lies in {data}. Use another --output_dir, or a hidden one, such as {data / '.embeddings'}."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _clean_up(folder)
     # What decides the vectors: not where corpus, model and folder are, nor how rows are put together.
@@ -145,8 +153,12 @@ def _embed(
     for row in done:
         if row.reason:
             reasons[row.row] = _storable(row.reason)
+            continue
+        vector = row.embedding.float().cpu().numpy()
+        if np.isfinite(vector).all():
+            vectors[row.row] = vector
         else:
-            vectors[row.row] = row.embedding.float().cpu().numpy()
+            reasons[row.row] = NOT_FINITE
     return vectors, [reasons.get(row, "") for row in range(len(ids))]  # a stream can end before `stop`
 
 
@@ -169,7 +181,16 @@ def int8_ranges(model: SentenceTransformer, corpus: Corpus, config: EncodeConfig
                 np.save(stream, np.stack([values.min(0), values.max(0)]))
 
         atomic_write(place, write)
-    return np.load(place)
+    ranges = np.load(place)
+    width = ranges[1] - ranges[0]
+    flat = int((width <= 1e-6 * np.abs(ranges).max()).sum())  # equal rows differ by rounding
+    if flat:
+        raise ValueError(
+            f"int8 needs values that differ among the first {_CALIBRATION} rows, but {flat} of {len(width)} "
+            "dimensions hold one value there, so all vectors would be the same in them. Use float32, or put other "
+            "rows first."
+        )
+    return ranges
 
 
 def load_model(config: EncodeConfig) -> SentenceTransformer:

@@ -41,7 +41,7 @@ def compare(config: CompareConfig) -> str:
             f"{config.seeds} seeds.",
             flush=True,
         )
-        runs = run_all(config, training, searches)
+        runs = run_all(config, training, held_out, searches)
         order = {variant: place for place, variant in enumerate(config.variants)}
         runs = sorted(runs, key=lambda run: (order[run.variant], run.seed))
         pairs = sum(len(source.pairs) for source in held_out)
@@ -53,10 +53,17 @@ def compare(config: CompareConfig) -> str:
     return text
 
 
-def run_all(config: CompareConfig, training: Sequence[Source], searches: Sequence[Search]) -> list[Run]:
-    """Every run, from `runs.jsonl` where it has one with these settings and these data."""
+def run_all(
+    config: CompareConfig, training: Sequence[Source], held_out: Sequence[Source], searches: Sequence[Search]
+) -> list[Run]:
+    """Every run, from `runs.jsonl` where it has one with these settings and these pairs, trained on and held out.
+
+    Raises:
+        ValueError: If a variant can't be trained or scored; the message names it, and finished runs are kept.
+    """
     shared = {name: value for name, value in asdict(config).items() if name not in _FREE}
     identity = run_fingerprint(training, config.backbone, shared)
+    identity["held_out"] = run_fingerprint(held_out, config.backbone, {})["data"]
     key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     log = RunLog(Path(config.output_dir) / "runs.jsonl")
     data = DatasetDict({source.name: source.dataset() for source in training})
@@ -78,7 +85,10 @@ def run_all(config: CompareConfig, training: Sequence[Source], searches: Sequenc
             continue
         own = replace(settings, steps=steps[variant])
         title = f"{variant}, seed {seed} ({number} of {len(wanted)})"
-        model, run = train_variant(variant, Variant.parse(variant), own, seed, data, searches, title)
+        try:
+            model, run = train_variant(variant, Variant.parse(variant), own, seed, data, searches, title)
+        except ValueError as error:
+            raise ValueError(f"{title}: {error}") from error
         del model
         runs.append(run)
         log.add({"key": key, **run.to_json()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WordWeights
 from tqdm.auto import trange
 
+from recipes.data.corpus import as_input
+from recipes.data.tables import read_table
 from st_btok import rgb_image
 
 NEIGHBOURS = 10
@@ -31,16 +32,20 @@ class Loss:
 
 
 def read_rows(path: Path) -> list[Any]:
-    """Rows of a JSONL file as `encode` takes them; paths of images are relative to the file."""
+    """Rows of a table as `encode` takes them, in the order of their keys; paths of images are relative to the file.
+
+    Rows are dicts, as `encode` reads a text that names a picture as that picture.
+    """
     rows: list[Any] = []
-    for number, line in enumerate(path.read_text().splitlines()):
-        record = json.loads(line)
-        if not record.keys() & {"text", "image"}:
-            raise ValueError(f"a row must have text, image or both; row {number} of {path} has {sorted(record)}.")
-        row = {"text": record["text"]} if "text" in record else {}
-        if "image" in record:
-            row["image"] = rgb_image(path.parent / record["image"])
-        rows.append(row if "image" in row else row["text"])
+    for number, record in read_table(path):
+        try:
+            found = as_input(record, path.parent)
+            row = {key: rgb_image(found[key]) if key == "image" else found[key] for key in found if key != "video"}
+        except ValueError as error:
+            raise ValueError(f"row {number} of {path} can't be read: {error}. Repair it, or leave it out.") from error
+        if not row:
+            raise ValueError(f"row {number} of {path} must have text, image or both, it has a video. Leave it out.")
+        rows.append(row)
     return rows
 
 
@@ -53,7 +58,20 @@ def with_last_readout(model: SentenceTransformer) -> SentenceTransformer:
         del config.io_processor_plugin  # engines may have this one
     pooling = Pooling(model[0].get_embedding_dimension(), "lasttoken")
     modules = [model[0], pooling, Normalize()]
-    return SentenceTransformer(modules=modules, prompts=model.prompts, device=str(model.device))
+    return SentenceTransformer(
+        modules=modules,
+        prompts=model.prompts,
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name,
+        truncate_dim=model.truncate_dim,
+        device=str(model.device),
+    )
+
+
+def _vectors(model: SentenceTransformer, rows: list[Any]) -> np.ndarray:
+    """(N, D) unit vectors, whole ones whatever the model cuts them to."""
+    with model.truncate_embeddings(None):
+        return model.encode(rows)
 
 
 def compare(found: np.ndarray, wanted: np.ndarray, held_out: np.ndarray) -> Loss:
@@ -74,18 +92,19 @@ def distil(
     """Train the copy, which changes `model` too; returns the copy, and its loss of quality before and after."""
     if len(rows) < 3 * NEIGHBOURS:
         raise ValueError(f"at least {3 * NEIGHBOURS} rows are needed, got {len(rows)}.")
-    wanted = model.encode(rows, show_progress_bar=True)
+    wanted = _vectors(model, rows)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(rows))
     held_out, used = order[: max(NEIGHBOURS, len(rows) // 10)], order[max(NEIGHBOURS, len(rows) // 10) :]
     student = with_last_readout(model)
-    before = compare(student.encode(rows), wanted, held_out)
+    before = compare(_vectors(student, rows), wanted, held_out)
+    prompt = student.prompts.get(student.default_prompt_name or "")  # as `encode` does
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     student.train()
     for _ in (bar := trange(steps, desc="distilling")):
         chosen = rng.choice(used, min(batch_size, len(used)), replace=False)
-        features = student.preprocess([rows[index] for index in chosen])
+        features = student.preprocess([rows[index] for index in chosen], prompt=prompt)
         features = {k: v.to(student.device) if torch.is_tensor(v) else v for k, v in features.items()}
         targets = torch.from_numpy(wanted[chosen]).to(student.device)
         loss = 1 - (student(features)["sentence_embedding"] * targets).sum(1).mean()
@@ -95,7 +114,7 @@ def distil(
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.4f}")
     student.eval()
-    return student, before, compare(student.encode(rows), wanted, held_out)
+    return student, before, compare(_vectors(student, rows), wanted, held_out)
 
 
 def main(options: argparse.Namespace) -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.data.corpus import as_input
-from recipes.data.corpus_records import files_in
+from recipes.data.corpus_digest import CorpusDigest
+from recipes.data.corpus_records import ADDRESSES, files_in
 from recipes.data.tables import SUFFIXES, BrokenRecordError, read_table
 from st_btok import pdf_pages
 
@@ -41,13 +42,16 @@ KIND_OF_SUFFIX |= dict.fromkeys(TABLES, "text")
 # About what an embedder of 256 to 512 tokens reads whole; a passage ends at a paragraph where there is one.
 PASSAGE_CHARS = 1000
 LARGEST_TEXT = 16 * 2**20
-_ADDRESSES = ("data:", "http://", "https://")
+_AND_MEDIA = "+"  # in `Source.content`, between the hash of a table and that of the media it names
 _SYNC, _PACKET = b"\x47", 188  # MPEG transport streams begin so, TypeScript does not
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file: its path below the folder (with `/`), what it is, a hash of its bytes, its size and time (ns)."""
+    """One file: its path below the folder (with `/`), what it is, a hash of its bytes, its size and time (ns).
+
+    The hash of a table also covers size and time of the media that its rows name.
+    """
 
     path: str
     kind: str
@@ -97,16 +101,22 @@ def list_sources(
 
     Yields:
         One source per file.
+
+    Raises:
+        ValueError: If the folder, or the table, is not there or can't be read: nothing in it is known to be gone.
     """
+    need_folder(folder)
     root, only = root_of(folder).resolve(), Path(folder).name if Path(folder).is_file() else None
     left_out = LeftOut() if left_out is None else left_out
 
     def unreadable(error: OSError) -> None:
+        if Path(os.fsdecode(error.filename)) == root:
+            raise ValueError(f"the folder {root} can't be read: {error.strerror}. Check its rights, and its disk.")
         left_out.reasons[shown_path(error.filename, root)] = f"the folder can't be read: {error.strerror}"
 
     for file in [root / only] if only else files_in(root, unreadable):
         try:
-            source = _source_of(file, root, known or {})
+            source = _source_of(file, root, known or {}, SUFFIXES if only else TABLES)
         except OSError as error:
             left_out.reasons[shown_path(file, root)] = f"it can't be read: {error.strerror}"
         except ValueError as error:
@@ -118,7 +128,15 @@ def list_sources(
                 yield source
 
 
-def _source_of(file: Path, root: Path, known: dict[str, tuple[int, int, str]]) -> Source | None:
+def need_folder(folder: str | Path) -> None:
+    """Refuse a folder, or a table, that is not there, such as that of a disk that is not mounted."""
+    if not Path(folder).exists():
+        raise ValueError(f"there is no folder or table {str(folder)!r}. Check the path, and its disk.")
+
+
+def _source_of(
+    file: Path, root: Path, known: dict[str, tuple[int, int, str]], tables: tuple[str, ...]
+) -> Source | None:
     """A file as a source; None if it is of no kind that can be searched."""
     kind, path = kind_of(file), file.relative_to(root).as_posix()
     if kind is None:
@@ -130,9 +148,33 @@ def _source_of(file: Path, root: Path, known: dict[str, tuple[int, int, str]]) -
         raise ValueError("it links out of the folder. Copy it into the folder")
     stat = file.stat()
     size, changed, content = known.get(path, (None, None, ""))
+    content = hash_of_bytes(content)
     if (size, changed) != (stat.st_size, stat.st_mtime_ns):
         content = file_hash(file)
+    if file.suffix.lower() in tables:
+        content += _media_named_by(file)
     return Source(path, kind, content, stat.st_size, stat.st_mtime_ns)
+
+
+def hash_of_bytes(content: str) -> str:
+    """The part of `Source.content` that is the file's own."""
+    return content.partition(_AND_MEDIA)[0]
+
+
+def _media_named_by(table: Path) -> str:
+    """What changes with size and time of the media that a table names, as for a corpus; empty if it names none."""
+    digest = CorpusDigest(table.parent)
+    none = digest.value()
+    try:
+        if table.suffix.lower() == ".parquet":
+            digest.add_media_of_parquet(table)
+        else:
+            for _, record in read_table(table):
+                if isinstance(record, dict):
+                    digest.add_media_of(record)
+    except (OSError, ValueError):  # `items_of` meets it too, and says it
+        return ""
+    return "" if digest.value() == none else f"{_AND_MEDIA}{digest.value()}"
 
 
 def kind_of(file: Path) -> str | None:
@@ -226,7 +268,7 @@ def _records(root: Path, file: Path) -> Iterator[Item]:
             value = as_input(record, file.parent)
             for key in value:
                 for medium in value[key] if isinstance(value[key], list) else [value[key]]:
-                    is_path = key != "text" and isinstance(medium, str) and not medium.startswith(_ADDRESSES)
+                    is_path = key != "text" and isinstance(medium, str) and not medium.startswith(ADDRESSES)
                     if is_path and not inside(root, medium):
                         raise BrokenRecordError(f"media of {file.name} must lie below its folder, {medium} does not")
         except BrokenRecordError as error:

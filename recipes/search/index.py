@@ -25,7 +25,9 @@ from tqdm.auto import tqdm
 
 from evaluation.atomic_write import atomic_write
 from evaluation.embedding.fingerprint import fingerprint
-from recipes.search.folder import Item, LeftOut, Source, items_of, list_sources
+from recipes.data.corpus_records import would_list
+from recipes.data.searches import NOT_FINITE
+from recipes.search.folder import Item, LeftOut, Source, items_of, list_sources, need_folder
 from recipes.search.store import LanceStore, Store
 from st_btok import checked_inputs, encode_checked
 
@@ -71,8 +73,16 @@ def open_index(
         The store, and the folder that the paths in it start from.
 
     Raises:
-        ValueError: If there is no index and no `folder`, or the index was made with another model or folder.
+        ValueError: If there is no index and no `folder`, the index was made with another model or folder, or the
+            folder is not there or holds the index, whose files would be indexed too.
     """
+    if folder is not None:
+        need_folder(folder)
+        if would_list(Path(folder), Path(to)):
+            raise ValueError(
+                f"an index must not lie in the folder that is indexed, or its own files would be found; {to} lies in "
+                f"{folder}. Index to another folder, or to a hidden one, such as {Path(folder) / '.index'}."
+            )
     path = Path(to) / _SETTINGS
     identity = fingerprint(model)
     if not path.exists():
@@ -119,6 +129,9 @@ def update(
 
     Returns:
         What was done.
+
+    Raises:
+        ValueError: If the folder is not there, can't be read, or holds nothing, though the index is not empty.
     """
     stored = store.files()
     known = {path: (entry["size"], entry["changed"], entry["content"]) for path, entry in stored.items()}
@@ -129,6 +142,11 @@ def update(
     hidden = tuple(left_out.reasons)
     gone = sorted(stored.keys() - {source.path for source in sources} - set(hidden))
     gone = [path for path in gone if not path.startswith(tuple(f"{place}/" for place in hidden))]
+    if gone and not sources:  # an empty mount point looks so
+        raise ValueError(
+            f"{folder} holds nothing that can be searched, the index {len(stored)} files of it; none was removed. "
+            "Check its disk. If all of it is meant to go, delete the index."
+        )
     stale = [s.path for s in sources if s.path in stored and stored[s.path]["content"] != s.content]
     store.remove([*gone, *stale])
     report.deleted, report.changed = len(gone), len(stale)
@@ -176,9 +194,14 @@ def _write(
         report.left_out[f"{source.path}, {item.place}" if item.place else source.path] = bad.reason
     if not result.rows:
         return
-    rows = []
-    for number in result.rows:
+    vectors = np.asarray(result.embeddings, dtype=np.float32)
+    rows, kept = [], []
+    for place, number in enumerate(result.rows):
         source, part, item = waiting[number]
+        if not np.isfinite(vectors[place]).all():
+            report.left_out[f"{source.path}, {item.place}" if item.place else source.path] = NOT_FINITE
+            continue
+        kept.append(place)
         report.written.add(source.path)
         identity = hashlib.sha256(f"{source.path}\0{source.content}\0{part}".encode()).hexdigest()[:32]
         rows.append(
@@ -196,7 +219,8 @@ def _write(
                 "thumbnail": thumbnail(item.value, model),
             }
         )
-    store.add(rows, np.asarray(result.embeddings, dtype=np.float32))
+    if rows:
+        store.add(rows, vectors[kept])
 
 
 def frames_of(value: Any, model: SentenceTransformer, max_pixels: int) -> list[Image.Image]:

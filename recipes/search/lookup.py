@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
+from recipes.data.searches import NOT_FINITE
 from recipes.search.store import Hit, Store
 from st_btok import encode_checked
 
@@ -91,12 +92,15 @@ def find(
     The query, from `query_of`, goes through the checked reader, so an upload can't harm.
 
     Raises:
-        ValueError: If the query can't be read.
+        ValueError: If the query can't be read, or its vector is not finite.
     """
     result = encode_checked(model, [value], "skip", task="query", show_progress_bar=False)
     if result.skipped:
         raise ValueError(f"the query can't be read: {result.skipped[0].reason}.")
-    return store.search(np.asarray(result.embeddings[0], dtype=np.float32), limit, kinds, path)
+    vector = np.asarray(result.embeddings[0], dtype=np.float32)
+    if not np.isfinite(vector).all():
+        raise ValueError(f"the query can't be searched with: {NOT_FINITE}.")
+    return store.search(vector, limit, kinds, path)
 
 
 def shown(hit: Hit) -> dict[str, Any]:

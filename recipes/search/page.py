@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from recipes.search import page_html
-from recipes.search.folder import KINDS, Source, file_hash, inside, items_of, root_of
+from recipes.search.folder import KINDS, Source, file_hash, hash_of_bytes, inside, items_of, root_of
 from recipes.search.index import frames_of
 from recipes.search.lookup import find, query_of, spread
 from recipes.search.store import Hit, Store
@@ -141,7 +141,7 @@ class Page:
             return None
         stat = file.stat()
         touched = (stat.st_size, stat.st_mtime_ns) != (row["size"], row["changed"])
-        if touched and file_hash(file) != row["content"]:
+        if touched and file_hash(file) != hash_of_bytes(row["content"]):
             return None
         kind = "page" if file.suffix.lower() == ".pdf" else row["kind"]
         for part, item in enumerate(items_of(self.folder, Source(row["path"], kind, row["content"]))):

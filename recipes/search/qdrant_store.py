@@ -1,15 +1,25 @@
-"""The same store on Qdrant, for more than one machine: `QdrantStore(QdrantClient(url=...), "my-files", dimension)`."""
+"""The same store on Qdrant, for more than one machine.
+
+A collection keeps its model and folder in its metadata, as an index in a folder does in a file:
+
+    store = QdrantStore(QdrantClient(url=...), "my-files", model, folder)
+    update(store, model, store.folder)
+"""
 
 from __future__ import annotations
 
 import base64
 import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from qdrant_client import QdrantClient, models
+from sentence_transformers import SentenceTransformer
 
+from evaluation.embedding.fingerprint import fingerprint
+from recipes.search.folder import need_folder
 from recipes.search.store import COLUMNS, Hit, files_of
 
 
@@ -20,19 +30,49 @@ class QdrantStore:
     incomplete file, and the next update adds the rest.
 
     Args:
-        client: A client, local (`QdrantClient(path=...)`) or of a server.
+        client: A client, local (`QdrantClient(path=...)`) or of a server from 1.16 on.
         collection: Name of the collection; made if it is not there.
-        dimension: D.
+        model: The model that embeds queries and files. Its fingerprint is kept in the collection's metadata.
+        folder: The folder, or table, that is indexed; needed for a new collection, and kept in its metadata too.
+
+    Attributes:
+        folder: Where the paths in it start from, or the table.
+
+    Raises:
+        ValueError: If there is no collection and no `folder`, or it was made with another model or folder.
     """
 
-    def __init__(self, client: QdrantClient, collection: str, dimension: int) -> None:
+    def __init__(
+        self, client: QdrantClient, collection: str, model: SentenceTransformer, folder: str | Path | None = None
+    ) -> None:
         self.client, self.collection = client, collection
+        identity = fingerprint(model)
         if not client.collection_exists(collection):
+            if folder is None:
+                raise ValueError(f"there is no collection {collection!r}. Pass the folder that it should index.")
+            need_folder(folder)
+            dimension = np.asarray(model.encode_query(["a"], show_progress_bar=False)).shape[1]
             vectors = models.VectorParams(size=dimension, distance=models.Distance.COSINE)
-            client.create_collection(collection, vectors_config=vectors)
-        found = client.get_collection(collection).config.params.vectors
-        if not isinstance(found, models.VectorParams) or found.size != dimension:
-            raise ValueError(f"the collection {collection!r} holds {found}, the model makes {dimension} dimensions.")
+            known = {"model": identity, "folder": str(Path(folder).resolve())}
+            client.create_collection(collection, vectors_config=vectors, metadata=known)
+        found = client.get_collection(collection).config.metadata or {}
+        if not {"model", "folder"} <= found.keys():
+            raise ValueError(
+                f"the collection {collection!r} does not say which model and folder it is of: it was made before this "
+                "was kept, or by a server before Qdrant 1.16. Index into another collection, on a newer server."
+            )
+        if found["model"] != identity:
+            raise ValueError(
+                f"the collection {collection!r} was made with another model (fingerprint {found['model'][:12]}..., "
+                f"now {identity[:12]}...): its vectors can't be compared with this one's. Index into another "
+                "collection."
+            )
+        if folder is not None and Path(folder).resolve() != Path(found["folder"]):
+            raise ValueError(
+                f"the collection {collection!r} is of {found['folder']}, not of {folder}. Index into another "
+                "collection."
+            )
+        self.folder = Path(found["folder"])
 
     def files(self) -> dict[str, dict[str, Any]]:
         """See `Store`."""

@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,7 @@ import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from recipes.compare import CompareConfig
+from recipes.data.user_data import load_user_data
 from recipes.research import comparison as recipe
 from recipes.research import variants
 from recipes.research.comparison import compare
@@ -105,6 +107,32 @@ def test_equal_time_gives_a_slower_variant_fewer_steps(folder, tmp_path, monkeyp
     assert made == [("btok", recipe.CALIBRATION), ("lasttoken", recipe.CALIBRATION), ("btok", 10), ("lasttoken", 20)]
     compare(config(folder, tmp_path, equal="time", max_steps=20, seeds=1))
     assert len(made) == 4
+
+
+def test_a_run_is_made_again_when_held_out_pairs_change_and_a_variant_that_fails_is_named(
+    folder, tmp_path, monkeypatch
+):
+    made = []
+
+    def train(name, variant, settings, seed, data, searches, title=""):
+        if len(made) == 3:
+            raise ValueError("vectors must be finite")
+        made.append(name)
+        return None, Run(name, seed, {}, {}, settings.steps, 0.1, 1.0, [])
+
+    (tmp_path / "a.jsonl").write_text('{"query": "one", "positive": "first"}\n')
+    (tmp_path / "b.jsonl").write_text('{"query": "one", "positive": "second"}\n')
+    training = load_user_data([str(folder / "pairs.jsonl")])
+    first, other = ([replace(load_user_data([str(tmp_path / f"{name}.jsonl")])[0], name="x")] for name in "ab")
+    monkeypatch.setattr(recipe, "train_variant", train)
+    options = config(folder, tmp_path, seeds=1, variants=["btok"])
+    for held_out, runs in ((first, 1), (first, 1), (other, 2), (first, 2), (other, 2)):
+        recipe.run_all(options, training, held_out, [])
+        assert len(made) == runs
+    more = config(folder, tmp_path, seeds=1, variants=["btok", "lasttoken", "mean"])
+    with pytest.raises(ValueError, match=r"mean, seed 0 \(3 of 3\): vectors must be finite"):
+        recipe.run_all(more, training, first, [])
+    assert made == ["btok", "btok", "lasttoken"]
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -238,6 +239,86 @@ def test_a_changed_picture_under_the_same_path_is_refused(tmp_path, qwen):
     assert run(config, qwen) == [], "the same picture with its time is the same corpus"
 
 
+def test_files_of_several_folders_name_their_own_pictures(tmp_path, qwen):
+    for number, name in enumerate(("first", "second/deep")):
+        (tmp_path / name).mkdir(parents=True)
+        picture(56, 28, number + 1).save(tmp_path / name / "a.png")
+        table = Dataset.from_dict({"id": [name], "image": ["a.png"]})
+        table.to_json(str(tmp_path / name / "c.jsonl"))
+        table.to_csv(str(tmp_path / name / "c.csv"), index=False)
+        table.to_parquet(str(tmp_path / name / "c.parquet"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(tmp_path / "first")  # behind it, `..` is not the folder of the link
+    expected = qwen.encode_document([{"image": picture(56, 28, number)} for number in (1, 2)])
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    for first in ("first", "elsewhere/link"):
+        for suffix in ("jsonl", "csv", "parquet"):
+            names = [tmp_path / first / f"c.{suffix}", tmp_path / "second" / "deep" / f"c.{suffix}"]
+            config = EncodeConfig("m", list(map(str, names)), str(tmp_path / f"out {first} {suffix}"))
+            assert run(config, qwen) == [0]
+            rows = list(read_embeddings(config.output_dir))
+            assert [row["id"] for row in rows] == ["first", "second/deep"]
+            np.testing.assert_allclose([row["embedding"] for row in rows], expected, atol=1e-5, err_msg=suffix)
+
+    def digests(root):
+        folders = root / "first", root / "second" / "deep"
+        return [open_corpus([str(f / f"c.{s}") for f in folders]).digest for s in ("jsonl", "csv", "parquet")]
+
+    before = digests(tmp_path)
+    shutil.copytree(tmp_path, tmp_path.with_name("moved"), symlinks=True)  # with times
+    assert digests(tmp_path.with_name("moved")) == before
+    picture(56, 28, 3).save(tmp_path / "second" / "deep" / "a.png")
+    assert not set(digests(tmp_path)) & set(before)
+
+
+def test_shards_among_the_files_of_a_corpus_are_refused(tmp_path, qwen):
+    """They would count as its files: rows would move, and the next start would find another corpus."""
+    folder = tmp_path / "files"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "b.txt").write_text("words")
+    for place in (folder, folder / "out", folder / "deep" / "out"):
+        with pytest.raises(
+            ValueError, match=r"must not lie in the folder whose files are the corpus.* \S+files/.embed"
+        ):
+            run(EncodeConfig("m", [str(folder)], str(place)), qwen)
+        assert not (place / "corpus.json").exists()
+    hidden = EncodeConfig("m", [str(folder)], str(folder / ".embeddings"))
+    assert run(hidden, qwen) == [0] and run(hidden, qwen) == []
+    Dataset.from_dict({"text": ["one"]}).save_to_disk(str(tmp_path / "saved"))
+    assert run(EncodeConfig("m", [str(tmp_path / "saved")], str(tmp_path / "saved" / "out")), qwen) == [0]
+
+
+def test_an_empty_cell_names_no_file(tmp_path, qwen):
+    """Or the corpus would be another one whenever a file comes into its folder."""
+    (tmp_path / "c.csv").write_text("text,image\none,\ntwo,\n")
+    config = config_for(tmp_path, tmp_path / "c.csv", shard_size=1)
+    run(config, qwen, limit=1)
+    (tmp_path / "new.txt").write_text("x")
+    assert run(config, qwen) == [0]
+
+
+def test_a_vector_that_is_not_finite_is_a_bad_row(tmp_path, qwen):
+    """NaN in the embedding of a token that one of the texts has."""
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"text": "two Q"}\n{"text": "one two"}\n')
+    ids = [set(qwen.tokenizer(text)["input_ids"]) for text in ("one two", "one two Q")]
+    (alone,) = ids[1] - ids[0]
+    with torch.no_grad():
+        qwen[0].model.get_input_embeddings().weight[alone] = np.nan
+    for precision in ("float32", "binary", "int8"):
+        config = EncodeConfig("m", [str(tmp_path / "c.jsonl")], str(tmp_path / precision), precision=precision)
+        assert run(config, qwen) == [1]
+        rows = list(read_embeddings(config.output_dir))
+        assert [row["embedding"] is None for row in rows] == [False, True, False]
+        assert "vector with NaN or infinity" in rows[1]["error"] and not rows[0]["error"]
+
+
+def test_int8_refuses_first_rows_that_are_equal(tmp_path, qwen, monkeypatch):
+    monkeypatch.setattr(shards, "_CALIBRATION", 3)
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n' * 3 + '{"text": "two"}\n{"text": "three"}\n')
+    with pytest.raises(ValueError, match="among the first 3 rows, but 32 of 32 dimensions hold one value there"):
+        run(config_for(tmp_path, tmp_path / "c.jsonl", precision="int8"), qwen)
+
+
 def test_a_corpus_that_shrinks_while_it_is_embedded_is_an_error(tmp_path, qwen):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}\n')
@@ -281,7 +362,7 @@ def test_no_row_ends_the_job(tmp_path, qwen):
     config = config_for(tmp_path, tmp_path / "c.jsonl", shard_size=100)
     run(config, qwen)
     rows = list(read_embeddings(config.output_dir))
-    assert len(rows) == len(lines) + 1 and "not UTF-8" in rows[-1]["error"] and rows[5]["id"] == "\\ud800"
+    assert len(rows) == len(lines) + 1 and "not UTF-8" in rows[-1]["error"]
     for (line, reason), row in zip(lines.items(), rows, strict=False):
         good = line in ('{"id": "good", "text": "a"}',) or 'good.png", "good' in line or "line.png" in line
         assert (row["embedding"] is not None) == good, (line, row["error"])

@@ -39,6 +39,50 @@ def test_kept_neighbours_are_counted_by_hand():
 def test_refusals(btok_model, tmp_path):
     with pytest.raises(ValueError, match="needs no conversion"):
         distillation.with_last_readout(btok_model("qwen2_vl", readout="last"))
-    (tmp_path / "rows.jsonl").write_text('{"title": "a"}')
-    with pytest.raises(ValueError, match="row 0"):
-        distillation.read_rows(tmp_path / "rows.jsonl")
+    for line, reason in {
+        '{"title": "a"}': "can't be read: the row is empty",
+        '{"text": "a",}': "line 2 of rows.jsonl is no JSON: a comma",
+        '{"image": "gone.png"}': "gone.png' does not exist",
+        '{"video": "a.mp4"}': "it has a video",
+    }.items():
+        (tmp_path / "rows.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+        with pytest.raises(ValueError, match=f"row 2 of .*rows.jsonl .*{reason}"):
+            distillation.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_rows_are_what_the_file_says(btok_model, tmp_path):
+    """The order of keys, texts that name a picture, and what splits lines or is no text."""
+    model, path = btok_model("qwen2_vl"), tmp_path / "rows.jsonl"
+    shown = picture(56, 56)
+    shown.save(tmp_path / "a.png")
+    rows = [
+        {"text": "x", "image": "a.png"}, {"image": "a.png", "text": "x"}, {"text": str(tmp_path / "a.png")},
+        {"text": "a\u2028b"}, {"text": None, "image": "a.png"}, {"text": "y", "image": ""},
+    ]  # fmt: skip
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\ufeff" + "\n\n".join(lines) + "\n")
+    found = distillation.read_rows(path)
+    assert [list(row) for row in found] == [
+        ["text", "image"], ["image", "text"], ["text"], ["text"], ["image"], ["text"],
+    ]  # fmt: skip
+    assert found[2:4] == rows[2:4]
+    vectors = model.encode(found)
+    expected = [{"text": "x", "image": shown}, {"image": shown, "text": "x"}, {"text": rows[2]["text"]}, "a\u2028b"]
+    np.testing.assert_allclose(vectors, model.encode([*expected, shown, "y"]), atol=1e-5)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3 < np.abs(vectors[2] - vectors[4]).max()
+
+
+def test_the_copy_keeps_prompts_similarity_and_dimension(btok_model, tmp_path):
+    model = btok_model("qwen2_vl")
+    model.prompts, model.default_prompt_name = {"query": "Find: "}, "query"
+    model.similarity_fn_name, model.truncate_dim = "dot", 8
+    rows = [{"text": f"text number {i} of all"} for i in range(30)]
+    wanted = model.encode(rows, truncate_dim=32)
+    student, before, after = distillation.distil(model, rows, 12, 8, 1e-3)
+    assert after.cosine > before.cosine, "trained on whole vectors, behind the prompt"
+    student.save_pretrained(str(tmp_path / "last"))
+    saved = SentenceTransformer(str(tmp_path / "last"), device="cpu")
+    assert (saved.default_prompt_name, saved.similarity_fn_name, saved.truncate_dim) == ("query", "dot", 8)
+    assert saved.encode(rows).shape == (30, 8)
+    cosine = (saved.encode(rows, truncate_dim=32) * wanted).sum(1)
+    assert cosine.mean() == pytest.approx(after.cosine, abs=0.02)

@@ -69,6 +69,15 @@ def test_ranks_take_the_best_right_document_and_count_ties_against_it():
     assert search.ranks(model).tolist() == [2, 2, 1]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_vectors_that_are_not_finite_have_no_rank(value):
+    """Every comparison with NaN is false, so its queries would find what they look for at once."""
+    good, bad = [[1, 0], [0, 1]], [[1, 0], [value, 1]]
+    for model, side in ((Points(bad, good), "query"), (Points(good, bad), "document")):
+        with pytest.raises(ValueError, match=rf"{side} 1 of 's' has NaN or infinity \(1 of 2 have\)"):
+            Search("s", range(2), range(2), [{0}, {1}]).ranks(model)
+
+
 def run(variant, seed, ranks):
     return Run(variant, seed, {"a → b": np.array([4, 4])}, {"a → b": np.array(ranks)}, 10, 0.5, 5.0, [{"loss": 1.0}])
 

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
+from recipes.data import corpus_records
 from recipes.search import __main__ as command
 from recipes.search import commands
 from recipes.search import folder as folder_module
@@ -32,10 +34,10 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(params=["lance", "qdrant"])
-def store(request, tmp_path):
+def store(request, tmp_path, qwen, folder):
     if request.param == "lance":
         return LanceStore(str(tmp_path / "lance"), 32)
-    return QdrantStore(QdrantClient(":memory:"), "items", 32)
+    return QdrantStore(QdrantClient(":memory:"), "items", qwen, folder)
 
 
 def indexed(store, qwen, folder, **options):
@@ -96,6 +98,103 @@ def test_rows_of_what_cannot_be_read_today_stay(store, qwen, folder, monkeypatch
     report = indexed(store, qwen, folder)
     assert report.left_out["sub/note.txt"] == "it can't be read: Permission denied"
     assert report.deleted == 0 and store.count() == count
+
+
+def test_a_folder_that_is_not_there_never_empties_its_index(store, qwen, folder, monkeypatch):
+    """A disk that is not mounted: no folder, an empty one in its place, or one that gives no names."""
+    indexed(store, qwen, folder)
+    count = store.count()
+    away = folder.rename(folder.with_name("away"))
+    with pytest.raises(ValueError, match=r"there is no folder or table '.*files'. Check the path"):
+        indexed(store, qwen, folder)
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"files holds nothing that can be searched, the index 6 files of it; none"):
+        indexed(store, qwen, folder)
+
+    def refuse(path):
+        raise OSError(5, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_records.os, "scandir", refuse)
+        with pytest.raises(ValueError, match=r"the folder .*files can't be read: Input/output error"):
+            indexed(store, qwen, folder)
+    assert store.count() == count
+    folder.rmdir()
+    away.rename(folder)
+    assert indexed(store, qwen, folder).unchanged == 6
+
+
+def test_a_table_that_is_not_there_never_empties_its_index(tmp_path, qwen):
+    table = tmp_path / "rows.jsonl"
+    table.write_text('{"text": "a"}\n')
+    store, root = open_index(tmp_path / "index", qwen, table)
+    update(store, qwen, root, progress=False)
+    table.unlink()
+    with pytest.raises(ValueError, match="there is no folder or table '.*rows.jsonl'"):
+        update(store, qwen, root, progress=False)
+    assert store.count() == 1
+    with pytest.raises(ValueError, match="there is no folder or table '.*typo'"):
+        open_index(tmp_path / "other", qwen, tmp_path / "typo")
+    assert not (tmp_path / "other").exists(), "the right folder can still be indexed there"
+
+
+def test_an_index_among_the_files_that_it_indexes_is_refused(tmp_path, qwen, folder):
+    for place in (folder, folder / "index", folder / "sub" / "index"):
+        with pytest.raises(ValueError, match="must not lie in the folder that is indexed.*such as .*files/.index"):
+            open_index(place, qwen, folder)
+    store, root = open_index(folder / ".index", qwen, folder)
+    assert indexed(store, qwen, root).new == 6 and indexed(store, qwen, root).new == 0
+    table = folder / "rows.jsonl"
+    table.write_text('{"text": "a"}\n')
+    open_index(folder / "index", qwen, table)  # of a table nothing else is listed
+
+
+def test_a_vector_that_is_not_finite_is_never_stored_or_searched_with(store, qwen, folder, monkeypatch):
+    encode = module.encode_checked
+
+    def broken(model, values, *args, **options):
+        result = encode(model, values, *args, **options)
+        for row, vector in zip(result.rows, result.embeddings, strict=True):
+            if values[row].get("text") == "What is the city?":
+                vector[3] = np.nan
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "encode_checked", broken)
+        report = indexed(store, qwen, folder)
+    assert "vector with NaN" in report.left_out["sub/note.txt, line 1"] and store.count() == 8
+    assert indexed(store, qwen, folder).new == 1 and store.count() == 9
+    with torch.no_grad():
+        qwen[0].model.get_input_embeddings().weight.fill_(np.nan)
+    with pytest.raises(ValueError, match="can't be searched with: .*NaN"):
+        find(store, qwen, query_of("a", None))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_picture_that_a_table_names_is_embedded_again_when_it_changes(store, qwen, folder, suffix):
+    (folder / "pages").mkdir()
+    (folder / "pages" / "a.tiff").write_bytes(b"")
+    rows = [{"text": "one", "image": "pages/a.tiff"}, {"text": "two", "image": None}, {"text": "four", "image": ""}]
+    Dataset.from_list(rows).to_parquet(str(folder / "rows.parquet"))
+    Dataset.from_list(rows).to_json(str(folder / "rows.jsonl"))
+    (folder / f"rows.{'jsonl' if suffix == 'parquet' else 'parquet'}").unlink()
+    (folder / "words.jsonl").write_text('{"text": "three"}\n')
+    picture(56, 56, 1).save(folder / "pages" / "a.tiff")
+    indexed(store, qwen, folder)
+    (folder / "more.txt").write_text("a file more changes the folder, and no picture")
+    report = indexed(store, qwen, folder)
+    assert (report.new, report.changed, report.unchanged) == (1, 0, 9)
+    assert len(store.files()["words.jsonl"]["content"]) == 64, "as in indexes that were made before media counted"
+    picture(56, 56, 2).save(folder / "pages" / "a.tiff")
+    assert indexed(store, qwen, folder).changed == 2
+    expected = qwen.encode_document([{"text": "one", "image": picture(56, 56, 2)}])[0]
+    (hit,) = find(store, qwen, query_of("one", None), 9, ["image"], "rows")
+    np.testing.assert_allclose(store.vector(hit.row["id"]), expected, atol=1e-5)
+    (folder / "pages" / "a.tiff").unlink()
+    report = indexed(store, qwen, folder)
+    assert "does not exist" in report.left_out[f"rows.{suffix}, row 1"]
+    assert [hit.row["place"] for hit in find(store, qwen, query_of("one", None), 9, path="rows")] != ["row 1"]
+    assert not find(store, qwen, query_of("one", None), 9, ["image"], "rows")
 
 
 def test_random_pairs_tell_what_a_similarity_means(store):
@@ -219,11 +318,31 @@ def test_another_model_or_folder_is_refused(tmp_path, qwen, folder):
         open_index(tmp_path / "index", qwen)
     open_index(tmp_path / "index", qwen, folder)
     with pytest.raises(ValueError, match="is of .*, not of"):
-        open_index(tmp_path / "index", qwen, tmp_path)
+        open_index(tmp_path / "index", qwen, folder / "sub")
     with torch.no_grad():
         qwen[0].model.get_input_embeddings().weight[5] += 1
     with pytest.raises(ValueError, match="made with another model"):
         open_index(tmp_path / "index", qwen)
+
+
+def test_another_model_or_folder_of_a_collection_is_refused(tmp_path, qwen, folder):
+    client = QdrantClient(path=str(tmp_path / "qdrant"))
+    with pytest.raises(ValueError, match="no collection 'files'. Pass the folder"):
+        QdrantStore(client, "files", qwen)
+    update(QdrantStore(client, "files", qwen, folder), qwen, folder, progress=False)
+    client.close()
+    client = QdrantClient(path=str(tmp_path / "qdrant"))
+    again = QdrantStore(client, "files", qwen)
+    assert again.folder == folder.resolve() and again.count() == 9
+    with pytest.raises(ValueError, match="is of .*files, not of"):
+        QdrantStore(client, "files", qwen, tmp_path)
+    with torch.no_grad():
+        qwen[0].model.get_input_embeddings().weight[5] += 1
+    with pytest.raises(ValueError, match="made with another model"):
+        QdrantStore(client, "files", qwen, folder)
+    client.create_collection("old", models.VectorParams(size=32, distance=models.Distance.COSINE))
+    with pytest.raises(ValueError, match="does not say which model and folder"):
+        QdrantStore(client, "old", qwen, folder)
 
 
 def test_a_model_that_is_no_btok_model(tmp_path, folder):
