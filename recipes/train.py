@@ -33,6 +33,7 @@ from recipes.training.settings import (
     RunSettings,
     TrainerDefaults,
     check_choices,
+    check_shares,
     trainer_flags,
 )
 
@@ -53,6 +54,7 @@ def check_flags(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         check_choices(given)
+        check_shares(given)
     except ValueError as error:
         parser.error(str(error))
     if not (given.backbone or given.preset):

@@ -63,6 +63,7 @@ class WeightedBlockSampler(MultiDatasetDefaultBatchSampler):
                 f"block_size must be a multiple of the batch size, got {block_size} for batches of {self.batch_size}."
             )
         self.block = max(1, block_size // self.batch_size)
+        self.names = list(weights)
         total = sum(weights.values())
         self.shares = torch.tensor([weight / total for weight in weights.values()], dtype=torch.float64)
 
@@ -81,7 +82,15 @@ class WeightedBlockSampler(MultiDatasetDefaultBatchSampler):
         while True:
             # Samplers that reseed themselves would repeat their order: each round counts as an epoch of its own.
             sampler.set_epoch(self.epoch + 1000 * rounds)
-            yield from sampler
+            found = 0
+            for batch in sampler:
+                found += 1
+                yield batch
+            if not found:  # the next rounds would find none either, for ever
+                raise ValueError(
+                    f"{self.names[number]} must fill a batch, but a pass over its rows found no {self.batch_size} in "
+                    "which no query or positive occurs twice. Pass a smaller --batch_size, or leave out --distinct."
+                )
             rounds += 1
 
     def __len__(self) -> int:

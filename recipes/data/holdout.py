@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from sentence_transformers import SentenceTransformer
@@ -25,6 +24,8 @@ from recipes.data.training_pairs import Source
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_LABEL = 100  # characters
+
 
 def hold_out(
     sources: Sequence[Source], size: int, seed: int = 0, *, share: float = 0.1
@@ -32,8 +33,8 @@ def hold_out(
     """Split every source into a training and a validation part without shared content.
 
     Two rows share content if a medium (image, or the frames of a video) or the whole text of a side without media
-    occurs in both, on whichever side. The texts of a label set (fewer than half as many different positives as rows)
-    are not content in this sense: labels have to occur in both parts. Takes about 40 s per million rows.
+    occurs in both, on whichever side. Labels are not content in this sense, as they have to occur in both parts: the
+    texts of positives if all are short and occur twice on average (`has_labels`). Takes about 40 s per million rows.
 
     Args:
         sources: Checked sources.
@@ -85,13 +86,11 @@ def _groups(sources: Sequence[Source]) -> list[np.ndarray]:
     known: dict[str, int] = {}
     total = 0
     for source in sources:
-        labels = _is_label_set(source.pairs)
+        labels = has_labels(source)
         for record in source.pairs:
-            for column, side in record.items():
-                if not side["digest"] and labels and column != "query":
-                    continue
+            for key in contents(record, labels):
                 rows.append(total)
-                keys.append(known.setdefault(side["digest"] or "text " + side["text"].strip(), len(known)))
+                keys.append(known.setdefault(key, len(known)))
             total += 1
     size = total + len(known)
     ends = np.frombuffer(rows, np.int64), np.frombuffer(keys, np.int64) + total
@@ -101,9 +100,41 @@ def _groups(sources: Sequence[Source]) -> list[np.ndarray]:
     return np.split(found, np.cumsum([len(source.pairs) for source in sources])[:-1])
 
 
-def _is_label_set(pairs: Dataset) -> bool:
-    texts = [side["text"] for side in pairs["positive"] if not side["digest"]]
-    return bool(texts) and len(set(texts)) < len(texts) / 2
+def contents(record: Mapping[str, Mapping[str, Any]], labels: bool) -> list[str]:
+    """What a row must not share with one of the other part: its media by digest, and its texts without media.
+
+    Args:
+        record: The row's sides, as `Side`s.
+        labels: Whether the texts of its positives and negatives are labels.
+
+    Returns:
+        A key for each.
+    """
+    return [
+        side["digest"] or "text " + side["text"].strip()
+        for column, side in record.items()
+        if side["digest"] or column == "query" or not labels
+    ]
+
+
+def has_labels(source: Source) -> bool:
+    """Whether the texts of a source's positives are labels, which is logged: all short, and twice there on average.
+
+    A passage under several questions repeats too. It is content: one that was trained on must not be held out.
+    """
+    texts = [side["text"].strip() for side in source.pairs["positive"] if not side["digest"]]
+    different = set(texts)
+    if not texts or 2 * len(different) > len(texts) or max(map(len, different)) > _LONGEST_LABEL:
+        return False
+    logger.info(
+        "%s: the %d texts of positive (such as %r) stand under %d rows, so they are taken for labels: they occur in "
+        "training and in held-out rows alike, and only queries and media are kept apart",
+        source.name,
+        len(different),
+        texts[0],
+        len(texts),
+    )
+    return True
 
 
 PromptOf = Callable[[str, str], str]  # name of a source, side -> prompt

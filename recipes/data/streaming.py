@@ -9,11 +9,11 @@ those of `user_data.py`, text tables are read by `tables.py`. A sample of a tar 
 
 Members without a side, `000.txt` and `000.jpg`, are a text that searches for an image.
 
-The first `--validation_size` rows of each source are checked and held out, and no row with the same query or the same
-positive trains. All others are checked when they come: a broken one is an error (`--on_error raise`), or is passed
-over and listed in `skipped_rows.jsonl`. Nobody knows the number of rows, so a training needs `--max_steps`; when the
-rows end they begin anew. Order: a buffer of `--shuffle_buffer` rows, from which the next is drawn; sources by their
-weights. Resuming reads the rows again up to where training stopped.
+The first `--validation_size` rows of each source are checked and held out, and no row of any source that shares
+content with them trains (`contents` of `holdout.py`). All others are checked when they come: a broken one is an error
+(`--on_error raise`), or is passed over and listed in `skipped_rows.jsonl`. Nobody knows the number of rows, so a
+training needs `--max_steps`; when the rows end they begin anew. Order: a buffer of `--shuffle_buffer` rows, from which
+the next is drawn; sources by their weights. Resuming reads the rows again up to where training stopped.
 """
 
 from __future__ import annotations
@@ -29,13 +29,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets
 
 from evaluation.media import BrokenMediaError
 from recipes.data.corpus_records import undecoded
+from recipes.data.holdout import contents, has_labels
 from recipes.data.tables import TEXT_SUFFIXES
-from recipes.data.training_pairs import BrokenRowError, Source, as_input, check_source, checked_side, content_key
-from recipes.data.user_data import PACKED, is_file_name, load_named, packed_rows, read_pair, sides_of, usual_names
+from recipes.data.training_pairs import BrokenRowError, Source, as_input, check_source, checked_side
+from recipes.data.user_data import (
+    PACKED,
+    is_file_name,
+    load_named,
+    packed_rows,
+    read_pair,
+    sides_of,
+    usual_names,
+    warn_of_paths,
+    with_keys,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +61,8 @@ _LOADERS = {
 _IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 _HEAD = 64  # rows that are looked at before anything expensive, if none are held out
 _LOGGED = 20
-_shown: set[tuple[str, int]] = set()
+_shown: set[tuple[str, int, str]] = set()
+_PLACED = Features({**PACKED, "folder": Value("string")})
 
 
 @dataclass(frozen=True)
@@ -102,12 +114,16 @@ def open_streams(
     """
     if weights and len(weights) != len(paths):
         raise ValueError(f"weights must have one value per data set, got {len(weights)} for {len(paths)}.")
-    heads, streams, files = [], [], {}
-    for path in paths:
-        head, rows, found = _stream(path, held_out, skipped, negatives, check)
-        heads.append(head)
-        streams.append(rows.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else rows)
-        files[head.name] = found
+    opened = [_opened(path, held_out, negatives, check) for path in paths]
+    heads, files = [each.head for each in opened], {each.head.name: each.files for each in opened}
+    known = frozenset(key for each in opened if held_out for key in each.contents())
+    options = {"known": known, "skipped": str(skipped or ""), **check}
+    # Held-out rows are left out by their content: `skip` would be split among the loader's workers, and each would
+    # pass over rows of its own files.
+    streams = [each.rows(**options) for each in opened]
+    streams = [rows.shuffle(seed=seed, buffer_size=buffer) if buffer > 1 else rows for rows in streams]
+    if held_out:  # told by the check of the heads
+        _shown.update((entry.dataset, entry.index, entry.reason) for head in heads for entry in head.broken)
     columns = [head.pairs.column_names for head in heads]
     if any(names != columns[0] for names in columns):
         raise ValueError(
@@ -123,38 +139,83 @@ def open_streams(
     return Streams(rows, heads, heads if held_out else [], files)
 
 
-def _stream(
-    path: str, held_out: int, skipped: Path | None, negatives: bool, check: dict[str, Any]
-) -> tuple[Source, IterableDataset, list[str]]:
-    """One source: its first rows, checked; all others, checked as they come; and the names of its files."""
+@dataclass(frozen=True)
+class _Opened:
+    """A source: its first rows, checked, and what reads all of them."""
+
+    head: Source
+    table: IterableDataset
+    read: Any
+    files: list[str]
+    labels: bool
+
+    def contents(self) -> Iterator[str]:
+        """What no row that trains may hold."""
+        for record in self.head.pairs:
+            yield from contents(record, self.labels)
+
+    def rows(self, **options: Any) -> IterableDataset:
+        """The rows that train, checked as they come."""
+        sides = tuple(self.head.pairs.column_names)  # negatives that a row of the head lacks are not used
+        options |= {"name": self.head.name, "read": self.read, "sides": sides, "labels": self.labels}
+        return self.table.map(
+            partial(_checked_rows, **options),
+            with_indices=True,
+            batched=True,
+            batch_size=1,  # a row that is passed over is a batch of none
+            remove_columns=_columns(self.table),
+        )
+
+
+def _opened(path: str, held_out: int, negatives: bool, check: dict[str, Any]) -> _Opened:
+    """One source. Its first rows tell the columns, and validate where some are held out."""
     name = re.sub(r"\W+", "-", path.removesuffix("*.tar")).strip("-")
-    table, files, folder = _open(path)
-    # 1. The first rows tell the columns, and validate where some are held out.
-    records = [_as_columns(record) for record in islice(table, held_out or _HEAD)]
+    table, places = _open(path)
+    records = [_as_columns(record) for record in islice(table, held_out + 1 if held_out else _HEAD)]
     if not records:
         raise ValueError(f"{path} has no rows. Write some, or leave it out.")
-    is_packed = records[0].keys() == PACKED.keys()
-    columns = [column for record in records for column in (json.loads(record["columns"]) if is_packed else record)]
+    if held_out and len(records) <= held_out:
+        raise ValueError(
+            f"{path} must have more rows than are held out, but has {len(records)} for --validation_size {held_out}, "
+            "so none would train. Pass a smaller --validation_size, or leave out --stream, which holds out a tenth."
+        )
+    records = records[:held_out] if held_out else records
+    is_packed = records[0].keys() >= PACKED.keys()
+    columns = [column for record in records for column in _columns_of(record, is_packed)]
     names = usual_names(list(dict.fromkeys(columns)))
     if is_packed and not names:
         raise ValueError(f"{path} has no row that can be read: {records[0]['problem'] or 'all are empty'}.")
     sides = sides_of(names, path)
-    read = partial(read_pair, sides=sides, folder=str(folder), names=names if is_packed else None)
-    head = check_source(name, Dataset.from_list(records, PACKED if is_packed else None), read, sides, **check)
+    folders = {str(Path(place).parent) for place in places}
+    if len(folders) > 1 and not is_packed:
+        _refuse_relative_paths(path, len(folders), records)
+    folder = min(folders, default="")
+    read = partial(read_pair, sides=sides, folder=folder, names=names if is_packed else None)
+    head = check_source(name, Dataset.from_list(records, _PLACED if is_packed else None), read, sides, **check)
     head = head if negatives else head.without_negatives()
-    sides = tuple(head.pairs.column_names)  # negatives that a row of the head lacks are not used
-    # 2. All rows, or those behind the held-out ones.
-    known = _contents(head) if held_out else frozenset()
-    options = {"name": name, "read": read, "sides": sides, "known": known, "skipped": str(skipped or ""), **check}
-    first = len(records) if held_out else 0
-    rows = (table.skip(first) if held_out else table).map(
-        partial(_checked_rows, first=first, **options),
-        with_indices=True,
-        batched=True,
-        batch_size=1,  # a row that is passed over is a batch of none
-        remove_columns=_columns(table),
-    )
-    return head, rows, files
+    warn_of_paths(head, folder)
+    files = [
+        f"{Path(place).name}, {Path(place).stat().st_size} bytes" if Path(place).is_file() else place
+        for place in places or [path]
+    ]
+    return _Opened(head, table, read, files, bool(held_out) and has_labels(head))
+
+
+def _columns_of(record: Mapping[str, Any], is_packed: bool) -> list[str]:
+    return json.loads(record["columns"]) if is_packed else with_keys(record)
+
+
+def _refuse_relative_paths(path: str, folders: int, records: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of Parquet files and shards don't say which file they are from."""
+    for row, record in enumerate(records):
+        for column, value in record.items():
+            named = value.get("path") if isinstance(value, Mapping) and not value.get("bytes") else value
+            is_medium = column.endswith(("_image", "_video")) and isinstance(named, str)
+            if is_medium and not Path(named or "/").is_absolute():
+                raise ValueError(
+                    f"{path} matches files of {folders} folders, so they must hold their media or name them by "
+                    f"absolute paths, but row {row} has {column} {named!r}. Pass a --data for each folder."
+                )
 
 
 class _NamedColumns(IterableDataset):
@@ -168,26 +229,30 @@ class _NamedColumns(IterableDataset):
         return self.sides
 
 
-def _open(path: str) -> tuple[IterableDataset, list[str], Path]:
-    """The undecoded rows, the names of the files, and the folder that paths in the rows start from."""
+def _open(path: str) -> tuple[IterableDataset, list[str]]:
+    """The undecoded rows, and the places of the files: paths in the rows start from their folders."""
     suffix = Path(path).suffix.lower()
     if suffix not in _LOADERS:
         if is_file_name(path):
             raise ValueError(
                 f"a data file must be one of {', '.join(_LOADERS)}, got {path!r}. Save it as one of them."
             )
-        return undecoded(load_named(path, path, streaming=True)), [path], Path()
-    found = [path] if "://" in path else sorted(glob.glob(path))
+        return undecoded(load_named(path, path, streaming=True)), []
+    found = [path] if "://" in path else sorted(glob.glob(path, recursive=True))
     if not found:
         raise ValueError(f"no file matches {path!r}. Check the path.")
     if suffix in TEXT_SUFFIXES and "://" not in path:
-        table = IterableDataset.from_generator(packed_rows, features=PACKED, gen_kwargs={"paths": found})
+        table = IterableDataset.from_generator(_placed_rows, features=_PLACED, gen_kwargs={"paths": found})
     else:
         table = load_named(path, _LOADERS[suffix], data_files=found, streaming=True)
-    named = [
-        f"{Path(name).name}, {Path(name).stat().st_size} bytes" if Path(name).is_file() else name for name in found
-    ]
-    return undecoded(table), named, Path(found[0]).parent
+    return undecoded(table), found
+
+
+def _placed_rows(paths: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Rows of text tables with the folder that their media are relative to."""
+    for path in paths:
+        for row in packed_rows([path]):
+            yield {**row, "folder": str(Path(path).parent)}
 
 
 def _columns(table: IterableDataset) -> list[str]:
@@ -210,10 +275,6 @@ def _as_columns(record: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def _contents(source: Source) -> frozenset[str]:
-    return frozenset(content_key(row[side]) for row in source.pairs for side in ("query", "positive"))
-
-
 def _checked_rows(
     batch: dict[str, list[Any]],
     indices: list[int],
@@ -221,8 +282,8 @@ def _checked_rows(
     name: str,
     read: Any,
     sides: tuple[str, ...],
+    labels: bool,
     known: frozenset[str],
-    first: int,
     on_error: str,
     check_media: Any,
     skipped: str,
@@ -238,9 +299,9 @@ def _checked_rows(
                 raise BrokenRowError(f"{missing[0]} is empty: neither text nor media")
             inputs = {side: as_input(asdict(replace(found[side], row=0)), [record]) for side in sides}
         except (BrokenRowError, BrokenMediaError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
-            _report(name, first + row, f"{error}", on_error, skipped)
+            _report(name, row, f"{error}", on_error, skipped)
             continue
-        if known and any(content_key(asdict(found[side])) in known for side in ("query", "positive")):
+        if not known.isdisjoint(contents({side: asdict(found[side]) for side in sides}, labels)):
             continue
         for side in sides:
             out[side].append(inputs[side])
@@ -257,9 +318,9 @@ def _report(name: str, row: int, reason: str, on_error: str, skipped: str) -> No
         raise BrokenRowError(
             f'{name}, row {row} is broken: {reason}. Repair it, or train without such rows: on_error="skip".'
         )
-    if (name, row) in _shown:  # the rows have begun anew
+    if (name, row, reason) in _shown:  # the rows have begun anew
         return
-    _shown.add((name, row))
+    _shown.add((name, row, reason))
     if len(_shown) <= _LOGGED:
         logger.warning("%s, row %d skipped: %s", name, row, reason)
     if skipped:

@@ -152,6 +152,7 @@ def _json_object(path: Path, number: int, line: str) -> dict[str, Any] | BrokenR
     try:
         _check_utf8(path, number, line)
         record = _parsed(line)
+        _check_halves(f"line {number} of {path.name}", line, record)
     except BrokenRecordError as error:
         return error
     except json.JSONDecodeError as error:
@@ -166,6 +167,19 @@ def _json_object(path: Path, number: int, line: str) -> dict[str, Any] | BrokenR
 def _parsed(text: str) -> Any:
     """JSON with its numbers as they are written."""
     return json.loads(text, parse_int=str, parse_float=str, parse_constant=lambda name: None)
+
+
+def _check_halves(where: str, text: str, record: Any) -> None:
+    """JSON can escape half a character (an emoji that was cut in two), which no text in UTF-8 may hold."""
+    if "\\u" not in text:
+        return
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = json.dumps(error.object[error.start])
+        raise BrokenRecordError(
+            f"{where} holds half a character, {half}: a text that was cut inside an emoji. Remove it"
+        ) from None
 
 
 def _json_reason(text: str, error: json.JSONDecodeError) -> str:
@@ -200,11 +214,14 @@ def _listed(path: Path) -> Iterator[Row]:
             "itself."
         ) from None
     for number, record in enumerate(records, 1):
-        good = isinstance(record, dict)
-        yield (
-            number,
-            record if good else BrokenRecordError(f"item {number} of {path.name} is no JSON object. Remove it"),
-        )
+        if not isinstance(record, dict):
+            record = BrokenRecordError(f"item {number} of {path.name} is no JSON object. Remove it")
+        else:
+            try:
+                _check_halves(f"item {number} of {path.name}", text, record)
+            except BrokenRecordError as error:
+                record = error
+        yield number, record
 
 
 class _Lines:

@@ -8,7 +8,7 @@ the decoded corpus is never in memory, and embedded images are never copied.
 Media are read by `st_btok`, so training sees the pixels and frames that encoding sees. Cost of the check: each file
 is read once, and with `check_media="decode"` decoded once, as for training. `datasets` caches the result, source by
 source and, with `num_proc`, part by part: a second or interrupted run goes on from there.
-A file that is repaired or damaged later is seen with `recheck=True`.
+A file that is repaired or damaged later is seen with `recheck=True`, which the log says where rows are skipped.
 """
 
 from __future__ import annotations
@@ -299,7 +299,8 @@ def _report(broken: tuple[BrokenRow, ...], num_rows: int, on_error: str) -> None
         logger.warning("%s, row %d skipped: %s", entry.dataset, entry.index, entry.reason)
     if broken:
         shown = f" (the first {_LOGGED} are above)" if len(broken) > _LOGGED else ""
-        logger.warning("%s: %d of %d rows skipped%s", broken[0].dataset, len(broken), num_rows, shown)
+        again = "media that are repaired later stay skipped until recipes.train --recheck"
+        logger.warning("%s: %d of %d rows skipped%s; %s", broken[0].dataset, len(broken), num_rows, shown, again)
 
 
 def _drop_partial_negatives(name: str, kept: Dataset, negatives: tuple[str, ...]) -> Dataset:

@@ -17,6 +17,7 @@ from recipes.training.settings import (
     RunSettings,
     TrainerDefaults,
     check_choices,
+    check_shares,
 )
 
 
@@ -32,6 +33,7 @@ class TrainConfig(RunSettings, DataSettings, ModelSettings, LossSettings, Traine
     def __post_init__(self) -> None:
         """Check the choices before anything is loaded."""
         check_choices(self)
+        check_shares(self)
         if self.hard_negatives == "mine" and not self.miner:
             raise ValueError("--hard_negatives mine needs --miner, a trained embedder: a name or path.")
         if self.stream:
@@ -62,27 +64,28 @@ class TrainConfig(RunSettings, DataSettings, ModelSettings, LossSettings, Traine
         """The settings for the model card, without places: cards get published."""
         return {name: value for name, value in super().to_dict().items() if name not in ("data", "mmeb_root")}
 
-    def model_prompts(self) -> dict[str, str]:
+    def model_prompts(self, sources: Sequence[str] = ()) -> dict[str, str]:
         """What `prompts` means for the saved model: `query` and `document`, which `encode_query` and others look for.
 
-        Prompts by data set and column that agree in all data sets are one prompt; others are kept as `name-column`.
+        Saved is what is trained with: the prompt of queries, and that of positives, if it is the same in all data
+        sets; else those of single data sets, as `name-query` and `name-document`.
+
+        Args:
+            sources: Names of all data sets. Default: those that `prompts` names.
         """
         given = self.prompts or {}
         if isinstance(given, str):
             return {"query": given, "document": given}
+        is_column = {name: name in _ROLES or name.startswith("negative") for name in given}
+        named = [name for name in given if name in sources or not is_column[name]]
         found: dict[str, str] = {}
-        for name, prompt in given.items():
-            if isinstance(prompt, str) and (name in _ROLES or name.startswith("negative")):
-                found.setdefault(_ROLES.get(name, "document"), prompt)
-            elif isinstance(prompt, str):
-                found[name] = prompt
-            else:
-                found.update({f"{name}-{_ROLES.get(column, column)}": text for column, text in prompt.items()})
-        for role in ("query", "document"):
-            texts = {text for name, text in found.items() if name.endswith(f"-{role}")}
-            if len(texts) == 1:
-                found = {name: text for name, text in found.items() if not name.endswith(f"-{role}")}
-                found[role] = texts.pop()
+        for side, role in _ROLES.items():
+            texts = {source: self.prompt_of(source, side) for source in sources or named or [""]}
+            meant = [name for name, prompt in given.items() if name == side or (name in named and _says(prompt, side))]
+            if meant and len(set(texts.values())) == 1:
+                found[role] = next(iter(texts.values()))
+            elif meant:
+                found |= {f"{source}-{role}": text for source, text in texts.items() if text}
         return found
 
     def prompt_of(self, source: str, side: str) -> str:
@@ -104,6 +107,14 @@ class TrainConfig(RunSettings, DataSettings, ModelSettings, LossSettings, Traine
             ValueError: A key that names neither a source nor a column.
         """
         columns = {column for names in sources.values() for column in names}
+        if self.stream and isinstance(self.prompts, dict):  # all sources are one stream of rows, without their names
+            others = [name for name, prompt in self.prompts.items() if name not in columns or isinstance(prompt, dict)]
+            if others:
+                raise ValueError(
+                    f"--prompts must name columns with --stream, but {others} are none: there are {sorted(columns)}. "
+                    "Use these names, each with one prompt for all data sets."
+                )
+            return
         wrong = []
         for name, prompt in self.prompts.items() if isinstance(self.prompts, dict) else ():
             if name in sources and isinstance(prompt, dict):
@@ -120,9 +131,19 @@ class TrainConfig(RunSettings, DataSettings, ModelSettings, LossSettings, Traine
 _ROLES = {"query": "query", "positive": "document"}
 
 
+def _says(prompt: Any, side: str) -> bool:
+    """Whether the prompts of a data set hold one for a side."""
+    return isinstance(prompt, str) or side in prompt
+
+
 def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The command line over the preset it names over the defaults."""
     parser = Parser((RunSettings, DataSettings, ModelSettings, LossSettings, TrainerSettings))
+    lengths = {name: parser.get_default(name) for name in ("num_train_epochs", "max_steps")}
+    parser.set_defaults(**dict.fromkeys(lengths))
     named, _ = parser.parse_known_args(arguments)
-    parser.set_defaults(**PRESETS.get(named.preset, {}))
+    preset = dict(PRESETS.get(named.preset, {}))
+    if named.num_train_epochs is not None and named.max_steps is None:
+        preset.pop("max_steps", None)  # of the preset, which would win over the epochs that were asked for
+    parser.set_defaults(**lengths | preset)
     return parser.settings(TrainConfig, arguments)

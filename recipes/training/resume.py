@@ -165,6 +165,21 @@ def _backbone(name: str) -> str:
     return f"a folder with content {digest.hexdigest()[:16]}"
 
 
+def media_changed(folder: str | Path, sources: Sequence[Source]) -> bool:
+    """Whether a file of the pairs was written, moved or replaced since the folder's record: its digest may be old."""
+    record = Path(folder) / RECORD
+    if not record.is_file():
+        return False  # nothing to compare with
+    since = record.stat().st_mtime
+    for source in sources:
+        for sides in source.pairs:
+            for path in {path for side in sides.values() for path in (side["image"], *side["video"]) if path}:
+                facts = os.stat(path) if os.path.exists(path) else None
+                if facts is None or max(facts.st_mtime, facts.st_ctime) > since:
+                    return True
+    return False
+
+
 def write_fingerprint(folder: str | Path, identity: Mapping[str, Any]) -> None:
     """Keep the identity in the folder, whole or not at all."""
     path = Path(folder) / RECORD
@@ -174,6 +189,8 @@ def write_fingerprint(folder: str | Path, identity: Mapping[str, Any]) -> None:
 
 def check_fingerprint(folder: str | Path, identity: Mapping[str, Any]) -> None:
     """Refuse to resume another training than the interrupted one in a folder.
+
+    Compared is what the folder's record holds: one of an older version lacks what that version did not ask for.
 
     Raises:
         ValueError: A value differs; the message names each with both values.
@@ -186,7 +203,7 @@ def check_fingerprint(folder: str | Path, identity: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(dict(identity)))  # as the file holds it: lists for tuples
     changed = [
         f"  {name}: {before.get(name)!r} before, {now.get(name)!r} now"
-        for name in dict.fromkeys([*before, *now])
+        for name in before
         if before.get(name) != now.get(name)
     ]
     if changed:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -29,10 +29,12 @@ from recipes.data.streaming import open_streams
 from recipes.data.training_card import describe_data, write_card, write_skipped
 from recipes.data.training_pairs import Source
 from recipes.data.user_data import load_user_data
+from recipes.training.base import check_backbone_place, written_base
 from recipes.training.config import TrainConfig, parse
 from recipes.training.interrupt import SaveOnInterrupt
 from recipes.training.resume import (
     check_fingerprint,
+    media_changed,
     newest_complete,
     only_training_in,
     run_fingerprint,
@@ -43,14 +45,29 @@ from st_btok import BTokCallback, BTokLoss, CachedBTokLoss, btok_lora_config, bu
 
 logger = logging.getLogger(__name__)
 
+# The settings that a resumed training must share with the interrupted one: each decides what is learned, or from which
+# rows. `max_steps` and `num_train_epochs` are none of them, so that a training can be made longer; nor are those that
+# only decide what fits into memory (`mini_batch_size`, gradient checkpointing).
+DECIDING = (
+    *("num_btoks", "readout", "template", "max_seq_length", "min_pixels", "max_pixels", "dtype"),
+    *("tuning", "lora_r", "lora_alpha", "lora_dropout", "prompts"),
+    *("stream", "shuffle_buffer", "data_weights", "mix", "block_size", "distinct", "seed", "data_seed", "world_size"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("scale", "condensation_weight", "condensation_steps", "target", "max_target_tokens", "route"),
+    *("false_negative_margin", "gather_across_devices"),
+    # Of the checkpoint's optimizer and schedule, which would go on with their own values in silence.
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
+)
 
-def read_sources(config: TrainConfig) -> list[Source]:
-    """All sources of the training, checked."""
+
+def read_sources(config: TrainConfig, recheck: bool = False) -> list[Source]:
+    """All sources of the training, checked; `recheck`: also what was checked before."""
     check = {
         "on_error": config.on_error,
         "check_media": config.check_media,
         "num_proc": config.check_processes,
-        "recheck": config.recheck,
+        "recheck": config.recheck or recheck,
     }
     sources: list[Source] = []
     # One process reads and writes the cache, then the others read it.
@@ -81,7 +98,7 @@ def build(config: TrainConfig, sources: Sequence[Source]) -> SentenceTransformer
         max_seq_length=config.max_seq_length,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
-        prompts=config.model_prompts() or None,
+        prompts=config.model_prompts([source.name for source in sources]) or None,
         device=str(config.device),
         model_kwargs={"dtype": getattr(torch, config.dtype), "attn_implementation": config.attn_implementation},
     )
@@ -95,10 +112,9 @@ def build(config: TrainConfig, sources: Sequence[Source]) -> SentenceTransformer
     if config.tuning != "full":
         lora = {"r": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         # Checkpoints refer to it; one process writes both.
-        base = Path(config.output_dir) / "base" if config.process_index == 0 else None
-        if base and not any(base.parent.glob("checkpoint-*")):
-            shutil.rmtree(base, ignore_errors=True)  # perhaps half written, or another training's
-        model.add_adapter(btok_lora_config(model, **lora, use_dora=config.tuning == "dora", base=base))
+        with written_base(str(config.output_dir)) if config.process_index == 0 else nullcontext() as base:
+            adapters = btok_lora_config(model, **lora, use_dora=config.tuning == "dora", base=base)
+        model.add_adapter(adapters)
         for parameter in model.parameters():  # over a half-precision base, what trains is float32 all the same
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -160,6 +176,9 @@ def checked(config: TrainConfig) -> Data:
     """Sources whose every row is checked before training."""
     # 1. Data.
     sources = read_sources(config)
+    if config.resume and not config.recheck and media_changed(str(config.output_dir), sources):
+        logger.info("A file of the pairs is newer than the interrupted training, so all are checked again.")
+        sources = read_sources(config, recheck=True)
     if config.process_index == 0:
         write_skipped(Path(config.output_dir) / "skipped_rows.jsonl", sources)
     if config.hard_negatives != "data":
@@ -208,11 +227,11 @@ def check_against(config: TrainConfig, sources: Sequence[Source]) -> None:
 
 def begin(config: TrainConfig, training: Sequence[Source], files: Mapping[str, Sequence[str]]) -> Path | None:
     """The checkpoint to go on from, if any, once it is sure to belong to the same training."""
-    model = ("num_btoks", "readout", "template", "tuning", "lora_r", "max_seq_length", "min_pixels", "max_pixels")
-    order = ("seed", "data_seed", "mix", "block_size", "distinct", "per_device_train_batch_size", "world_size")
-    stream = ("stream", "shuffle_buffer")
-    settings = {name: getattr(config, name) for name in (*model, *stream, *order, "gradient_accumulation_steps")}
+    settings = {name: getattr(config, name) for name in DECIDING}
     settings |= {f"files of {name}": "; ".join(names) for name, names in files.items()}
+    # JSON objects that differ in order are equal, and the order of the sources decides that of the rows.
+    settings["order of data"] = [source.name for source in training]
+    settings["instructions"] = [text for source in training for text in source.instructions]
     identity = run_fingerprint(training, config.backbone, settings)
     last = newest_complete(config.output_dir) if config.resume else None
     if last and not config.allow_changes:
@@ -234,6 +253,7 @@ def train(config: TrainConfig) -> Path:
     """
     if not config.backbone:
         raise ValueError("pass --backbone or --preset.")
+    check_backbone_place(config.backbone, str(config.output_dir))
     if config.process_index:  # the first process holds the folder for all of them
         return _train(config)
     with only_training_in(config.output_dir):
@@ -255,6 +275,31 @@ def score_nothing(arguments: TrainConfig) -> None:
     arguments.eval_on_start, arguments.eval_strategy = False, "no"
 
 
+def is_scored(trainer: SentenceTransformerTrainer) -> bool:
+    """Whether the log holds the scores of the model as it is: after the last step, or of the best checkpoint."""
+    state = trainer.state
+    of_best = trainer.args.load_best_model_at_end and state.best_global_step
+    shown = state.best_global_step if of_best else state.global_step
+    return any("eval_runtime" in entry and entry["step"] == shown for entry in state.log_history)
+
+
+def training_arguments(config: TrainConfig, training: Sequence[Source]) -> TrainConfig:
+    """The Trainer's arguments: which source each batch is from, and which rows."""
+    arguments = copy.copy(config)
+    if config.stream:
+        # accelerate would cut every tensor of a batch at as many rows as it has pairs, pictures' patches too.
+        arguments.accelerator_config = replace(arguments.accelerator_config, dispatch_batches=False)
+    elif config.mix == "weighted":
+        weights = {source.name: source.weight for source in training}
+        arguments.multi_dataset_batch_sampler = weighted_blocks(weights, config.block_size)
+        arguments.dataloader_drop_last = True
+    else:
+        arguments.multi_dataset_batch_sampler = config.mix
+    if config.distinct:
+        arguments.batch_sampler = distinct_rows
+    return arguments
+
+
 def _train(config: TrainConfig) -> Path:
     started = sorted(Path(config.output_dir).glob("checkpoint-*"))
     if started and not config.resume:
@@ -264,22 +309,14 @@ def _train(config: TrainConfig) -> Path:
     check_against(config, data.training)
     # 4. Training.
     last = begin(config, data.training, data.files)
+    if last is None and config.process_index == 0:
+        (Path(config.output_dir) / SCORES).unlink(missing_ok=True)  # of an earlier training
     model = build(config, data.training)
     describe_data(model, data.training)
-    arguments = copy.copy(config)
+    arguments = training_arguments(config, data.training)
     loss: Any = losses(config, model, data.training)
     if config.stream:
         loss = next(iter(loss.values()))
-        # accelerate would cut every tensor of a batch at as many rows as it has pairs, pictures' patches too.
-        arguments.accelerator_config = replace(arguments.accelerator_config, dispatch_batches=False)
-    elif config.mix == "weighted":
-        weights = {source.name: source.weight for source in data.training}
-        arguments.multi_dataset_batch_sampler = weighted_blocks(weights, config.block_size)
-        arguments.dataloader_drop_last = True
-    else:
-        arguments.multi_dataset_batch_sampler = config.mix
-    if config.distinct:
-        arguments.batch_sampler = distinct_rows
     evaluator = validation(config, data.held_out)
     if evaluator is None:
         score_nothing(arguments)
@@ -298,10 +335,12 @@ def _train(config: TrainConfig) -> Path:
         raise KeyboardInterrupt(how_to_go_on(config)) from None
     if interrupt.stopped:
         raise KeyboardInterrupt(how_to_go_on(config))
-    scored = any(
-        "eval_runtime" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
-    )
-    if trainer.evaluator is not None and not scored:
+    if trainer.state.global_step == 0:
+        raise ValueError(
+            "no step was trained, as no row was left: all are broken, held out, or share content with a held-out row. "
+            f"See {config.output_dir}/skipped_rows.jsonl, or pass a smaller --validation_size."
+        )
+    if trainer.evaluator is not None and not is_scored(trainer):
         trainer.evaluate()
     # 5. Model, card, skipped rows.
     path = Path(config.output_dir) / "model"

@@ -11,6 +11,7 @@ import ast
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from recipes.command_line import option
 from recipes.training.presets import PRESETS
@@ -31,6 +32,15 @@ def check_choices(settings: object) -> None:
     for name, allowed in CHOICES.items():
         if getattr(settings, name) not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {getattr(settings, name)!r}.")
+
+
+def check_shares(settings: Any) -> None:
+    """Refuse own pairs beside the MMEB-V2 mix without their shares: they would count by rows, and be nearly all."""
+    if settings.mmeb_root and settings.data and settings.mix == "weighted" and not settings.data_weights:
+        raise ValueError(
+            "--data beside --mmeb_root needs --data_weights, one for each: own pairs weigh as many as their rows, the "
+            f"25 sources of the mix 52 together. Pass --data_weights{' 5' * len(settings.data)}, or other shares."
+        )
 
 
 @dataclass
@@ -58,7 +68,10 @@ class PairSettings:
 class DataSettings(PairSettings):
     """What is trained on."""
 
-    data_weights: list[float] = option([], "Shares of `data` in the mix; by default the number of rows.")
+    data_weights: list[float] = option(
+        [],
+        "Shares of `data` in the mix; by default the number of rows. Beside mmeb_root (52 together) needed.",
+    )
     stream: bool = option(False, "Read and check `data` while training; also tar shards. Needs max_steps.")
     shuffle_buffer: int = option(1000, "Streaming: rows among which the next one is drawn; 0: in order.")
     mmeb_root: str = option("", "Folder with the sources of the MMEB-V2 mix; empty: do not train on it.")

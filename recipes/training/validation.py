@@ -19,6 +19,8 @@ _NOISE = re.compile(r"_(runtime|samples_per_second|steps_per_second)$|^epoch$")
 class WriteScores(TrainerCallback):
     """Writes a line of JSON for every scored step, from the Trainer's log, so that a resumed training has them all.
 
+    With `load_best_model_at_end` the line of the step whose weights are saved says so at the end: `"saved": true`.
+
     Args:
         path: The file.
     """
@@ -28,6 +30,14 @@ class WriteScores(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer after each evaluation, once its scores are in the log."""
+        self._write(state, None)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer once the best checkpoint is loaded."""
+        if args.load_best_model_at_end and self.path.is_file():
+            self._write(state, state.best_global_step)
+
+    def _write(self, state: TrainerState, saved: int | None) -> None:
         if not state.is_world_process_zero:
             return
         scores: dict[int, dict[str, float]] = {}
@@ -36,14 +46,20 @@ class WriteScores(TrainerCallback):
             found = {name: value for name, value in found.items() if not _NOISE.search(name)}
             if found:
                 scores.setdefault(entry["step"], {}).update(found)
-        lines = [json.dumps({"step": step, **found}) for step, found in sorted(scores.items())]
+        lines = [
+            json.dumps({"step": step, **found, **({"saved": True} if step == saved else {})})
+            for step, found in sorted(scores.items())
+        ]
         self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def before_and_after(path: Path) -> str:
-    """The first and the last scores of the held-out rows in a file of `WriteScores`, as a table, in per cent."""
+    """The first scores of the held-out rows in a file of `WriteScores`, and those of the saved model, in per cent.
+
+    The saved model is that of the last step, unless a line says that it is the saved one's.
+    """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    first, last = lines[0], lines[-1]
+    first, last = lines[0], next((line for line in lines if line.get("saved")), lines[-1])
     searches = [name.removesuffix("_cosine_ndcg@10") for name in last if name.endswith("_cosine_ndcg@10")]
     rows = []
     for search in searches:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.evaluation import BaseEvaluator
 
 from recipes.data.mmeb_train_sources import MMEB_TRAIN
 from recipes.train import check_flags
@@ -211,6 +212,9 @@ def test_prompts_that_differ_by_data_set_are_trained_with_and_scored_with(backbo
     found = {part.name: (part.query_prompt, part.corpus_prompt) for part in parts}
     assert found["a"] == ("ask a: ", "") and found["b"] == ("ask b: ", "read: ")
     assert found["a-backwards"] == ("", "ask a: ") and found["b-backwards"] == ("read: ", "ask b: ")
+    one = config(backbone, tmp_path, prompts={"a": {"query": "ask a: "}}, **data)
+    saved = recipe.build(one, recipe.checked(one).training).prompts
+    assert saved["a-query"] == "ask a: " and not saved.get("query"), "b trains without"
     for prompts in ({"qery": "find "}, {"a": {"qery": "find "}}, {"c": {"query": "find "}}):
         wrong = next(key for key in ("qery", "c") if key in str(prompts))
         with pytest.raises(ValueError, match=f"must name data sets or columns, but \\['{wrong}'\\] are none"):
@@ -259,6 +263,18 @@ def test_wrong_settings_are_refused(backbone, tmp_path):
         config(backbone, tmp_path, hard_negatives="mine")
 
 
+def test_own_pairs_beside_the_mix_need_their_shares(backbone, tmp_path, capsys):
+    """By rows, 5,000 own pairs would be 99 % of all batches."""
+    both = {"mmeb_root": str(tmp_path), "data": ["mine.jsonl"]}
+    with pytest.raises(ValueError, match="--data beside --mmeb_root needs --data_weights"):
+        config(backbone, tmp_path, **both)
+    for more in ({"data_weights": [5.0]}, {"mix": "proportional"}):
+        config(backbone, tmp_path, **both, **more)
+    with pytest.raises(SystemExit):
+        check_flags(["--backbone", "x", "--output_dir", "out", "--mmeb_root", "a", "--data", "b"])
+    assert "--data_weights 5" in capsys.readouterr().err
+
+
 def test_the_command_line_wins_over_the_preset_and_the_preset_over_defaults(tmp_path):
     given = ["--output_dir", str(tmp_path), "--use_cpu", "--preset", "qwen2-vl-2b"]
     preset = parse(given)
@@ -270,6 +286,15 @@ def test_the_command_line_wins_over_the_preset_and_the_preset_over_defaults(tmp_
     assert (changed.learning_rate, changed.bf16, changed.tuning, changed.data) == (1e-4, False, "full", ["a", "b"])
     assert changed.block_size == 512
     plain = parse(["--output_dir", str(tmp_path), "--use_cpu"])
+    lengths = [(preset.max_steps, preset.num_train_epochs)]
+    for more in (
+        ["--num_train_epochs", "2"],
+        ["--num_train_epochs", "3"],
+        ["--num_train_epochs", "2", "--max_steps", "7"],
+    ):
+        longer = parse([*given, *more])
+        lengths.append((longer.max_steps, longer.num_train_epochs))
+    assert lengths == [(5000, 3), (-1, 2), (-1, 3), (7, 2)] and plain.max_steps == -1
     assert (plain.per_device_train_batch_size, plain.mini_batch_size, plain.logging_steps) == (64, 8, 10)
     assert plain.tuning == "lora" and plain.block_size == 0
     with pytest.raises(SystemExit):
@@ -297,6 +322,9 @@ def test_the_best_checkpoint_by_the_held_out_score_becomes_the_model(backbone, p
     scores = {row["step"]: row["eval_sequential_score"] for row in state["log_history"] if "eval_runtime" in row}
     best = max((step for step in scores if step), key=lambda step: scores[step])
     assert state["best_metric"] == scores[best] and state["best_global_step"] == best
+    lines = [json.loads(line) for line in (tmp_path / "out/validation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("saved")] == [best]
+    assert f"(step 0) → after (step {best})" in before_and_after(tmp_path / "out/validation.jsonl")
     kept, model = weights(tmp_path / "out" / f"checkpoint-{best}"), weights(path)
     assert all(torch.equal(kept[name], value) for name, value in model.items())
     with pytest.raises(ValueError, match="load_best_model_at_end needs --validation_size"):
@@ -304,13 +332,20 @@ def test_the_best_checkpoint_by_the_held_out_score_becomes_the_model(backbone, p
 
 
 def test_prompts_reach_the_model():
-    def prompts(given):
-        return TrainConfig(output_dir="out", use_cpu=True, report_to=[], prompts=given).model_prompts()
+    def prompts(given, sources=()):
+        return TrainConfig(output_dir="out", use_cpu=True, report_to=[], prompts=given).model_prompts(sources)
 
     assert prompts(None) == {} and prompts("find: ") == {"query": "find: ", "document": "find: "}
     assert prompts('{"query": "find: ", "positive": "page: "}') == {"query": "find: ", "document": "page: "}
     same = {"a": {"query": "find: ", "positive": "page: "}, "b": {"query": "find: ", "positive": "text: "}}
     assert prompts(same) == {"a-document": "page: ", "b-document": "text: ", "query": "find: "}
+    for given in ({"negative": "N: ", "positive": "P: "}, {"positive": "P: ", "negative": "N: "}):
+        assert prompts(given) == {"document": "P: "}, "positives, whatever stands first"
+    assert prompts({"negative": "N: ", "query": "Q: "}) == {"query": "Q: "}, "positives train without"
+    assert prompts({"a": {"query": "A: "}}, ["a", "b"]) == {"a-query": "A: "}, "b trains without"
+    assert prompts({"a": {"query": "A: "}}, ["a"]) == {"query": "A: "}
+    assert prompts({"a": "X: "}, ["a"]) == {"query": "X: ", "document": "X: "}
+    assert prompts({"a": {"query": "A: "}, "query": "A: "}, ["a", "b"]) == {"query": "A: "}
 
 
 def test_help_shows_our_settings_first_and_every_argument_of_the_trainer(capsys):
@@ -355,6 +390,32 @@ def test_ctrl_c_saves_a_checkpoint_says_how_to_go_on_and_resuming_ends_like_an_u
     resumed = weights(train(config(backbone, tmp_path / "parts", resume=True, **options)))
     expected = weights(whole)
     assert all(torch.equal(expected[name], value) for name, value in resumed.items()), "bit for bit"
+
+
+def test_scores_of_an_earlier_training_are_not_shown_for_this_one(backbone, pairs, tmp_path):
+    options = {"data": [pairs], "max_steps": 1, "save_strategy": "no"}
+    train(config(backbone, tmp_path, validation_size=2, **options))
+    assert (tmp_path / "out/validation.jsonl").is_file()
+    train(config(backbone, tmp_path, **options))
+    assert not (tmp_path / "out/validation.jsonl").exists()
+
+
+def test_the_scores_shown_are_those_of_the_saved_model(backbone, pairs, tmp_path, monkeypatch):
+    """The best checkpoint is that of step 2, which is loaded after step 5."""
+    scores = [0.1, 0.9, 0.4, 0.3]
+
+    class Known(BaseEvaluator):
+        def __call__(self, *args, **kwargs):
+            return {"sequential_score": scores.pop(0)}
+
+    monkeypatch.setattr(recipe, "validation", lambda *args: Known())
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "validation_size": 2}
+    train(config(backbone, tmp_path, data=[pairs], max_steps=5, **best))
+    lines = [json.loads(line) for line in (tmp_path / "out/validation.jsonl").read_text().splitlines()]
+    shown = [(line["step"], line["sequential_score"], line.get("saved", False)) for line in lines]
+    assert shown == [(0, 0.1, False), (2, 0.9, True), (4, 0.4, False), (5, 0.3, False)] and not scores
+    text = before_and_after(tmp_path / "out/validation.jsonl")
+    assert "after (step 2)" in text and "10.0 → 90.0" in text
 
 
 def test_scores_before_and_after(tmp_path):

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
 from torch.utils.data import ConcatDataset, RandomSampler
 
 from recipes.data.blocks import WeightedBlockSampler, distinct_rows
@@ -85,3 +85,14 @@ def test_distinct_rows_compares_content_without_decoding():
     batches = list(rows)
     assert len(batches) == 2
     assert all(len({row // 2 for row in batch}) == 4 for batch in batches), "each picture once in a batch"
+
+
+def test_too_few_distinct_rows_for_a_batch_are_an_error_and_no_endless_search():
+    """40 rows with 7 answers: no 8 of them differ."""
+    columns = {"query": [f"q{i}" for i in range(40)], "positive": [f"answer {i % 7}" for i in range(40)]}
+    source = Dataset.from_dict(columns)
+    generator = torch.Generator()
+    rows = NoDuplicatesBatchSampler(source, batch_size=8, drop_last=True, generator=generator, seed=0)
+    blocks = WeightedBlockSampler(ConcatDataset([source]), [rows], generator, 0, weights={"mine": 1.0})
+    with pytest.raises(ValueError, match="mine must fill a batch, but a pass over its rows found no 8 .* smaller"):
+        list(blocks)

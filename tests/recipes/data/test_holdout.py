@@ -51,6 +51,26 @@ def test_labels_are_in_both_parts_but_no_picture_is(caplog):
     assert shared and all(not content.startswith("p") for content in shared)
 
 
+def test_a_passage_under_several_questions_is_held_out_with_all_of_them(caplog):
+    """As in SQuAD: five questions a passage, which is content and no label, though it repeats."""
+    passages = [f"passage {i} " + "says a long thing and then some more " * 3 for i in range(40)]
+    squad = source("squad", [side(f"q {i}") for i in range(200)], [side(passages[i // 5]) for i in range(200)])
+    with caplog.at_level("INFO"):
+        training, held_out = hold_out([squad], 20)
+    assert len(held_out[0].pairs) == 20 and not contents(training) & contents(held_out)
+    assert "labels" not in caplog.text
+
+
+def test_what_is_taken_for_labels_is_said(caplog):
+    rows = [side(f"q {i}") for i in range(40)]
+    with caplog.at_level("INFO"):
+        hold_out([source("classes", rows, [side(f"class {i % 20}") for i in range(40)])], 4)
+        hold_out([source("titles", rows, [side(f"title {i % 21}") for i in range(40)])], 4)
+    (said,) = [record.getMessage() for record in caplog.records if "labels" in record.getMessage()]
+    assert said.startswith("classes: the 20 texts of positive (such as 'class 0') stand under 40 rows")
+    assert "they occur in training and in held-out rows alike" in said
+
+
 def test_a_source_in_one_piece_stays_in_training(caplog):
     chain = [side("", f"p{i}") for i in range(31)]
     one = source("chain", chain[:30], chain[1:])

@@ -63,7 +63,8 @@ def test_jsonl_with_images_and_videos_beside_it(tmp_path):
 def test_saved_datasets_with_image_columns_and_negatives(tmp_path):
     images = [{"bytes": jpeg(i), "path": None} for i in range(3)]
     images[1] = {"bytes": jpeg(1)[:-60], "path": None}
-    columns = {"query": ["a", "b", "c"], "positive": images, "negative_1": images[::-1], "negative_2": ["x", "y", "z"]}
+    negatives = [images[2], images[0], images[0]]
+    columns = {"query": ["a", "b", "c"], "positive": images, "negative_1": negatives, "negative_2": ["x", "y", "z"]}
     features = Features(
         {"query": Value("string"), "positive": Image(), "negative_1": Image(), "negative_2": Value("string")}
     )
@@ -246,3 +247,101 @@ def test_a_video_file_has_any_suffix(tmp_path):
     shown = [row["positive"]["video"]["array"] for row in source.dataset()]
     assert np.array_equal(shown[0], read_video(tmp_path / "film.m4v").frames) and not source.broken
     assert len(shown[1]) == 3 and len(shown[2]) == 2, "one frame is doubled"
+
+
+def test_a_stored_image_without_bytes_lies_beside_its_table(tmp_path, monkeypatch):
+    """Not in the working directory, where another picture has the name."""
+    (tmp_path / "elsewhere").mkdir()
+    PILImage.new("RGB", (56, 56), "red").save(tmp_path / "r.png")
+    PILImage.new("RGB", (56, 56), "blue").save(tmp_path / "elsewhere" / "r.png")
+    stored = pa.array(
+        [{"bytes": None, "path": "r.png"}] * 2, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    pq.write_table(pa.table({"query": ["a", "b"], "positive_image": stored}), tmp_path / "a.parquet")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for source in (*load_user_data([str(tmp_path / "a.parquet")]), *open_streams([str(tmp_path / "a.parquet")]).heads):
+        assert source.dataset()[1]["positive"]["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
+@LOADS
+def test_columns_that_are_not_used_are_named_once_with_what_they_may_mean(tmp_path, caplog, load):
+    row = {"query": {"text": "a", "img": "r.png"}, "positive": "b", "hard_negative": "c", "query_img": "r.png"}
+    load([write_jsonl(tmp_path / "a.jsonl", [{**row, "label": 0}, {**row, "url": "u", "positive": "c", "label": 1}])])
+    (said,) = [record.getMessage() for record in caplog.records if "not used" in record.getMessage()]
+    for part in (
+        "columns hard_negative, query_img, label, query.img, url are not used",
+        "negative for hard_negative, query_image for query_img, query_image for query.img",
+        "label decides nothing: every row trains as a right pair",
+    ):
+        assert part in said
+    caplog.clear()
+    load([write_jsonl(tmp_path / "b.jsonl", [{"question": "a", "answer": "b", "negative_2": "c"}])])
+    assert "not used" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"query": "17", "query_text": "how much?"},
+            "query: its text is given twice, by the columns query and query_text",
+        ),
+        ({"query": {"text": "q", "image": "a.jpg"}, "query_image": "b.jpg"}, "query: its image is given twice"),
+        ({"query": "q", "negative": " b "}, "negative is the row's own positive"),
+        ({"query": "q", "query_image": ["a.jpg", "b.jpg"]}, "query: an image must be one path, got 2 in a list"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_broken(tmp_path, row, reason):
+    rows = [{"query": "a", "positive": "b", "negative": "c"}, {"positive": "b", **row}]
+    (source,) = load_user_data([write_jsonl(tmp_path / "a.jsonl", rows)])
+    assert [entry.index for entry in source.broken] == [1] and reason in source.broken[0].reason
+    rows = [rows[0], {"positive": "b", "query": "", "query_text": "d"}]
+    (source,) = load_user_data([write_jsonl(tmp_path / "b.jsonl", rows)])
+    assert not source.broken and source.dataset()[1]["query"] == {"text": "d"}
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])], ids=str)
+def test_a_stored_video_beside_a_text_is_not_passed_over(tmp_path, kind):
+    value = b"film" if kind == pa.binary() else {"bytes": b"film", "path": None}
+    columns = {"query": ["a", "b"], "positive": ["c", "d"], "positive_video": pa.array([value, None], kind)}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    (source,) = load_user_data([str(tmp_path / "a.parquet")])
+    assert [entry.index for entry in source.broken] == [0]
+    assert "positive: a video must be a path, got 4 bytes. Write them to a file" in source.broken[0].reason
+
+
+@LOADS
+def test_texts_that_name_files_are_noticed(tmp_path, caplog, load):
+    for i in range(3):
+        put(tmp_path / f"{i}.jpg", jpeg(i))
+    rows = [{"query": f"page {i}", "positive": f"{i}.jpg"} for i in range(3)]
+    load([write_jsonl(tmp_path / "a.jsonl", rows)])
+    assert "every text of positive is the name of a file, such as '0.jpg'" in caplog.text
+    assert "positive_image" in caplog.text
+    caplog.clear()
+    load([write_jsonl(tmp_path / "b.jsonl", [*rows, {"query": "x" * 5000, "positive": "a text"}])])
+    assert "name of a file" not in caplog.text
+
+
+@LOADS
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_an_emoji_is_a_broken_row(tmp_path, name, load):
+    rows = [{"query": f"q{i}" + "\ud83d" * (i == 2) + "\ud83d\ude00", "positive": f"p{i}"} for i in range(4)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / name).write_text(json.dumps(rows) if name == "a.json" else lines)
+    (source,) = load([str(tmp_path / name)])
+    assert [entry.index for entry in source.broken] == [2] and "holds half a character" in source.broken[0].reason
+    assert source.dataset()[0]["query"] == {"text": "q0\U0001f600"}
+
+
+def test_repaired_media_stay_skipped_until_they_are_checked_again_which_is_said(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"query": str(i), "positive_image": f"{i}.jpg"} for i in range(2)])
+    put(tmp_path / "0.jpg", jpeg(0))
+    load_user_data([path])
+    put(tmp_path / "1.jpg", jpeg(1))
+    caplog.clear()
+    assert len(load_user_data([path])[0].pairs) == 1
+    assert (
+        "1 of 2 rows skipped; media that are repaired later stay skipped until recipes.train --recheck" in caplog.text
+    )
+    assert len(load_user_data([path], recheck=True)[0].pairs) == 2

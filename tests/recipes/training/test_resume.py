@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from recipes.data.user_data import load_user_data
 from recipes.training.config import TrainConfig
 from recipes.training.resume import (
     LOCK,
+    RECORD,
     check_fingerprint,
     newest_complete,
     only_training_in,
@@ -34,9 +36,10 @@ from recipes.training.resume import (
     what_is_torn,
     write_fingerprint,
 )
-from recipes.training.run import train
+from recipes.training.run import begin, checked, train
 from st_btok import build_model
 from tests.backbones import build
+from tests.mmeb_train_files import jpeg, put
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +206,7 @@ def settings(folder, out, resume=False):
 CHILD = """
 import sys
 from pathlib import Path
-from recipes.training.run import train
+from recipes.training.run import begin, checked, train
 from tests.recipes.training.test_resume import settings
 train(settings(Path(sys.argv[1]), "out"))
 """
@@ -232,3 +235,76 @@ def test_a_killed_training_with_a_torn_checkpoint_ends_like_an_unbroken_one(tmp_
     whole = train(settings(tmp_path, "whole"))
     resumed, whole = (SentenceTransformer(str(path), device="cpu").state_dict() for path in (resumed, whole))
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+CHANGES = {
+    "lora_alpha": 64,
+    "lora_dropout": 0.5,
+    "prompts": {"query": "find: "},
+    "data_weights": [9.0, 1.0],
+    "dtype": "bfloat16",
+    "scale": 1.0,
+    "condensation_weight": 3.0,
+    "condensation_steps": 10,
+    "target": "query",
+    "max_target_tokens": 8,
+    "route": "prefix",
+    "false_negative_margin": 0.1,
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 3,
+    "weight_decay": 0.5,
+    "max_grad_norm": 9.0,
+}
+
+
+def begun(folder, sources, monkeypatch, **options):
+    """What `begin` says to a folder with a whole checkpoint."""
+    monkeypatch.setattr("recipes.training.run.newest_complete", lambda folder: Path(folder))
+    given = {"tuning": "lora", **options}
+    return begin(dataclasses.replace(settings(folder, "out", resume=True), **given), sources, {})
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_setting_that_decides_what_is_learned_must_be_the_same(tmp_path, monkeypatch, name):
+    sources = pairs(tmp_path)
+    (tmp_path / "out").mkdir()
+    begun(tmp_path, sources, monkeypatch)
+    begun(tmp_path, sources, monkeypatch, max_steps=100, mini_batch_size=2)
+    with pytest.raises(ValueError, match=f"training.json:\n  {name}: .* before, .* now"):
+        begun(tmp_path, sources, monkeypatch, **{name: CHANGES[name]})
+    begun(tmp_path, sources, monkeypatch, allow_changes=True, **{name: CHANGES[name]})
+
+
+def test_the_order_of_the_data_must_be_the_same(tmp_path, monkeypatch):
+    first, second = pairs(tmp_path / "a")[0], pairs(tmp_path / "b", ("four", "five"))[0]
+    first, second = dataclasses.replace(first, name="a"), dataclasses.replace(second, name="b")
+    begun(tmp_path, [first, second], monkeypatch)
+    with pytest.raises(ValueError, match=r"order of data: \['a', 'b'\] before, \['b', 'a'\] now"):
+        begun(tmp_path, [second, first], monkeypatch)
+
+
+def test_a_record_of_an_older_version_resumes_and_is_completed(tmp_path, monkeypatch):
+    sources = pairs(tmp_path)
+    begun(tmp_path, sources, monkeypatch)
+    record = tmp_path / "out" / RECORD
+    whole = json.loads(record.read_text())
+    old = {name: value for name, value in whole.items() if name not in {*CHANGES, "order of data", "instructions"}}
+    record.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="seed: 42 before, 7 now"):
+        begun(tmp_path, sources, monkeypatch, seed=7)
+    begun(tmp_path, sources, monkeypatch, scale=1.0)
+    assert json.loads(record.read_text()) == {**whole, "scale": 1.0}
+
+
+def test_pictures_that_changed_under_their_name_are_read_again(tmp_path, monkeypatch):
+    for i in range(4):
+        put(tmp_path / f"{i}.jpg", jpeg(i))
+    rows = [{"query": f"find {i}", "positive_image": f"{i}.jpg"} for i in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(tmp_path, "out", resume=True)
+    begun(tmp_path, checked(config).training, monkeypatch)
+    begun(tmp_path, checked(config).training, monkeypatch)
+    put(tmp_path / "2.jpg", jpeg(9))
+    with pytest.raises(ValueError, match="data: .* before, .* now"):
+        begun(tmp_path, checked(config).training, monkeypatch)
