@@ -173,7 +173,10 @@ class FullSize:
             "beir": self._pages,
         }
         families[self.row.family]()
-        return replace(self.row, num_queries=self.count)
+        written = replace(self.row, num_queries=self.count)
+        if self.row.family == "beir" and self.row.num_candidates:
+            return replace(written, num_candidates=self._part(self.row.num_candidates))
+        return written
 
     def _part(self, number: int) -> int:
         return max(2, round(number * self.fraction))

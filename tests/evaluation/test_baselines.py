@@ -154,7 +154,8 @@ def test_the_command_line_scores_resumes_and_reports(clip_folder, tmp_path, caps
     words = ["--model", f"open_clip:local-dir:{clip_folder}", "--name", "test/clip", "--suite", "mini"]
     words += ["--subset", "I-VG", "V-CLS", "--split", "validation", "--output_dir", str(tmp_path), "--device", "cpu"]
     main([*words, "--report", "--sheets"])
-    shown = capsys.readouterr().out
+    shown, _, report = capsys.readouterr().out.partition("report: ")
+    assert report.strip() == str(tmp_path / "report/report.md")
     assert "mini-1.I-VG.validation: split mini-1/validation, 100 queries, chance 12.5, data " in shown
     assert "standard error" in shown and "plain mean of these 2 data sets" in shown
     runs = json.loads((tmp_path / "run.json").read_text())
