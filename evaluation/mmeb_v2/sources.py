@@ -156,7 +156,8 @@ def _read_place(place: Path, config: str | None, split: str, version: str) -> Se
         return None
     if (place / "README.md").is_file() and "configs:" in (place / "README.md").read_text(encoding="utf-8"):
         for file in place.rglob("*.parquet"):
-            _check_shards(sorted(file.parent.glob(_SHARD.sub("", file.stem) + "-*.parquet")))
+            if _may_hold(file, split):
+                _check_shards(sorted(file.parent.glob(_SHARD.sub("", file.stem) + "-*.parquet")))
         return load_dataset(str(place), config, split=split, cache_dir=cache)
     for pattern in _PATTERNS if config else _PATTERNS_WITHOUT_CONFIG:
         stem = pattern.format(config=config, split=split)
