@@ -49,6 +49,23 @@ def test_links_lead_somewhere(page):
             assert anchor in slugs, f"{name_of(page)} links to {target}"
 
 
+@pytest.mark.parametrize("page", [README, *PAGES], ids=name_of)
+def test_files_and_modules_that_are_named_exist(page):
+    """But for a file of an earlier commit, which the line names."""
+    text = "\n".join(line for line in page.read_text().splitlines() if " commit " not in line)
+    files = re.findall(r"`((?:st_btok|recipes|evaluation|tests|docs)/[\w./-]+\.\w+)`", text)
+    modules = [
+        name.replace(".", "/") for name in re.findall(r"python -m ((?:recipes|evaluation|tests|docs)[\w.]*\w)", text)
+    ]
+    places = [*files, *modules]
+    missing = [
+        place
+        for place in places
+        if not any((ROOT / name).is_file() for name in (place, f"{place}.py", f"{place}/__main__.py"))
+    ]
+    assert not missing
+
+
 def test_every_public_name_and_command_is_documented():
     listed = re.findall(r"^::: st_btok\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     public = set(st_btok.__all__) - {"__version__"}
