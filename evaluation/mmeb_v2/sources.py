@@ -155,9 +155,7 @@ def _read_place(place: Path, config: str | None, split: str, version: str) -> Se
     if not place.is_dir():
         return None
     if (place / "README.md").is_file() and "configs:" in (place / "README.md").read_text(encoding="utf-8"):
-        for file in place.rglob("*.parquet"):
-            if _may_hold(file, split):
-                _check_shards(sorted(file.parent.glob(_SHARD.sub("", file.stem) + "-*.parquet")))
+        _check_shards(sorted(file for file in place.rglob("*.parquet") if _may_hold(file, split)))
         return load_dataset(str(place), config, split=split, cache_dir=cache)
     for pattern in _PATTERNS if config else _PATTERNS_WITHOUT_CONFIG:
         stem = pattern.format(config=config, split=split)
@@ -175,12 +173,14 @@ def _may_hold(file: Path, split: str) -> bool:
 
 
 def _check_shards(files: Sequence[Path]) -> None:
-    """Refuse a table in several files of which some are missing."""
-    parts = [match for file in files if (match := _SHARD.search(file.stem))]
-    for part in parts:
-        if len(parts) < int(part[2]):
-            there = ", ".join(file.name for file in files)
-            raise ValueError(f"{files[0].parent} must hold all {int(part[2])} parts of a table, it has {there}")
+    """Refuse tables in several files of which some are missing."""
+    tables: dict[tuple[Path, str, int], list[str]] = {}
+    for file in files:
+        if shard := _SHARD.search(file.stem):
+            tables.setdefault((file.parent, file.stem[: shard.start()], int(shard[2])), []).append(file.name)
+    for (folder, _, parts), names in tables.items():
+        if len(names) < parts:
+            raise ValueError(f"{folder} must hold all {parts} parts of a table, it has {', '.join(names)}")
 
 
 def _read_files(files: list[Path], cache: str) -> Sequence[dict[str, Any]]:
